@@ -1,0 +1,208 @@
+"""The configuration of every stage: pydantic models read from YAML, where an unknown key is an error."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from alure.engine.errors import InputError
+
+DAY = 86_400
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+
+class EventsConfig(Section):
+    """What comes in, and what its columns are called."""
+
+    inputs: list[Path] = Field(default_factory=list, description="Parquet files, folders of them, or Delta tables")
+    items: Path | None = Field(None, description="item_id, account_id, category_id, title, dense, semantic_ids")
+    social: Path | None = Field(None, description="user_id, followed_id")
+    columns: dict[str, str] = Field(default_factory=dict, description="our column name: the input's column name")
+    sources: list[str] | None = Field(None, description="the sources to read; others go to quarantine (default: all)")
+    ad_sources: list[str] | None = Field(None, description="sources whose items are ads (default: all)")
+    latest: int | None = Field(None, description="unix seconds; later events go to quarantine (default: now)")
+    max_quarantine_share: float = Field(0.05, ge=0, le=1, description="a larger share of bad rows stops the job")
+
+
+class SourceConfig(Section):
+    """One source's own module shape, where it differs from the model's."""
+
+    layers: int | None = Field(None, ge=1)
+    heads: int | None = Field(None, ge=1)
+    window: int | None = Field(None, ge=1, description="attention reaches this many events to each side")
+
+
+PRESETS: dict[str, dict[str, int]] = {
+    "small": {"width": 64, "layers": 2, "heads": 4, "seeds": 2, "attribute_width": 32, "hash_rows": 1 << 16},
+    "base": {"width": 192, "layers": 4, "heads": 6, "seeds": 4, "attribute_width": 64, "hash_rows": 1 << 19},
+    "large": {"width": 512, "layers": 8, "heads": 8, "seeds": 8, "attribute_width": 128, "hash_rows": 1 << 21},
+}
+
+
+class ModelConfig(Section):
+    """The user model's shape (SYSTEM: one module a source and layer, taps, compression n → k)."""
+
+    preset: Literal["small", "base", "large"] = "small"
+    width: int = Field(64, ge=8, description="d, the width of tokens and of each embedding")
+    layers: int = Field(2, ge=1)
+    heads: int = Field(4, ge=1)
+    seeds: int = Field(2, ge=1, description="learned queries that pool each tap")
+    attribute_width: int = Field(32, ge=1, description="width of one attribute's embedding before linear compression")
+    hash_rows: int = Field(1 << 16, ge=16, description="rows of the hashed embedding table")
+    taps: list[tuple[int, str]] | None = Field(None, description="(layer, source) pairs to pool (default: all)")
+    num_embeddings: int = Field(2, ge=1, le=8, description="k, the embeddings a user")
+    compression: Literal["dot_linear", "interaction"] = "dot_linear"
+    compression_rank: int = Field(8, ge=1, description="r, columns of Y in X(XᵀY)")
+    causal: bool = False
+    window: int | None = Field(None, ge=1)
+    buckets_per_octave: int = Field(2, ge=1, description="time thresholds a doubling")
+    max_position: int = Field(1024, ge=1, description="rows of the position table; older events share the last")
+    periods: list[int] = Field(
+        default=[3_600, 6 * 3_600, DAY, 7 * DAY, 28 * DAY, 365 * DAY], description="seconds, cyclic encoding of events"
+    )
+    bias_periods: list[int] = Field(default=[DAY, 7 * DAY], description="seconds, cyclic part of the attention bias")
+    sources: dict[str, SourceConfig] = Field(default_factory=dict)
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_from_preset(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("preset", "small") in PRESETS:
+            return {**PRESETS[data.get("preset", "small")], **data}
+        return data
+
+    @model_validator(mode="after")
+    def check_heads(self) -> "ModelConfig":
+        for name, heads in [("heads", self.heads), *((f"sources.{s}.heads", c.heads) for s, c in self.sources.items())]:
+            if heads and self.width % heads:
+                raise ValueError(f"{name}: expected a divisor of width ({self.width}), got {heads}")
+        return self
+
+
+class TaskConfig(Section):
+    """A binary task: was an exposure followed by a positive of the same user and item within `window` seconds?"""
+
+    exposure: list[str]
+    positive: list[str]
+    window: int = DAY
+    weight: float = 1.0
+
+
+class TrainingConfig(Section):
+    steps: int = Field(600, ge=0)
+    batch_users: int = Field(128, ge=1)
+    learning_rate: float = Field(2e-3, gt=0)
+    weight_decay: float = Field(0.01, ge=0)
+    max_events: int = Field(128, ge=1, description="newest events a source that training reads")
+    label_horizon: int = Field(7 * DAY, ge=1, description="seconds after the snapshot that hold its positives")
+    exposures: int = Field(4, ge=0, description="candidate ads a user and snapshot for the binary tasks")
+    tasks: dict[str, TaskConfig] | None = Field(None, description="default: ctr and cvr where the events allow")
+    target_types: list[str] | None = Field(None, description="event types that are retrieval positives")
+    retrieval_weight: float = Field(1.0, ge=0)
+    negatives: int = Field(256, ge=0, description="sampled items beside the in-batch negatives")
+    temperature: float = Field(0.07, ge=0.01, description="start of the learned temperature; its floor is 0.01")
+    validation_share: float = Field(0.1, ge=0, lt=1, description="newest share of the training time, for metrics")
+    threads: int | None = Field(None, ge=1)
+
+
+class RefreshConfig(Section):
+    token_budget: int = Field(32_768, ge=1, description="events a batch; a longer history is a batch of its own")
+    unit_users: int = Field(32_768, ge=1, description="users a unit of work: one idempotent write")
+    max_events: int | None = Field(None, ge=1, description="newest events a source (default: all)")
+
+
+class GraphConfig(Section):
+    """Paper, section 3: k1 = 400 clusters a country, k'1 = 50 searched, k2 = 15 neighbours."""
+
+    nlist: int = Field(400, ge=1)
+    nprobe: int = Field(50, ge=1)
+    k: int = Field(15, ge=1)
+    search: Literal["auto", "faiss", "grouped", "exact"] = "auto"
+    exact_below: int = Field(10_000, ge=0, description="countries of fewer users are searched exactly under auto")
+    ppr: bool = False
+    ppr_alpha: float = Field(0.15, gt=0, lt=1, description="restart probability of Personalized PageRank")
+
+
+class RetrievalConfig(Section):
+    cap: int = Field(1500, ge=1)
+    graphs: dict[str, float] = Field(
+        default={"alure": 1.0, "social": 0.5, "ppr": 0.5}, description="graph: weight in the blend, where present"
+    )
+    engagement: dict[str, float] = Field(
+        default={"view": 0.0, "click": 1.0, "conversion": 3.0}, description="event type: weight; others weigh 1"
+    )
+    half_life: float = Field(7.0 * DAY, gt=0, description="seconds after which an engagement counts half")
+    account_weight: float = Field(0.2, ge=0, description="weight of other ads of an engaged account")
+    account_items: int = Field(5, ge=0, description="other ads an engaged account brings")
+    exclude_seen: bool = False
+
+
+class EvaluationConfig(Section):
+    k: list[Annotated[int, Field(ge=1)]] = [10, 50, 200]
+    truth: Path | None = Field(None, description="user_id, item_id of future engagements; none: hold out from the log")
+    holdout: float = Field(0.1, gt=0, lt=1, description="newest share of the log's time held out where truth is none")
+    truth_types: list[str] | None = Field(None, description="event types that count as engagement (default: all but view)")
+    bootstrap: int = Field(500, ge=10)
+
+
+class Config(Section):
+    """A whole run: `alure run CONFIG.yaml`."""
+
+    output: Path
+    name: str = ""
+    seed: int = 0
+    as_of: int | None = Field(None, description="snapshot time T, unix seconds (default: the end of what is not held out)")
+    events: EventsConfig = EventsConfig()
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    refresh: RefreshConfig = RefreshConfig()
+    graph: GraphConfig = GraphConfig()
+    retrieval: RetrievalConfig = RetrievalConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @classmethod
+    def load(cls, path: Path) -> "Config":
+        """Read YAML; relative paths in it are relative to the file."""
+        data = read_yaml(path)
+        try:
+            config = cls.model_validate(data)
+        except ValidationError as error:
+            raise InputError(describe(error, path)) from None
+        home = path.resolve().parent
+        events = config.events.model_copy(
+            update={
+                "inputs": [home / p for p in config.events.inputs],
+                "items": config.events.items and home / config.events.items,
+                "social": config.events.social and home / config.events.social,
+            }
+        )
+        truth = config.evaluation.truth
+        evaluation = config.evaluation.model_copy(update={"truth": truth and home / truth})
+        return config.model_copy(update={"output": home / config.output, "events": events, "evaluation": evaluation})
+
+
+def read_yaml(path: Path) -> dict[str, Any]:
+    try:
+        data = yaml.safe_load(path.read_text())
+    except FileNotFoundError:
+        raise InputError(f"configuration: {path} does not exist") from None
+    except (yaml.YAMLError, UnicodeDecodeError) as error:
+        raise InputError(f"configuration: {path} is not valid YAML: {error}") from None
+    if not isinstance(data, dict):
+        raise InputError(f"configuration: expected a mapping in {path}, got {type(data).__name__}")
+    return data
+
+
+def describe(error: ValidationError, path: Path) -> str:
+    """pydantic's findings, one line each, in our words."""
+    lines = [f"configuration: {path} is not valid:"]
+    for finding in error.errors():
+        where = ".".join(str(part) for part in finding["loc"]) or "(top)"
+        if finding["type"] == "extra_forbidden":
+            lines.append(f"  {where}: unknown key; `alure run --schema` prints the known ones")
+        else:
+            lines.append(f"  {where}: {finding['msg']}, got {finding.get('input')!r}")
+    return "\n".join(lines)

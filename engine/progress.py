@@ -1,0 +1,67 @@
+"""Progress that a person watches on a terminal and a log collector reads elsewhere."""
+
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+
+console = Console(stderr=True)  # stdout belongs to results
+LOG_EVERY_S = 10.0
+
+
+def say(message: str) -> None:
+    """One line for whoever watches: styled on a terminal, plain elsewhere."""
+    if console.is_terminal:
+        console.print(message, highlight=False, markup=False)
+    else:
+        print(message, file=sys.stderr, flush=True)  # noqa: T201
+
+
+class Track:
+    """Counts work done; `advance` from the loop that does it."""
+
+    def __init__(self, label: str, total: int, unit: str) -> None:
+        self.label, self.total, self.unit = label, total, unit
+        self.done = 0
+        self.started = self.spoke = time.monotonic()
+
+    @property
+    def rate(self) -> float:
+        return self.done / max(time.monotonic() - self.started, 1e-9)
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        now = time.monotonic()
+        if now - self.spoke >= LOG_EVERY_S:
+            self.spoke = now
+            left = (self.total - self.done) / max(self.rate, 1e-9)
+            tail = f" · {note}" if note else ""
+            say(f"{self.label}: {self.done:,}/{self.total:,} {self.unit} · {self.rate:,.0f}/s · {left:,.0f} s left{tail}")
+
+
+class _TerminalTrack(Track):
+    def __init__(self, label: str, total: int, unit: str, bar: Progress) -> None:
+        super().__init__(label, total, unit)
+        self.bar = bar
+        self.task = bar.add_task(label, total=total, rate="", note="")
+
+    def advance(self, count: int = 1, note: str = "") -> None:
+        self.done += count
+        self.bar.update(self.task, advance=count, rate=f"{self.rate:,.0f} {self.unit}/s", note=note)
+
+
+@contextmanager
+def track(label: str, total: int, unit: str) -> Iterator[Track]:
+    """`with track("Embedding users", n, "users") as bar: ... bar.advance(64, note="loss 0.31")`."""
+    if not console.is_terminal:
+        yield Track(label, total, unit)
+        return
+    columns = (
+        TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
+        TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
+    )  # fmt: skip
+    with Progress(*columns, console=console, transient=True) as bar:
+        yield _TerminalTrack(label, total, unit, bar)

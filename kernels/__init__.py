@@ -1,0 +1,5 @@
+"""Math on tensors: the kernels of alure. They know no files, users or configurations.
+
+Every operator has one signature and several backends (`backend="auto" | "triton" | "native" | "reference"`);
+a backend named explicitly never falls back silently.
+"""

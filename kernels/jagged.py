@@ -1,0 +1,92 @@
+"""Jagged batches: `values` of all sequences end to end, and `offsets` [batch + 1] that say where each begins.
+
+An offsets array is a memory-safety boundary: it is checked here before any kernel reads through it.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def check_offsets(offsets: Tensor, total: int, name: str = "offsets", device: torch.device | None = None) -> None:
+    """Raise unless `offsets` describes sequences that tile exactly `total` rows.
+
+    offsets: int32 or int64, [batch + 1], first 0, never decreasing, last `total`, on `device` where one is given.
+    On a GPU this waits for the device once.
+    """
+    if not isinstance(offsets, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(offsets).__name__}")
+    if offsets.dtype not in (torch.int32, torch.int64):
+        raise TypeError(f"{name}: expected int32 or int64, got {offsets.dtype}; call .to(torch.int64)")
+    if offsets.dim() != 1 or offsets.numel() < 1:
+        raise ValueError(f"{name}: expected shape [batch + 1], got {list(offsets.shape)}")
+    if device is not None and offsets.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {offsets.device}; move it there")
+    steps = offsets[1:] - offsets[:-1]
+    summary = [offsets[0], offsets[-1], steps.min() if steps.numel() else offsets.new_zeros(())]
+    first, last, smallest_step = torch.stack(summary).tolist()
+    if first != 0:
+        raise ValueError(f"{name}: expected the first offset to be 0, got {first}")
+    if smallest_step < 0:
+        where = int((steps < 0).nonzero()[0])
+        raise ValueError(
+            f"{name}: expected offsets that never decrease, got {name}[{where}] = {int(offsets[where])} > "
+            f"{name}[{where + 1}] = {int(offsets[where + 1])}"
+        )
+    if last != total:
+        raise ValueError(f"{name}: expected the last offset to equal the number of rows, {total}, got {last}")
+
+
+def check_timestamps(timestamps: Tensor, offsets: Tensor, total: int, name: str = "timestamps") -> None:
+    """Raise unless `timestamps` is int64 [total] and never decreases within a sequence. `offsets` must be checked."""
+    if not isinstance(timestamps, Tensor):
+        raise TypeError(f"{name}: expected a torch.Tensor, got {type(timestamps).__name__}")
+    if timestamps.dtype != torch.int64:
+        raise TypeError(
+            f"{name}: expected int64 unix seconds, got {timestamps.dtype}; "
+            "float32 rounds seconds of this decade by up to 64 s, so keep times as integers"
+        )
+    if timestamps.shape != (total,):
+        raise ValueError(f"{name}: expected shape [{total}], got {list(timestamps.shape)}")
+    if timestamps.device != offsets.device:
+        raise ValueError(f"{name}: expected a tensor on {offsets.device}, got one on {timestamps.device}")
+    if total < 2:
+        return
+    begins = torch.zeros(total + 1, dtype=torch.bool, device=offsets.device)
+    begins[offsets[:-1].to(torch.int64)] = True
+    falls = (timestamps[1:] < timestamps[:-1]) & ~begins[1:total]  # a step from one sequence to the next may fall
+    if bool(falls.any()):
+        row = int(falls.nonzero()[0])
+        raise ValueError(
+            f"{name}: expected times that never decrease within a sequence, got {int(timestamps[row])} at row {row} "
+            f"and {int(timestamps[row + 1])} after it; sort each sequence by time"
+        )
+
+
+def segment_ids(offsets: Tensor, total: int) -> Tensor:
+    """The sequence each row belongs to, int64 [total]."""
+    lengths = (offsets[1:] - offsets[:-1]).to(torch.int64)
+    index = torch.arange(lengths.numel(), device=offsets.device)
+    return torch.repeat_interleave(index, lengths, output_size=total)
+
+
+def to_jagged(x: Any) -> tuple[Tensor, Tensor]:
+    """(values, offsets) of a TorchRec KeyedJaggedTensor or JaggedTensor, a PyTorch jagged nested tensor, an Arrow list
+    array, or a (values, offsets) pair; recognised by their methods, so none of these packages is needed.
+    """
+    if isinstance(x, tuple) and len(x) == 2:
+        values, offsets = x
+    elif callable(getattr(x, "values", None)) and callable(getattr(x, "offsets", None)):
+        values, offsets = x.values(), x.offsets()
+    elif hasattr(x, "flatten") and hasattr(x, "offsets") and hasattr(x, "type"):  # pyarrow.ListArray
+        values = torch.from_numpy(x.flatten().to_numpy(zero_copy_only=False).copy())
+        bounds = x.offsets.to_numpy().astype("int64")
+        offsets = torch.from_numpy(bounds - bounds[0])
+    else:
+        raise TypeError(
+            "expected a KeyedJaggedTensor, a jagged nested tensor, an Arrow list array or a (values, offsets) pair, "
+            f"got {type(x).__name__}"
+        )
+    check_offsets(offsets, values.shape[0])
+    return values, offsets
