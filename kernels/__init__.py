@@ -3,3 +3,7 @@
 Every operator has one signature and several backends (`backend="auto" | "triton" | "native" | "reference"`);
 a backend named explicitly never falls back silently.
 """
+
+from alure.kernels.candidates import Candidates, Engagements, NeighborLists, join_candidates
+
+from alure.kernels.encoding import EventEncoder, encode_events

@@ -1,0 +1,180 @@
+"""`encode_events`: embed the attributes of every event and add the CFEE features, in one pass."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from alure.kernels.backend import resolve_backend
+from alure.kernels.encoding import reference
+from alure.kernels.encoding.arguments import EventColumns, EventEncoder, check_arguments, check_values
+
+SUPPORTED = ("triton", "reference")
+
+
+def encode_events(
+    ids: Tensor,
+    table: Tensor,
+    offsets: Tensor,
+    timestamps: Tensor,
+    reference_times: Tensor,
+    encoder: EventEncoder,
+    *,
+    counts: Tensor | None = None,
+    dense: Tensor | None = None,
+    utc_offsets: Tensor | None = None,
+    backend: str = "auto",
+) -> Tensor:
+    """Token embeddings of a jagged batch of events: content, absolute position, frequency, decay and cycles.
+
+    out = Σ_a table[ids[:, a]] @ id_weight[a] + dense @ dense_weight + f @ time_weight + bias
+          + position_table[min(order, Pmax − 1)] + frequency_table[min(⌊log2(1 + count)⌋, Fmax − 1)]
+    f   = [log1p(age / τ), log1p(gap / τ), sin(2π(t mod p)/p + φ_p) …, cos(2π(t mod p)/p + φ_p) …]
+
+    `order` counts from the newest event of a sequence (newest = 0), so dropping old events moves nothing; `age` is
+    max(0, T − t); `gap` is the time since the event before, 0 for the first. Differences and t mod p are taken in
+    int64. With utc_offsets the cycles run in local time. Without counts there is no frequency term.
+
+    Args:
+        ids: int64 [total, A], rows of `table`; −1 is a missing attribute and adds nothing.
+        table: [R, d_e], float16, bfloat16, float32 or (reference only) float64.
+        offsets: int32 or int64 [batch + 1].
+        timestamps: int64 [total] seconds, never decreasing within a sequence.
+        reference_times: int64 [batch] seconds, T of each sequence.
+        encoder: the parameters, in the table's dtype.
+        counts: int64 [total], occurrences so far of the event's account or category.
+        dense: [total, d_dense], any float dtype.
+        utc_offsets: int64 [total] seconds.
+        backend: "auto", "triton" or "reference".
+
+    Returns:
+        [total, D] in the table's dtype. Differentiable in table, dense, and every float tensor of the encoder;
+        the backward is deterministic. Sums run in float32 (float64 for float64).
+
+    Raises:
+        TypeError, ValueError: naming the argument, what was expected, and what came. Ids, offsets and times are
+            checked before anything is read through them.
+    """
+    events = EventColumns(ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
+    check_arguments(table, events, encoder)
+    backend = resolve_backend(backend, table.device, SUPPORTED)
+    if backend == "triton" and table.dtype == torch.float64:
+        raise ValueError("backend: 'triton' computes in float32, got a float64 table; use backend='reference'")
+    return _encode(table, *_flatten(events, encoder), backend)
+
+
+def _flatten(events: EventColumns, encoder: EventEncoder) -> tuple[Any, ...]:
+    """The dataclasses as an operator's flat arguments; `_gather` is its inverse."""
+    e, w = events, encoder
+    columns = (e.ids, e.offsets, e.timestamps, e.reference_times, e.counts, e.dense, e.utc_offsets)
+    tensors = (w.id_weight, w.time_weight, w.bias, w.position_table, w.frequency_table, w.periods, w.phases)
+    return (*columns, *tensors, w.dense_weight, w.tau)
+
+
+def _gather(flat: tuple[Any, ...]) -> tuple[EventColumns, EventEncoder]:
+    *tensors, dense_weight, tau = flat[7:]
+    return EventColumns(*flat[:7]), EventEncoder(*tensors, tau=tau, dense_weight=dense_weight)
+
+
+@torch.library.custom_op("alure::encode_events", mutates_args=())
+def _encode(
+    table: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    timestamps: Tensor,
+    reference_times: Tensor,
+    counts: Tensor | None,
+    dense: Tensor | None,
+    utc_offsets: Tensor | None,
+    id_weight: Tensor,
+    time_weight: Tensor,
+    bias: Tensor,
+    position_table: Tensor,
+    frequency_table: Tensor,
+    periods: Tensor,
+    phases: Tensor,
+    dense_weight: Tensor | None,
+    tau: float,
+    backend: str,
+) -> Tensor:
+    columns = (ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
+    tensors = (id_weight, time_weight, bias, position_table, frequency_table, periods, phases)
+    events, encoder = _gather((*columns, *tensors, dense_weight, tau))
+    check_arguments(table, events, encoder)
+    check_values(table.shape[0], events, periods)
+    if backend == "triton":
+        from alure.kernels.encoding import kernel
+
+        return kernel.encode_events(table, events, encoder)
+    return reference.encode_events(table, events, encoder)
+
+
+@_encode.register_fake
+def _(table: Tensor, ids: Tensor, *rest: Any) -> Tensor:
+    bias = rest[8]
+    return table.new_empty(ids.shape[0], bias.shape[0])
+
+
+@torch.library.custom_op("alure::encode_events_backward", mutates_args=())
+def _encode_backward(
+    grad: Tensor,
+    table: Tensor,
+    ids: Tensor,
+    offsets: Tensor,
+    timestamps: Tensor,
+    reference_times: Tensor,
+    counts: Tensor | None,
+    dense: Tensor | None,
+    utc_offsets: Tensor | None,
+    id_weight: Tensor,
+    time_weight: Tensor,
+    bias: Tensor,
+    position_table: Tensor,
+    frequency_table: Tensor,
+    periods: Tensor,
+    phases: Tensor,
+    dense_weight: Tensor | None,
+    tau: float,
+    wants_dense: bool,
+) -> list[Tensor]:
+    columns = (ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
+    tensors = (id_weight, time_weight, bias, position_table, frequency_table, periods, phases)
+    events, encoder = _gather((*columns, *tensors, dense_weight, tau))
+    return list(reference.encode_events_backward(grad, table, events, encoder, wants_dense))
+
+
+@_encode_backward.register_fake
+def _(grad: Tensor, table: Tensor, *rest: Any) -> list[Tensor]:
+    events, encoder = _gather(rest[:-1])
+    nothing = grad.new_empty(0, dtype=torch.promote_types(table.dtype, torch.float32))
+    wants_dense = rest[-1]
+    return [
+        torch.empty_like(table, memory_format=torch.contiguous_format),
+        events.dense.new_empty(events.dense.shape) if wants_dense and events.dense is not None else nothing,
+        encoder.id_weight.new_empty(encoder.id_weight.shape),
+        table.new_empty(0, encoder.bias.shape[0])
+        if encoder.dense_weight is None
+        else encoder.dense_weight.new_empty(encoder.dense_weight.shape),
+        encoder.time_weight.new_empty(encoder.time_weight.shape),
+        encoder.bias.new_empty(encoder.bias.shape),
+        encoder.position_table.new_empty(encoder.position_table.shape),
+        encoder.frequency_table.new_empty(encoder.frequency_table.shape),
+        encoder.phases.new_empty(encoder.phases.shape),
+    ]
+
+
+def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    *tensors, ctx.tau, _ = inputs
+    ctx.save_for_backward(*tensors)
+    ctx.wants_dense = inputs[6] is not None and ctx.needs_input_grad[6]
+
+
+def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    table, *flat = ctx.saved_tensors
+    g = reference.Gradients(*_encode_backward(grad, table, *flat, ctx.tau, ctx.wants_dense))
+    weights = (g.id_weight, g.time_weight, g.bias, g.position_table, g.frequency_table, None, g.phases)
+    dense_weight = None if flat[-1] is None else g.dense_weight
+    return (g.table, *[None] * 5, g.dense if ctx.wants_dense else None, None, *weights, dense_weight, None, None)
+
+
+_encode.register_autograd(_backward, setup_context=_setup_context)
