@@ -144,17 +144,21 @@ class EvaluationConfig(Section):
     k: list[Annotated[int, Field(ge=1)]] = [10, 50, 200]
     truth: Path | None = Field(None, description="user_id, item_id of future engagements; none: hold out from the log")
     holdout: float = Field(0.1, gt=0, lt=1, description="newest share of the log's time held out where truth is none")
-    truth_types: list[str] | None = Field(None, description="event types that count as engagement (default: all but view)")
+    truth_types: list[str] | None = Field(
+        None, description="event types that count as engagement (default: all but view)"
+    )
     bootstrap: int = Field(500, ge=10)
 
 
 class Config(Section):
     """A whole run: `alure run CONFIG.yaml`."""
 
-    output: Path
+    output: Path = Field(Path("alure-output"), description="folder that gets everything the run writes")
     name: str = ""
     seed: int = 0
-    as_of: int | None = Field(None, description="snapshot time T, unix seconds (default: the end of what is not held out)")
+    as_of: int | None = Field(
+        None, description="snapshot time T, unix seconds (default: the end of what is not held out)"
+    )
     events: EventsConfig = EventsConfig()
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
@@ -164,24 +168,27 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod
-    def load(cls, path: Path) -> "Config":
-        """Read YAML; relative paths in it are relative to the file."""
-        data = read_yaml(path)
+    def load(cls, path: Path, data: Path | None = None) -> "Config":
+        """Read YAML. Relative paths in it start from the file's folder; those of inputs from `data` where it is given."""
         try:
-            config = cls.model_validate(data)
+            config = cls.model_validate(read_yaml(path))
         except ValidationError as error:
             raise InputError(describe(error, path)) from None
         home = path.resolve().parent
-        events = config.events.model_copy(
+        inputs = home if data is None else data.resolve()
+        events, truth = config.events, config.evaluation.truth
+        found = {
+            "inputs": [inputs / file for file in events.inputs],
+            "items": events.items and inputs / events.items,
+            "social": events.social and inputs / events.social,
+        }
+        return config.model_copy(
             update={
-                "inputs": [home / p for p in config.events.inputs],
-                "items": config.events.items and home / config.events.items,
-                "social": config.events.social and home / config.events.social,
+                "output": home / config.output,
+                "events": events.model_copy(update=found),
+                "evaluation": config.evaluation.model_copy(update={"truth": truth and inputs / truth}),
             }
         )
-        truth = config.evaluation.truth
-        evaluation = config.evaluation.model_copy(update={"truth": truth and home / truth})
-        return config.model_copy(update={"output": home / config.output, "events": events, "evaluation": evaluation})
 
 
 def read_yaml(path: Path) -> dict[str, Any]:
@@ -196,9 +203,9 @@ def read_yaml(path: Path) -> dict[str, Any]:
     return data
 
 
-def describe(error: ValidationError, path: Path) -> str:
+def describe(error: ValidationError, where_from: Path | str) -> str:
     """pydantic's findings, one line each, in our words."""
-    lines = [f"configuration: {path} is not valid:"]
+    lines = [f"configuration: {where_from} not valid:"]
     for finding in error.errors():
         where = ".".join(str(part) for part in finding["loc"]) or "(top)"
         if finding["type"] == "extra_forbidden":

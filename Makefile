@@ -1,0 +1,49 @@
+# `make demo` and `make test` each go from a bare checkout to their result: they make the environment when it is missing.
+
+PYTHON ?= python3
+VENV   ?= .venv
+OUT    ?= demo
+
+DEVICE  := $(if $(shell nvidia-smi -L 2>/dev/null),gpu,cpu)
+SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find kernels engine bench -type f -not -name '*.pyc')
+BIN     := $(VENV)/bin
+PIP     := $(BIN)/pip --disable-pip-version-check
+
+.PHONY: demo test test-slow test-gpu lint browser figures sanitize clean help
+
+help:  ## what can be made
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
+
+demo: $(VENV)/.alure  ## the whole chain on a synthetic ads world: writes demo/report.html
+	$(BIN)/alure demo --out $(OUT)
+
+test: $(VENV)/.alure-dev lint  ## ruff, mypy and the default test suite
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(nproc) --dist worksteal -q
+
+test-slow: $(VENV)/.alure-dev  ## the long tests
+	$(BIN)/pytest -m slow -q
+
+test-gpu: $(VENV)/.alure-dev  ## the tests that need a CUDA device
+	$(BIN)/pytest -m gpu -q
+
+lint: $(VENV)/.alure-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy -p alure
+
+browser:  ## Chromium, which the report's test opens the report in (Debian, Ubuntu)
+	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
+
+clean:  ## remove the environment and everything built
+	rm -rf $(VENV) build dist demo
+
+$(BIN)/python:
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.alure: $(SOURCES) | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt ".[$(DEVICE)]"
+	touch $@
+
+$(VENV)/.alure-dev: $(SOURCES) | $(BIN)/python
+	$(PIP) install --quiet -c constraints.txt ".[$(DEVICE),dev]"
+	touch $@ $(VENV)/.alure

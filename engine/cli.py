@@ -1,0 +1,413 @@
+"""What users type: `alure COMMAND --help` teaches each command with an example.
+
+Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 interrupted (run the same command again to go on).
+With --json the last line on stdout is one JSON object with what the command did.
+"""
+
+import dataclasses
+import json
+import re
+import signal
+import subprocess
+import sys
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from pydantic import ValidationError
+
+from alure.engine.config import Config, EventsConfig, describe
+from alure.engine.errors import AlureError, InputError, Interrupted
+from alure.engine.progress import say
+
+EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+
+app = typer.Typer(
+    name="alure",
+    help="User embeddings from event histories, similarity graphs from embeddings, ad candidates from graphs.",
+    no_args_is_help=True,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+)
+
+Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with what was done as the last line.")]
+Seed = Annotated[int, typer.Option(help="The same seed gives the same bits.")]
+Out = Annotated[Path, typer.Option("--out", help="Where the result goes.")]
+AsOf = Annotated[
+    str | None, typer.Option("--as-of", help="Snapshot time: unix seconds or 2026-11-22T03:00 (UTC). Default: newest.")
+]
+ConfigFile = Annotated[
+    Path | None, typer.Option("--config", help="YAML with the sections of `alure run`; options given here win.")
+]
+
+
+def finish(result: Any, as_json: bool) -> None:
+    """The command's result: readable lines to whoever watches, or one JSON object on stdout."""
+    data = result if isinstance(result, dict) else dataclasses.asdict(result)
+    if as_json:
+        print(json.dumps(data, default=str))  # noqa: T201
+    else:
+        for name, value in data.items():
+            if not isinstance(value, (dict, list)):
+                shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
+                print(f"{name.replace('_', ' '):>24}  {shown}")  # noqa: T201
+
+
+def parse_time(text: str | None, option: str = "--as-of") -> int | None:
+    if text is None:
+        return None
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    try:
+        moment = datetime.fromisoformat(text)
+    except ValueError:
+        raise InputError(
+            f"{option}: expected unix seconds or an ISO date such as 2026-11-22T03:00, got {text!r}"
+        ) from None
+    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
+
+
+def parse_map(pairs: list[str]) -> dict[str, str]:
+    columns = {}
+    for pair in pairs:
+        ours, separator, theirs = pair.partition("=")
+        if not separator or not ours or not theirs:
+            raise InputError(f"--map: expected OUR_NAME=THEIR_NAME such as user_id=uid, got {pair!r}")
+        columns[ours] = theirs
+    return columns
+
+
+def load_config(path: Path | None) -> Config:
+    return Config.load(path) if path else Config()
+
+
+def override(section: Any, **given: Any) -> Any:
+    """`section` with the options that were given on the command line, validated like the file."""
+    changes = {name: value for name, value in given.items() if value is not None}
+    try:
+        return type(section).model_validate({**section.model_dump(exclude_unset=True), **changes})
+    except ValidationError as error:
+        raise InputError(describe(error, "options")) from None
+
+
+@app.command()
+def demo(
+    out: Out,
+    users: Annotated[int, typer.Option(min=50, help="Users of the synthetic world.")] = 5000,
+    seed: Seed = 0,
+    as_json: Json = False,
+) -> None:
+    """The whole chain on a synthetic ads world with planted truth; writes OUT/report.html and OUT/summary.json.
+
+    Example: `alure demo --out demo`
+    """
+    from alure.engine.pipeline import run_demo
+
+    finish(run_demo(out, users, seed), as_json)
+
+
+@app.command()
+def run(
+    config: Annotated[
+        Path | None, typer.Argument(metavar="CONFIG.yaml", help="Inputs and settings of the run.")
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Folder of the inputs (default: the configuration's).")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Instead of the configuration's output folder.")] = None,
+    schema: Annotated[bool, typer.Option("--schema", help="Print the configuration's JSON Schema and stop.")] = False,
+    as_json: Json = False,
+) -> None:
+    """The whole chain on real input, stage by stage; stages whose input did not change are reused.
+
+    Example: `alure run examples/retail_rocket.yaml --data ~/data --out runs/retail_rocket`
+    """
+    if schema:
+        print(json.dumps(Config.model_json_schema(), indent=2))  # noqa: T201
+        return
+    if config is None:
+        raise InputError("run: expected a configuration file, such as `alure run examples/retail_rocket.yaml`")
+    from alure.engine.pipeline import run_pipeline
+
+    settings = Config.load(config, data)
+    finish(run_pipeline(settings.model_copy(update={"output": out}) if out else settings), as_json)
+
+
+@app.command()
+def ingest(
+    inputs: Annotated[list[Path], typer.Argument(metavar="INPUT...", help="Parquet files, folders or Delta tables.")],
+    out: Out,
+    items: Annotated[Path | None, typer.Option(help="Items: item_id, account_id, category_id, title, dense, …")] = None,
+    column: Annotated[list[str] | None, typer.Option("--map", help="Our column name = yours: user_id=uid.")] = None,
+    source: Annotated[list[str] | None, typer.Option(help="Only these sources; others go to quarantine.")] = None,
+    ad_source: Annotated[list[str] | None, typer.Option(help="Sources whose items are ads (default: all).")] = None,
+    latest: Annotated[str | None, typer.Option(help="Later events go to quarantine (default: now).")] = None,
+    max_quarantine_share: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Validate, sort and group event logs into per-user jagged sequences; bad rows go to OUT/quarantine with a reason.
+
+    Example: `alure ingest logs/2026-11-*.parquet --items ads.parquet --map user_id=uid --out events`
+    """
+    from alure.engine.events import ingest as ingest_events
+
+    section: EventsConfig = override(
+        load_config(config).events,
+        inputs=inputs,
+        items=items,
+        columns=parse_map(column) if column else None,
+        sources=source,
+        ad_sources=ad_source,
+        latest=parse_time(latest, "--latest"),
+        max_quarantine_share=max_quarantine_share,
+    )
+    finish(ingest_events(section, out), as_json)
+
+
+@app.command()
+def train(
+    events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote.")],
+    out: Out,
+    warm_start: Annotated[Path | None, typer.Option(help="Go on from this model's weights.")] = None,
+    preset: Annotated[str | None, typer.Option(help="small, base or large.")] = None,
+    steps: Annotated[int | None, typer.Option(min=0)] = None,
+    as_of: AsOf = None,
+    seed: Seed = 0,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Train the user model on the events up to a snapshot time.
+
+    Example: `alure train events --out model --preset small`
+    """
+    from alure.engine.events import Events
+    from alure.engine.training import train as train_model
+
+    settings = load_config(config)
+    model = override(settings.model, preset=preset)
+    report = train_model(
+        Events.open(events),
+        model,
+        override(settings.training, steps=steps),
+        out,
+        as_of=parse_time(as_of),
+        seed=seed,
+        warm_start=warm_start,
+    )
+    finish(report, as_json)
+
+
+@app.command()
+def refresh(
+    model: Annotated[Path, typer.Argument(help="What `alure train` wrote.")],
+    events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote.")],
+    store: Annotated[Path, typer.Option(help="The embedding store; made when it is missing.")],
+    as_of: AsOf = None,
+    incremental: Annotated[bool, typer.Option(help="Only users with new events; others are carried forward.")] = False,
+    token_budget: Annotated[int | None, typer.Option(min=1, help="Events a batch.")] = None,
+    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Embed the whole user base into a new generation of the store, published all at once. Run again to resume.
+
+    Example: `alure refresh model events --store store --as-of 2026-11-22`
+    """
+    from alure.engine.refresh import RefreshJob
+
+    job = RefreshJob(
+        model,
+        events,
+        store,
+        as_of=parse_time(as_of),
+        incremental=incremental,
+        config=override(load_config(config).refresh, token_budget=token_budget),
+        workers=workers,
+    )
+    finish(job.run(), as_json)
+
+
+@app.command()
+def graph(
+    store: Annotated[Path, typer.Argument(help="The embedding store.")],
+    nlist: Annotated[int | None, typer.Option(min=1, help="k1: clusters a country (400).")] = None,
+    nprobe: Annotated[int | None, typer.Option(min=1, help="k'1: clusters searched (50).")] = None,
+    k: Annotated[int | None, typer.Option("-k", min=1, help="k2: neighbours a user (15).")] = None,
+    search: Annotated[str | None, typer.Option(help="auto, faiss, grouped or exact.")] = None,
+    social: Annotated[
+        Path | None, typer.Option(help="Follows (user_id, followed_id): adds the graph `social`.")
+    ] = None,
+    ppr: Annotated[bool, typer.Option("--ppr", help="Personalized PageRank over the follows: adds `ppr`.")] = False,
+    seed: Seed = 0,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Link every user to the most similar users of the same country.
+
+    Example: `alure graph store --nlist 400 --nprobe 50 -k 15 --social follows.parquet --ppr`
+    """
+    from alure.engine.graph import build_graphs
+    from alure.engine.store import EmbeddingStore
+
+    section = override(load_config(config).graph, nlist=nlist, nprobe=nprobe, k=k, search=search, ppr=ppr or None)
+    if section.ppr and social is None:
+        raise InputError("--ppr: needs the follows that PageRank walks over; add --social FOLLOWS.parquet")
+    finish(build_graphs(EmbeddingStore(store), section, social=social, seed=seed), as_json)
+
+
+@app.command()
+def retrieve(
+    store: Annotated[Path, typer.Argument(help="The store with the graphs.")],
+    events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote.")],
+    out: Annotated[
+        Path | None, typer.Option("--out", help="The store that gets the candidates (default: STORE).")
+    ] = None,
+    cap: Annotated[int | None, typer.Option(min=1, help="Candidates a user at most (1500).")] = None,
+    graphs: Annotated[str | None, typer.Option(help="Which graphs to blend: alure,social,ppr (default: all).")] = None,
+    exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out ads the user has engaged.")] = False,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Hand each user the ads that similar users engaged with, and other ads of the same accounts.
+
+    Example: `alure retrieve store events --out store --cap 1500 --graphs alure,social`
+    """
+    from alure.engine.events import Events
+    from alure.engine.retrieval import retrieve as retrieve_candidates
+    from alure.engine.store import EmbeddingStore
+
+    section = override(load_config(config).retrieval, cap=cap, exclude_seen=exclude_seen or None)
+    names = [name.strip() for name in graphs.split(",") if name.strip()] if graphs else None
+    source, target = EmbeddingStore(store), EmbeddingStore(out or store, create=True)
+    finish(retrieve_candidates(source, Events.open(events), section, graphs=names, out=target), as_json)
+
+
+@app.command()
+def evaluate(
+    store: Annotated[Path, typer.Argument(help="The store with the candidates.")],
+    truth: Annotated[Path, typer.Option(help="Future engagements: user_id, item_id, …")],
+    k: Annotated[list[int] | None, typer.Option("-k", min=1, help="Cut-offs; repeat the option.")] = None,
+    events: Annotated[Path | None, typer.Option(help="The event log: adds Normalized Entropy of a ranker.")] = None,
+    out: Annotated[Path | None, typer.Option("--out", help="Folder of the report (default: beside the store).")] = None,
+    seed: Seed = 0,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Recall, NDCG, coverage and NE of the candidates against what happened next, with confidence intervals.
+
+    Example: `alure evaluate store --truth tomorrow.parquet -k 10 -k 50 -k 200`
+    """
+    from alure.engine.pipeline import run_evaluation
+
+    section = override(load_config(config).evaluation, k=k)
+    finish(run_evaluation(store, truth, section, events=events, out=out, seed=seed), as_json)
+
+
+@app.command()
+def inspect(
+    path: Annotated[Path, typer.Argument(help="A store, a model or an event log.")],
+    user: Annotated[str | None, typer.Option(help="One user's story: history, neighbours, candidates.")] = None,
+    as_json: Json = False,
+) -> None:
+    """What is in a store, a model or an event log: generations, row counts, sizes, quality at a glance.
+
+    Example: `alure inspect store --user 42`
+    """
+    from alure.engine.inspection import inspect_path
+
+    finish(inspect_path(path, user), as_json or user is not None)
+
+
+@app.command()
+def export(
+    store: Annotated[Path, typer.Argument(help="The store.")],
+    to: Annotated[str, typer.Option(help="faiss, parquet, lance or npy.")],
+    out: Out,
+    flat: Annotated[bool, typer.Option("--flat", help="One row an edge or a candidate instead of one a user.")] = False,
+    generation: Annotated[str | None, typer.Option(help="Default: the newest published.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a generation for other tools.
+
+    Example: `alure export store --to parquet --flat --out flat`
+    """
+    from alure.engine.export import export_store
+
+    finish(export_store(store, to, out, flat=flat, generation=generation), as_json)
+
+
+@app.command()
+def bench(
+    suite: Annotated[
+        str, typer.Argument(help="attention, encoding, compression, neighbors, refresh, retrieval or all.")
+    ] = "all",
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, fewer rounds.")] = False,
+    out: Annotated[Path | None, typer.Option("--out", help="Append the results as JSON lines.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Race the kernels and stages beside their peers on this machine.
+
+    Example: `alure bench attention --quick`
+    """
+    command = [sys.executable, "-m", "alure.bench", suite]
+    command += ["--quick"] if quick else []
+    command += ["--out", str(out)] if out else []
+    command += ["--json"] if as_json else []
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
+def profile(
+    what: Annotated[str, typer.Argument(help="What to profile: refresh.")],
+    model: Annotated[Path, typer.Argument(help="What `alure train` wrote.")],
+    events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote.")],
+    out: Annotated[Path, typer.Option("--out", help="The trace, for ui.perfetto.dev or chrome://tracing.")] = Path(
+        "refresh.trace.json"
+    ),
+    users: Annotated[int, typer.Option(min=1, help="Users to embed under the profiler.")] = 2048,
+    as_json: Json = False,
+) -> None:
+    """Trace a stage and say where its time goes.
+
+    Example: `alure profile refresh model events --out refresh.trace.json`
+    """
+    from alure.engine.profiling import profile_refresh
+
+    if what != "refresh":
+        raise InputError(f"profile: expected refresh, got {what!r}")
+    finish(profile_refresh(model, events, out, users), as_json)
+
+
+@app.command()
+def doctor(as_json: Json = False) -> None:
+    """What this machine has, which backends will be used and why, and what to install.
+
+    Example: `alure doctor`
+    """
+    from alure.engine.doctor import examine, render
+
+    findings = examine()
+    if as_json:
+        finish(findings, as_json)
+    else:
+        print(render(findings))  # noqa: T201
+
+
+def main() -> None:
+    """Entry point: runs a command and turns what went wrong into a message and an exit code."""
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+    as_json = "--json" in sys.argv[1:]
+    try:
+        app()
+    except (AlureError, KeyboardInterrupt) as error:
+        code = EXIT_FAILED
+        if isinstance(error, InputError):
+            code = EXIT_INPUT
+        elif isinstance(error, (Interrupted, KeyboardInterrupt)):
+            code = EXIT_INTERRUPTED
+        message = str(error) or "interrupted; run the same command again to go on"
+        say(f"alure: {message}")
+        if as_json:
+            print(json.dumps({"error": message, "exit_code": code}))  # noqa: T201
+        sys.exit(code)

@@ -1,0 +1,92 @@
+"""A generation written for other tools: FAISS index files, Parquet, Lance, NumPy."""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.parquet as pq
+
+from alure.engine.errors import InputError
+from alure.engine.store import EmbeddingStore
+
+FORMATS = ("faiss", "parquet", "lance", "npy")
+
+
+def export_store(
+    store_path: Path, to: str, out: Path, *, flat: bool = False, generation: str | None = None
+) -> dict[str, Any]:
+    """Write the tables of one published generation (default: the newest) of a store into the folder `out`.
+
+    parquet, lance: every table; with `flat` one row an edge or a candidate. faiss, npy: the embeddings,
+    beside `user_ids.parquet`, whose row i is the user of vector i.
+    """
+    if to not in FORMATS:
+        raise InputError(f"--to: expected one of {', '.join(FORMATS)}; got {to!r}")
+    if flat and to in ("faiss", "npy"):
+        raise InputError(f"--flat: is for graphs and candidates, which --to {to} does not write; use --to parquet")
+    store = EmbeddingStore(store_path)
+    chosen = generation or store.latest("embeddings").generation
+    out.mkdir(parents=True, exist_ok=True)
+    if to in ("parquet", "lance"):
+        written = export_tables(store, chosen, out, to, flat)
+    else:
+        written = export_vectors(store, chosen, out, to)
+    return {"generation": chosen, "format": to, "out": str(out), "files": written}
+
+
+def export_tables(store: EmbeddingStore, generation: str, out: Path, to: str, flat: bool) -> dict[str, int]:
+    tables = {"embeddings": store.read_embeddings(generation)}
+    for kind, read in (("graph", store.read_graph), ("candidates", store.read_candidates)):
+        for published in store.generations(kind):
+            if published.generation == generation:
+                table = read(generation, published.name)
+                tables[f"{kind}-{published.name}"] = explode(table) if flat else table
+    for name, table in tables.items():
+        write_table(table, out / f"{name}.{to}", to)
+    return {name: table.num_rows for name, table in tables.items()}
+
+
+def explode(table: pa.Table) -> pa.Table:
+    """One row a list element: list columns are flattened together, the others repeated; `rank` counts from 1."""
+    lists = [field.name for field in table.schema if pa.types.is_list(field.type) or pa.types.is_large_list(field.type)]
+    table = table.combine_chunks()
+    rows = pc.list_parent_indices(table[lists[0]].combine_chunks()).cast(pa.int64())
+    lengths = pc.list_value_length(table[lists[0]]).fill_null(0).to_numpy().astype(np.int64)
+    starts = np.cumsum(lengths) - lengths
+    columns = {name: table[name].take(rows) for name in table.column_names if name not in lists}
+    columns["rank"] = pa.array(np.arange(len(rows)) - np.repeat(starts, lengths) + 1)
+    for name in lists:
+        columns[name] = pc.list_flatten(table[name])
+    return pa.table(columns)
+
+
+def write_table(table: pa.Table, path: Path, to: str) -> None:
+    if to == "parquet":
+        pq.write_table(table, path, compression="zstd")
+        return
+    try:
+        import lance
+    except ModuleNotFoundError:
+        raise InputError("--to lance: needs the package pylance; install it (pip install pylance)") from None
+    lance.write_dataset(table, str(path), mode="overwrite")
+
+
+def export_vectors(store: EmbeddingStore, generation: str, out: Path, to: str) -> dict[str, int]:
+    table = store.read_embeddings(generation)
+    pq.write_table(table.select(["user_id", "country"]), out / "user_ids.parquet")
+    lists = table["embedding"].combine_chunks()
+    vectors = pc.list_flatten(lists).to_numpy(zero_copy_only=False).reshape(len(lists), -1).astype(np.float32)
+    if to == "npy":
+        np.save(out / "embeddings.npy", vectors, allow_pickle=False)
+        return {"embeddings.npy": len(vectors), "user_ids.parquet": len(vectors)}
+    try:
+        import faiss
+    except ModuleNotFoundError:
+        raise InputError('--to faiss: needs FAISS; install it (pip install "alure[cpu]" or "alure[gpu]")') from None
+    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
+    index = faiss.IndexFlatIP(vectors.shape[1])  # of unit vectors: the inner product is the cosine
+    index.add(vectors / np.maximum(norms, np.finfo(np.float32).tiny))
+    faiss.write_index(index, str(out / "embeddings.faiss"))
+    return {"embeddings.faiss": len(vectors), "user_ids.parquet": len(vectors)}

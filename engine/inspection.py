@@ -1,0 +1,117 @@
+"""`alure inspect`: what is in a store, a model or an event log."""
+
+import json
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from alure.engine.errors import InputError
+from alure.engine.events import Events
+from alure.engine.store import EmbeddingStore
+
+STORY_LENGTH = 20
+
+
+def inspect_path(path: Path, user: str | None = None) -> dict[str, Any]:
+    """A summary of whatever alure wrote at `path`; with `user`, that user's story."""
+    if not path.exists():
+        raise InputError(f"inspect: {path} does not exist")
+    if (path / "events.json").exists():
+        return inspect_events(path, user)
+    if (path / "model.safetensors").exists():
+        if user is not None:
+            raise InputError("--user: a model holds no users; give a store or an event log")
+        return inspect_model(path)
+    if (path / "generations").exists():
+        return inspect_store(path, user)
+    raise InputError(f"inspect: {path} is neither a store, nor a model, nor an event log that alure wrote")
+
+
+def inspect_events(path: Path, user: str | None) -> dict[str, Any]:
+    events = Events.open(path)
+    if user is not None:
+        return {"user": user, "history": events.story(typed_id(events.users["user_id"].type, user), STORY_LENGTH)}
+    return {"kind": "events", "path": str(path), "size_bytes": size_of(path), **events.manifest.model_dump(mode="json")}
+
+
+def inspect_model(path: Path) -> dict[str, Any]:
+    config = json.loads((path / "config.json").read_text())
+    metrics_path = path / "metrics.json"
+    metrics = json.loads(metrics_path.read_text()) if metrics_path.exists() else {}
+    return {"kind": "model", "path": str(path), "size_bytes": size_of(path), **config, "metrics": metrics}
+
+
+def inspect_store(path: Path, user: str | None) -> dict[str, Any]:
+    store = EmbeddingStore(path)
+    published = [asdict(generation) for table in TABLES for generation in store.generations(table)]
+    if user is not None:
+        return {"user": user, **user_in_store(store, user)}
+    newest = store.latest("embeddings").generation
+    return {
+        "kind": "store",
+        "path": str(path),
+        "size_bytes": size_of(path),
+        "newest": newest,
+        "embedding_quality": embedding_quality(store, newest),
+        "published": published,
+    }
+
+
+TABLES = ("embeddings", "graph", "candidates", "popularity")
+
+
+def embedding_quality(store: EmbeddingStore, generation: str, sample: int = 2000) -> dict[str, float]:
+    """How far the vectors spread: the mean cosine of random pairs (1 = collapsed) and the effective dimension."""
+    lists = store.read_embeddings(generation)["embedding"].combine_chunks()
+    if len(lists) < 2:
+        return {}
+    rows = np.random.default_rng(0).permutation(len(lists))[:sample]
+    vectors = np.stack(lists.take(pa.array(rows)).to_numpy(zero_copy_only=False)).astype(np.float64)
+    vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
+    half = len(vectors) // 2
+    spectrum = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
+    return {
+        "mean_cosine_of_random_pairs": float((vectors[:half] * vectors[half : 2 * half]).sum(1).mean()),
+        "effective_dimension": float(spectrum.sum() ** 2 / max((spectrum**2).sum(), 1e-12)),
+    }
+
+
+def user_in_store(store: EmbeddingStore, user: str) -> dict[str, Any]:
+    """Neighbours and best candidates of one user in the newest generation."""
+    generation = store.latest("embeddings").generation
+    embeddings = store.read_embeddings(generation)
+    key = typed_id(embeddings["user_id"].type, user)
+    mine = embeddings.filter(pc.equal(embeddings["user_id"], key))
+    if not mine.num_rows:
+        raise InputError(f"--user: {user} has no embedding in generation {generation} of {store.path}")
+    story: dict[str, Any] = {name: mine[name][0].as_py() for name in mine.column_names if name != "embedding"}
+    for kind, read in (("graph", store.read_graph), ("candidates", store.read_candidates)):
+        for published in store.generations(kind):
+            if published.generation == generation:
+                table = read(generation, published.name)
+                row = table.filter(pc.equal(table["user_id"], key)).to_pylist()
+                lists = (
+                    {name: value[:STORY_LENGTH] for name, value in row[0].items() if isinstance(value, list)}
+                    if row
+                    else {}
+                )
+                story.setdefault(kind, {})[published.name] = lists
+    return story
+
+
+def typed_id(kind: pa.DataType, text: str) -> int | str:
+    """A user id typed at the command line, as the type the tables hold."""
+    if not pa.types.is_integer(kind):
+        return text
+    try:
+        return int(text)
+    except ValueError:
+        raise InputError(f"--user: user ids here are integers, got {text!r}") from None
+
+
+def size_of(path: Path) -> int:
+    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

@@ -1,0 +1,211 @@
+"""The whole chain, stage by stage: event logs in; embeddings, graphs, candidates and a report out.
+
+Every stage leaves a stamp that names what it was made from, so a second run reuses what has not changed.
+"""
+
+import hashlib
+import json
+import resource
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow.parquet as pq
+
+from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphConfig, TrainingConfig
+from alure.engine.errors import InputError
+from alure.engine.evaluation import ReportData, evaluate, write_report
+from alure.engine.events import Events, ingest
+from alure.engine.graph import build_graphs
+from alure.engine.progress import say
+from alure.engine.refresh import RefreshJob
+from alure.engine.retrieval import retrieve
+from alure.engine.store import EmbeddingStore
+from alure.engine.training import train
+from alure.engine.world import build_world
+
+STAMP_VERSION = 1
+
+
+@dataclass
+class Chain:
+    """One run: where its things lie, and what each stage said."""
+
+    config: Config
+    stages: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def path(self, name: str) -> Path:
+        return self.config.output / name
+
+    def stage(self, name: str, made_from: list[Any], work: Callable[[], Any]) -> dict[str, Any]:
+        """Do `work` unless a stamp says that it was done from the same things; returns the stage's report."""
+        key = fingerprint([STAMP_VERSION, name, *made_from])
+        stamp = self.path("stages") / f"{name}.json"
+        if stamp.exists():
+            saved = json.loads(stamp.read_text())
+            if saved["key"] == key:
+                say(f"{name}: unchanged, reused ({saved['seconds']:.1f} s when it was made)")
+                self.stages[name] = saved
+                return saved["report"]
+        started = time.monotonic()
+        report = work()
+        report = report if isinstance(report, dict) else asdict(report)
+        saved = {"key": key, "seconds": time.monotonic() - started, "report": report, "peak_rss_bytes": peak_rss()}
+        stamp.parent.mkdir(parents=True, exist_ok=True)
+        temporary = stamp.with_suffix(".tmp")
+        temporary.write_text(json.dumps(saved, default=str))
+        temporary.replace(stamp)
+        say(f"{name}: done in {saved['seconds']:.1f} s")
+        self.stages[name] = saved = json.loads(stamp.read_text())
+        return saved["report"]
+
+    def key(self, name: str) -> str:
+        return self.stages[name]["key"]
+
+
+def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[str, Any]:
+    """Run every stage of `config`, write report.html and summary.json in its output folder, return the summary."""
+    if not config.events.inputs:
+        raise InputError("configuration: events.inputs is empty; name at least one Parquet file, folder or Delta table")
+    chain = Chain(config)
+    config.output.mkdir(parents=True, exist_ok=True)
+    events_path, model, store_path = chain.path("events"), chain.path("model"), chain.path("store")
+
+    chain.stage("ingest", [config.events, identities(config.events)], lambda: ingest(config.events, events_path))
+    events = Events.open(events_path)
+    as_of = snapshot_time(config, events)
+    chain.stage(
+        "train",
+        [chain.key("ingest"), as_of, config.model, config.training, config.seed],
+        lambda: train(events, config.model, config.training, model, as_of=as_of, seed=config.seed),
+    )
+    chain.stage(
+        "refresh",
+        [chain.key("train"), as_of, config.refresh],
+        lambda: RefreshJob(model, events_path, store_path, as_of=as_of, config=config.refresh).run(),
+    )
+    store = EmbeddingStore(store_path)
+    chain.stage(
+        "graph",
+        [chain.key("refresh"), config.graph, identity(config.events.social), config.seed],
+        lambda: build_graphs(store, config.graph, social=config.events.social, seed=config.seed),
+    )
+    candidate_sets = blends(config, store)
+    chain.stage(
+        "retrieve",
+        [chain.key("graph"), config.retrieval, candidate_sets],
+        lambda: {
+            "+".join(graphs): asdict(retrieve(store, events, config.retrieval, graphs=graphs))
+            for graphs in candidate_sets
+        },
+    )
+    truth = config.evaluation.truth or write_holdout(events, as_of, chain.path("truth.parquet"))
+    chain.stage(
+        "evaluate",
+        [chain.key("retrieve"), config.evaluation, identity(truth), config.seed],
+        lambda: evaluate(store, truth, config.evaluation, events=events, seed=config.seed),
+    )
+    return publish_report(chain, world)
+
+
+def run_demo(out: Path, num_users: int, seed: int) -> dict[str, Any]:
+    """The chain on a synthetic ads world (see alure.engine.world for what is planted in it)."""
+    world_path = out / "world"
+    stamp = world_path / "world.json"
+    if not stamp.exists() or (
+        json.loads(stamp.read_text()).get("num_users"),
+        json.loads(stamp.read_text()).get("seed"),
+    ) != (num_users, seed):
+        shutil.rmtree(world_path, ignore_errors=True)
+        say(f"world: making {num_users:,} users")
+        build_world(world_path, num_users, seed)
+    world = json.loads(stamp.read_text())
+    config = Config(
+        output=out,
+        name="Synthetic ads world",
+        seed=seed,
+        as_of=world["as_of"],
+        events=EventsConfig(
+            inputs=[world_path / "events.parquet"],
+            items=world_path / "items.parquet",
+            social=world_path / "social.parquet",
+            ad_sources=world["ad_sources"],
+        ),
+        training=TrainingConfig(),
+        graph=GraphConfig(ppr=True),
+        evaluation=EvaluationConfig(truth=world_path / "truth.parquet"),
+    )
+    return run_pipeline(config, world)
+
+
+def run_evaluation(
+    store: Path, truth: Path, config: EvaluationConfig, *, events: Path | None, out: Path | None, seed: int
+) -> dict[str, Any]:
+    """Evaluate a store against a truth file, and write a report of that alone."""
+    log = Events.open(events) if events else None
+    report = evaluate(EmbeddingStore(store), truth, config, events=log, seed=seed)
+    chain = Chain(Config(output=out or store.parent, name=f"Evaluation of {store.name}", evaluation=config))
+    chain.stages["evaluate"] = {"seconds": 0.0, "report": json.loads(json.dumps(asdict(report), default=str))}
+    return publish_report(chain, None)
+
+
+def publish_report(chain: Chain, world: dict[str, Any] | None) -> dict[str, Any]:
+    raise NotImplementedError
+
+
+def snapshot_time(config: Config, events: Events) -> int:
+    """T: as configured, or the last event, or, where the truth is held out of the log, the start of the hold-out."""
+    manifest = events.manifest
+    if config.as_of is not None:
+        return config.as_of
+    if config.evaluation.truth is not None:
+        return manifest.last_timestamp
+    span = manifest.last_timestamp - manifest.first_timestamp
+    return manifest.last_timestamp - int(span * config.evaluation.holdout)
+
+
+def write_holdout(events: Events, as_of: int, path: Path) -> Path:
+    """The events after the snapshot, as a truth file."""
+    temporary = path.with_suffix(".tmp")
+    pq.write_table(events.after(as_of), temporary)
+    temporary.replace(path)
+    return path
+
+
+def blends(config: Config, store: EmbeddingStore) -> list[list[str]]:
+    """The candidate sets that are compared: each graph alone, the other graphs together, and all of them."""
+    present = [name for name in config.retrieval.graphs if store.generations("graph", name)]
+    others = [name for name in present if name != "alure"]
+    sets = [[name] for name in present]
+    if len(others) > 1:
+        sets.append(others)
+    if others and len(present) > 1:
+        sets.append(present)
+    return sets
+
+
+def fingerprint(parts: list[Any]) -> str:
+    def plain(value: Any) -> Any:
+        return value.model_dump(mode="json") if hasattr(value, "model_dump") else str(value)
+
+    return hashlib.sha256(json.dumps(parts, default=plain, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def identity(path: Path | None) -> list[Any]:
+    """What tells one state of a file or folder from another: names, sizes and modification times."""
+    if path is None:
+        return []
+    files = sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]
+    return [[str(p), p.stat().st_size, p.stat().st_mtime_ns] for p in files if p.exists()]
+
+
+def identities(events: EventsConfig) -> list[Any]:
+    return [identity(path) for path in [*events.inputs, events.items]]
+
+
+def peak_rss() -> int:
+    """Largest resident set of this process so far, bytes."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024

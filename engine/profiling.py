@@ -1,0 +1,75 @@
+"""`alure profile`: where a stage's time goes, as a trace for Perfetto and as a table."""
+
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.profiler import ProfilerActivity, profile, record_function
+
+from alure.engine.errors import InputError
+from alure.engine.events import Events
+from alure.engine.model import UserModel
+
+ROWS = 12
+
+
+def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: int = 2048) -> dict[str, Any]:
+    """Embed `num_users` users under the profiler; writes a Chrome trace to `out`.
+
+    The result holds users/s, the operators that took most time, and the share of the measured matrix rate of
+    this machine that the model's matrix products reached.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    events = Events.open(events_path)
+    if not events.manifest.num_users:
+        raise InputError(f"profile: {events_path} has no users")
+    model = UserModel.load(model_path).to(device).eval()
+    users = np.sort(np.random.default_rng(0).permutation(events.manifest.num_users)[:num_users])
+    activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
+    with torch.inference_mode():
+        model(events.batch(users[:64], events.manifest.last_timestamp).to(device), events.items)  # warm-up
+        started = time.perf_counter()
+        with profile(activities=activities, with_flops=True) as trace:
+            with record_function("alure.read"):
+                batch = events.batch(users, events.manifest.last_timestamp).to(device)
+            with record_function("alure.embed"):
+                model(batch, events.items)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+        seconds = time.perf_counter() - started
+    out.parent.mkdir(parents=True, exist_ok=True)
+    trace.export_chrome_trace(str(out))
+    on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
+    averages = sorted(trace.key_averages(), key=lambda row: -getattr(row, on_device))
+    flops = sum(row.flops for row in averages if row.flops)
+    rate = matrix_rate(device)
+    total = sum(getattr(row, on_device) for row in averages)
+    return {
+        "trace": str(out),
+        "device": str(device),
+        "users": len(users),
+        "seconds": seconds,
+        "users_per_second": len(users) / seconds,
+        "matrix_gflops": flops / 1e9,
+        "share_of_matrix_rate": flops / seconds / rate,
+        "measured_matrix_tflops": rate / 1e12,
+        "operators": [
+            {"name": row.key, "calls": row.count, "share": getattr(row, on_device) / max(total, 1)}
+            for row in averages[:ROWS]
+        ],
+    }
+
+
+def matrix_rate(device: torch.device, size: int = 2048) -> float:
+    """FLOP/s of a large float32 matrix product on this machine, best of five."""
+    a = torch.randn(size, size, device=device)
+    best = float("inf")
+    for _ in range(5):
+        started = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = min(best, time.perf_counter() - started)
+    return 2 * size**3 / best
