@@ -1,0 +1,19 @@
+"""Event logs: ingested once from Parquet or Delta, then read through memory maps as batches of users."""
+
+from alure.engine.events.batch import EventBatch, EventSequence
+from alure.engine.events.items import ItemTable
+from alure.engine.events.keys import stable_keys
+from alure.engine.events.manifest import Country, Manifest
+from alure.engine.events.reader import Events, History, SourceColumns
+
+__all__ = [
+    "Country",
+    "EventBatch",
+    "EventSequence",
+    "Events",
+    "History",
+    "ItemTable",
+    "Manifest",
+    "SourceColumns",
+    "stable_keys",
+]
