@@ -1,0 +1,131 @@
+"""Biases on attention logits that depend on when, and on where in the sequence, query and key happened.
+
+    b_h(i, j) = A_h[bucket(t_i − t_j)] + P_h[bucket(i − j)] + Σ_p c_hp·cos(2π(t_i − t_j)/p) + s_hp·sin(2π(t_i − t_j)/p)
+
+A bucket is the number of integer thresholds <= the difference, so it needs no logarithm and every backend finds the
+same one. The cyclic sum is separable and becomes 2·P extra channels of q and k (`cyclic_channels`).
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class TimeBias:
+    """Learned bias over t_query − t_key in seconds.
+
+    thresholds: int64 [B − 1], increasing; table: [H, B]. Cyclic part (all three or none): periods int64 [P] in
+    seconds, cosine and sine [H, P].
+    """
+
+    thresholds: Tensor
+    table: Tensor
+    periods: Tensor | None = None
+    cosine: Tensor | None = None
+    sine: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class PositionBias:
+    """Learned bias over i − j, positions in the sequence. thresholds: int64 [B − 1], increasing; table: [H, B]."""
+
+    thresholds: Tensor
+    table: Tensor
+
+
+def time_thresholds(per_octave: int = 2, longest: int = 4 * 365 * 86_400, bidirectional: bool = True) -> Tensor:
+    """int64 thresholds in seconds, `per_octave` an octave from 1 s to `longest`; a table needs one column more.
+
+    Bidirectional thresholds are mirrored, so that Δ and −Δ fall into opposite buckets and Δ = 0 into the middle one.
+    """
+    return _log_spaced(per_octave, longest, bidirectional)
+
+
+def position_thresholds(per_octave: int = 2, longest: int = 16_384, bidirectional: bool = True) -> Tensor:
+    """int64 thresholds in positions, as `time_thresholds`: near neighbours have a bucket each, far ones share."""
+    return _log_spaced(per_octave, longest, bidirectional)
+
+
+def _log_spaced(per_octave: int, longest: int, bidirectional: bool) -> Tensor:
+    if per_octave < 1 or longest < 1:
+        raise ValueError(f"expected per_octave >= 1 and longest >= 1, got {per_octave} and {longest}")
+    steps = int(per_octave * math.log2(longest)) + 1
+    forward = sorted({round(2 ** (step / per_octave)) for step in range(steps + 1)})
+    forward = [threshold for threshold in forward if threshold <= longest]
+    # The mirror image of "Δ >= t" is "Δ <= −t", which is "not Δ >= 1 − t".
+    backward = [1 - threshold for threshold in reversed(forward)] if bidirectional else []
+    return torch.tensor(backward + forward, dtype=torch.int64)
+
+
+def cyclic_channels(
+    bias: TimeBias, q_timestamps: Tensor, k_timestamps: Tensor, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(q_cyclic [total_q, H, 2P], k_cyclic [total_k, 2P]), whose dot product is the cyclic sum of `bias`.
+
+    c·cos(a − b) + s·sin(a − b) = (c·cos a + s·sin a)·cos b + (c·sin a − s·cos a)·sin b: a rotation per head goes into
+    q, k is shared by the heads. Times are reduced modulo the period as int64: seconds of this decade in float32 round
+    by up to 64 s.
+    """
+    assert bias.periods is not None and bias.cosine is not None and bias.sine is not None
+    q_angle = _angle(q_timestamps, bias.periods, dtype)[:, None, :]  # [total_q, 1, P]
+    k_angle = _angle(k_timestamps, bias.periods, dtype)  # [total_k, P]
+    cosine, sine = bias.cosine.to(dtype), bias.sine.to(dtype)
+    q_cos, q_sin = q_angle.cos(), q_angle.sin()
+    q_cyclic = torch.cat([cosine * q_cos + sine * q_sin, cosine * q_sin - sine * q_cos], dim=-1)
+    return q_cyclic, torch.cat([k_angle.cos(), k_angle.sin()], dim=-1)
+
+
+def _angle(timestamps: Tensor, periods: Tensor, dtype: torch.dtype) -> Tensor:
+    phase = torch.remainder(timestamps[:, None], periods)
+    return phase.to(dtype) * (2 * math.pi / periods.to(dtype))
+
+
+def check_time_bias(bias: TimeBias, num_heads: int, device: torch.device) -> None:
+    """Raise unless the shapes, dtypes and device of `bias` fit attention of `num_heads` heads on `device`."""
+    _check_table(bias.thresholds, bias.table, num_heads, device, "time_bias")
+    cyclic = (bias.periods, bias.cosine, bias.sine)
+    if all(part is None for part in cyclic):
+        return
+    if bias.periods is None or bias.cosine is None or bias.sine is None:
+        raise ValueError("time_bias: periods, cosine and sine come together; give all three or none")
+    if bias.periods.dtype != torch.int64 or bias.periods.dim() != 1:
+        raise TypeError(
+            f"time_bias.periods: expected int64 [P] seconds, got {bias.periods.dtype} {list(bias.periods.shape)}"
+        )
+    for name, part in (("cosine", bias.cosine), ("sine", bias.sine)):
+        expected = (num_heads, bias.periods.numel())
+        if part.shape != expected or not part.is_floating_point():
+            raise ValueError(
+                f"time_bias.{name}: expected floats [heads, periods] = {list(expected)}, "
+                f"got {part.dtype} {list(part.shape)}"
+            )
+    for name, part in (("periods", bias.periods), ("cosine", bias.cosine), ("sine", bias.sine)):
+        _check_device(part, device, f"time_bias.{name}")
+
+
+def check_position_bias(bias: PositionBias, num_heads: int, device: torch.device) -> None:
+    """Raise unless the shapes, dtypes and device of `bias` fit attention of `num_heads` heads on `device`."""
+    _check_table(bias.thresholds, bias.table, num_heads, device, "position_bias")
+
+
+def _check_table(thresholds: Tensor, table: Tensor, num_heads: int, device: torch.device, name: str) -> None:
+    if thresholds.dtype != torch.int64 or thresholds.dim() != 1:
+        raise TypeError(
+            f"{name}.thresholds: expected int64 [buckets − 1], got {thresholds.dtype} {list(thresholds.shape)}"
+        )
+    expected = (num_heads, thresholds.numel() + 1)
+    if table.shape != expected or not table.is_floating_point():
+        raise ValueError(
+            f"{name}.table: expected floats [heads, thresholds + 1] = {list(expected)}, "
+            f"got {table.dtype} {list(table.shape)}"
+        )
+    _check_device(thresholds, device, f"{name}.thresholds")
+    _check_device(table, device, f"{name}.table")
+
+
+def _check_device(x: Tensor, device: torch.device, name: str) -> None:
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}; move it there")
