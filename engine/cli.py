@@ -7,7 +7,6 @@ With --json the last line on stdout is one JSON object with what the command did
 import dataclasses
 import json
 import re
-import signal
 import subprocess
 import sys
 from datetime import UTC, datetime
@@ -396,7 +395,6 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns what went wrong into a message and an exit code."""
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)
     as_json = "--json" in sys.argv[1:]
     try:
         app()

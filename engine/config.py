@@ -169,7 +169,7 @@ class Config(Section):
 
     @classmethod
     def load(cls, path: Path, data: Path | None = None) -> "Config":
-        """Read YAML. Relative paths in it start from the file's folder; those of inputs from `data` where it is given."""
+        """Read YAML. Relative paths start from the file's folder, those of inputs from `data` where it is given."""
         try:
             config = cls.model_validate(read_yaml(path))
         except ValidationError as error:

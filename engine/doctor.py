@@ -136,9 +136,8 @@ def render(findings: dict[str, Any]) -> str:
         f"{here['memory_bytes'] / 2**30:.0f} GiB memory; native kernels use {here['native_kernels_use']}",
     ]
     for card in findings["gpu"]:
-        rows.append(
-            f"GPU {card['name']}, {card['memory_bytes'] / 2**30:.0f} GiB, sm_{card['compute_capability'].replace('.', '')}"
-        )
+        arch = card["compute_capability"].replace(".", "")
+        rows.append(f"GPU {card['name']}, {card['memory_bytes'] / 2**30:.0f} GiB, sm_{arch}")
     if not findings["gpu"]:
         rows.append("no CUDA device: everything runs on the CPU")
     rows.append("")

@@ -93,12 +93,8 @@ def user_in_store(store: EmbeddingStore, user: str) -> dict[str, Any]:
         for published in store.generations(kind):
             if published.generation == generation:
                 table = read(generation, published.name)
-                row = table.filter(pc.equal(table["user_id"], key)).to_pylist()
-                lists = (
-                    {name: value[:STORY_LENGTH] for name, value in row[0].items() if isinstance(value, list)}
-                    if row
-                    else {}
-                )
+                rows = table.filter(pc.equal(table["user_id"], key)).to_pylist()
+                lists = {name: v[:STORY_LENGTH] for row in rows for name, v in row.items() if isinstance(v, list)}
                 story.setdefault(kind, {})[published.name] = lists
     return story
 

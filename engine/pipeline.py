@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphConfig, TrainingConfig
 from alure.engine.errors import InputError
-from alure.engine.evaluation import ReportData, evaluate, write_report
+from alure.engine.evaluation import evaluate
 from alure.engine.events import Events, ingest
 from alure.engine.graph import build_graphs
 from alure.engine.progress import say
@@ -115,10 +115,8 @@ def run_demo(out: Path, num_users: int, seed: int) -> dict[str, Any]:
     """The chain on a synthetic ads world (see alure.engine.world for what is planted in it)."""
     world_path = out / "world"
     stamp = world_path / "world.json"
-    if not stamp.exists() or (
-        json.loads(stamp.read_text()).get("num_users"),
-        json.loads(stamp.read_text()).get("seed"),
-    ) != (num_users, seed):
+    made = json.loads(stamp.read_text()) if stamp.exists() else {}
+    if (made.get("num_users"), made.get("seed")) != (num_users, seed):
         shutil.rmtree(world_path, ignore_errors=True)
         say(f"world: making {num_users:,} users")
         build_world(world_path, num_users, seed)

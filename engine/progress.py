@@ -39,7 +39,8 @@ class Track:
             self.spoke = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
             tail = f" · {note}" if note else ""
-            say(f"{self.label}: {self.done:,}/{self.total:,} {self.unit} · {self.rate:,.0f}/s · {left:,.0f} s left{tail}")
+            counts = f"{self.done:,}/{self.total:,} {self.unit} · {self.rate:,.0f}/s"
+            say(f"{self.label}: {counts} · {left:,.0f} s left{tail}")
 
 
 class _TerminalTrack(Track):

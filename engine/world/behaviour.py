@@ -58,7 +58,7 @@ def simulate(rng: np.random.Generator, people: People, catalogue: Catalogue) -> 
     shown = np.flatnonzero(activity == 0)
     local_hour = (seconds + people.utc_offsets[users]) % DAY / 3_600
     logit = (
-        -4.6 + 4.2 * affinity + 0.9 * favourite + catalogue.quality[items] + people.click_bias[users]
+        -5.5 + 4.2 * affinity + 0.9 * favourite + catalogue.quality[items] + people.click_bias[users]
         + 0.35 * np.cos(2 * np.pi * (local_hour - 20.5) / 24)
     )  # fmt: skip
     clicked = shown[rng.random(len(shown)) < _sigmoid(logit[shown])]
@@ -68,7 +68,7 @@ def simulate(rng: np.random.Generator, people: People, catalogue: Catalogue) -> 
     clicked_at = seconds[clicks] + delay
     click_log = _derive(base, clicked, seconds[clicked] + delay[: len(clicked)], source=4)
 
-    buys = rng.random(len(clicks)) < _sigmoid(-3.4 + 2.2 * favourite[clicks] + 1.8 * affinity[clicks])
+    buys = rng.random(len(clicks)) < _sigmoid(-3.9 + 2.2 * favourite[clicks] + 1.8 * affinity[clicks])
     wait = np.minimum(rng.lognormal(7.0, 1.6, len(clicks)), 3 * DAY).astype(np.int64) + 20
     prices = np.round(rng.lognormal(3.4, 0.7, len(clicks)), 2).astype(np.float32)
     buy_log = _derive(base, clicks[buys], (clicked_at + wait)[buys], source=5, values=prices[buys])

@@ -90,6 +90,7 @@ def build_world(out: Path, num_users: int, seed: int) -> World:
         "as_of": as_of,
         "num_users": num_users,
         "seed": seed,
+        "ad_sources": list(AD_SOURCES),
         "history_days": HISTORY_DAYS,
         "truth_days": DAYS - HISTORY_DAYS,
         "events": len(history),

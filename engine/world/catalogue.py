@@ -53,7 +53,7 @@ class Catalogue:
 
 
 def build_catalogue(rng: np.random.Generator, num_users: int, num_countries: int) -> Catalogue:
-    """Accounts and items for a world of `num_users`: 5,000 users see about 2,000 ads of 240 advertisers."""
+    """Accounts and items for a world of `num_users`: 5,000 users see about 4,000 ads of 500 advertisers."""
     topic_names = list(TOPICS)
     niche_names = [niche for niches in TOPICS.values() for niche in niches]
     niche_topics = np.repeat(np.arange(len(topic_names)), [len(n) for n in TOPICS.values()]).astype(np.int16)
@@ -61,7 +61,7 @@ def build_catalogue(rng: np.random.Generator, num_users: int, num_countries: int
     niche_latent = unit(centres[niche_topics] + 0.8 * unit(rng.standard_normal((len(niche_names), LATENT))))
 
     scale = (num_users / 5_000) ** 0.7
-    advertisers, creators = max(48, round(240 * scale)), max(24, round(150 * scale))
+    advertisers, creators = max(48, round(500 * scale)), max(24, round(150 * scale))
     account_niches = np.concatenate([_spread(rng, count, len(niche_names)) for count in (advertisers, creators)])
     num_accounts = advertisers + creators
     account_latent = unit(niche_latent[account_niches] + 0.35 * unit(rng.standard_normal((num_accounts, LATENT))))

@@ -65,8 +65,8 @@ def build_people(rng: np.random.Generator, num_users: int, catalogue: Catalogue)
     lasting = np.arange(slots) < LONG
     shape = (num_users, slots)
     dormant = rng.random(num_users) < 0.10
-    volume = np.minimum(rng.lognormal(3.75, 1.25, num_users), 8_000.0)
-    mix = rng.gamma(4.0, 1.0, (num_users, 5)) * np.array([0.42, 0.32, 0.10, 0.06, 0.055])
+    volume = np.minimum(rng.lognormal(3.85, 1.25, num_users), 8_000.0)
+    mix = rng.gamma(4.0, 1.0, (num_users, 5)) * np.array([0.42, 0.32, 0.10, 0.06, 0.085])
     mix[:, 2] *= rng.random(num_users) < 0.7  # three in ten never comment
     return People(
         user_ids=_draw_ids(rng, num_users),

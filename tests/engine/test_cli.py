@@ -1,0 +1,188 @@
+"""The command line, as typed: every command of a chain on a small world, the exit codes, the last line of --json."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from support.command_line import CommandLine
+
+from alure.engine.world import build_world
+
+COMMANDS = (
+    "demo", "run", "ingest", "train", "refresh", "graph", "retrieve", "evaluate", "inspect", "export", "bench",
+    "profile", "doctor",
+)  # fmt: skip
+
+
+@pytest.fixture
+def alure(capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> CommandLine:
+    return CommandLine(capfd, monkeypatch)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("world")
+    build_world(path, 150, 3)
+    return path
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_help_teaches_with_an_example(alure: CommandLine, command: str) -> None:
+    outcome = alure(command, "--help")
+    assert outcome.code == 0
+    assert f"alure {command}" in outcome.out.replace("\n", " ")
+    assert "Example" in outcome.out
+    assert "--json" in outcome.out
+
+
+def test_the_chain_command_by_command(alure: CommandLine, world: Path, tmp_path: Path) -> None:
+    facts = json.loads((world / "world.json").read_text())
+    events, model, store = tmp_path / "events", tmp_path / "model", tmp_path / "store"
+    ads = [word for source in facts["ad_sources"] for word in ("--ad-source", source)]
+
+    ingested = alure(
+        "ingest", world / "events.parquet", "--items", world / "items.parquet", *ads, "--out", events, "--json"
+    )
+    assert ingested.code == 0, ingested.err
+    assert ingested.json["num_events"] == pq.read_metadata(world / "events.parquet").num_rows - sum(
+        ingested.json["quarantined"].values()
+    )
+
+    trained = alure("train", events, "--out", model, "--steps", 5, "--as-of", facts["as_of"], "--json")
+    assert trained.code == 0, trained.err
+    refreshed = alure("refresh", model, events, "--store", store, "--as-of", facts["as_of"], "--json")
+    assert refreshed.code == 0, refreshed.err
+    again = alure("refresh", model, events, "--store", store, "--as-of", facts["as_of"], "--json")
+    assert again.code == 0
+    assert again.json["generation"] == refreshed.json["generation"]
+
+    follows = world / "social.parquet"
+    graphed = alure("graph", store, "--nlist", 8, "--nprobe", 4, "-k", 5, "--social", follows, "--ppr", "--json")
+    assert graphed.code == 0, graphed.err
+    for words in (["--graphs", "alure"], ["--graphs", "alure,social,ppr", "--exclude-seen"]):
+        retrieved = alure("retrieve", store, events, "--cap", 50, *words, "--json")
+        assert retrieved.code == 0, retrieved.err
+
+    truth = world / "truth.parquet"
+    judged = alure(
+        "evaluate", store, "--truth", truth, "-k", 5, "-k", 20, "--events", events, "--out", tmp_path, "--json"
+    )
+    assert judged.code == 0, judged.err
+    assert (tmp_path / "report.html").exists()
+
+    for path in (events, model, store):
+        assert alure("inspect", path, "--json").code == 0
+    user = pq.read_table(events / "users.parquet")["user_id"][0].as_py()
+    story = alure("inspect", store, "--user", user)
+    assert story.code == 0, story.err
+    assert set(story.json["graph"]) == {"alure", "social", "ppr"}
+    assert alure("inspect", events, "--user", user).code == 0
+    assert alure("inspect", store, "--user", 10**12).code == 2
+    assert alure("inspect", model, "--user", user).code == 2
+
+    for words in (["parquet"], ["parquet", "--flat"], ["npy"], ["faiss"]):
+        out = tmp_path / "-".join(words)
+        exported = alure("export", store, "--to", *words, "--out", out, "--json")
+        assert exported.code == 0, exported.err
+    edges = pq.read_table(tmp_path / "parquet---flat" / "graph-alure.parquet")
+    lists = pq.read_table(tmp_path / "parquet" / "graph-alure.parquet")
+    assert edges.num_rows == sum(len(ids) for ids in lists["neighbor_ids"].to_pylist())
+    assert edges["neighbor_ids"].to_pylist()[: len(lists["neighbor_ids"][0])] == lists["neighbor_ids"][0].as_py()
+    vectors = np.load(tmp_path / "npy" / "embeddings.npy", allow_pickle=False)
+    assert np.isfinite(vectors).all()
+    assert alure("export", store, "--to", "hdf5", "--out", tmp_path / "x").code == 2
+    assert alure("export", store, "--to", "npy", "--flat", "--out", tmp_path / "x").code == 2
+
+    profiled = alure("profile", "refresh", model, events, "--users", 32, "--out", tmp_path / "trace.json", "--json")
+    assert profiled.code == 0, profiled.err
+    assert json.loads((tmp_path / "trace.json").read_text())["traceEvents"]
+
+
+def test_demo_twice_reuses_every_stage(alure: CommandLine, tmp_path: Path) -> None:
+    first = alure("demo", "--out", tmp_path, "--users", 120, "--seed", 1, "--json")
+    assert first.code == 0, first.err
+    assert (tmp_path / "report.html").stat().st_size > 10_000
+    assert json.loads((tmp_path / "summary.json").read_text())["stages"].keys() >= {"ingest", "train", "evaluate"}
+    again = alure("demo", "--out", tmp_path, "--users", 120, "--seed", 1, "--json")
+    assert again.code == 0
+    assert again.err.count("reused") == 6
+
+
+def test_doctor_names_a_backend_for_every_operator(alure: CommandLine) -> None:
+    findings = alure("doctor", "--json").json
+    assert {chosen["auto"] for chosen in findings["backends"].values()} <= {"triton", "native", "reference"}
+    assert "jagged_attention" in alure("doctor").out
+
+
+@pytest.mark.parametrize(
+    ("words", "complaint"),
+    [
+        (["ingest", "nowhere.parquet", "--out", "events"], "nowhere.parquet"),
+        (["ingest", "nowhere.parquet", "--out", "events", "--map", "user_id"], "--map"),
+        (["train", "nowhere", "--out", "model"], "nowhere"),
+        (["refresh", "nowhere", "nowhere", "--store", "store"], "nowhere"),
+        (["graph", "nowhere"], "nowhere"),
+        (["graph", "nowhere", "--ppr"], "--social"),
+        (["graph", "nowhere", "--search", "magic"], "search"),
+        (["retrieve", "nowhere", "nowhere"], "nowhere"),
+        (["evaluate", "nowhere", "--truth", "nowhere.parquet"], "nowhere"),
+        (["inspect", "nowhere"], "nowhere"),
+        (["run"], "configuration"),
+        (["run", "nowhere.yaml"], "nowhere.yaml"),
+        (["refresh", "m", "e", "--store", "s", "--as-of", "yesterday"], "--as-of"),
+        (["profile", "cooking", "m", "e"], "refresh"),
+    ],
+)
+def test_bad_input_is_explained_and_exits_with_2(
+    alure: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    outcome = alure(*words, "--json")
+    assert outcome.code == 2, outcome.err
+    assert complaint in outcome.err
+    assert outcome.json["exit_code"] == 2
+
+
+def test_configuration_errors_name_the_key(alure: CommandLine, tmp_path: Path) -> None:
+    config = tmp_path / "run.yaml"
+    config.write_text("output: out\nmodel: {widht: 64}\ntraining: {steps: -1}\n")
+    outcome = alure("run", config)
+    assert outcome.code == 2
+    assert "model.widht: unknown key" in outcome.err
+    assert "training.steps" in outcome.err
+    config.write_text("output: [")
+    assert alure("run", config).code == 2
+    config.write_text("output: out\n")
+    assert "events.inputs" in alure("run", config).err
+
+
+def test_run_reads_paths_beside_the_file_or_from_data(alure: CommandLine, tmp_path: Path) -> None:
+    log = pa.table(
+        {
+            "user_id": np.repeat(np.arange(40), 6),
+            "timestamp": np.tile(np.arange(6) * 86_400, 40) + 1_700_000_000,
+            "item_id": np.arange(240) % 13,
+        }
+    )
+    (tmp_path / "data").mkdir()
+    pq.write_table(log, tmp_path / "data" / "log.parquet")
+    config = tmp_path / "run.yaml"
+    config.write_text("output: out\nevents: {inputs: [log.parquet]}\ntraining: {steps: 3}\n")
+    assert alure("run", config).code == 2
+    outcome = alure("run", config, "--data", tmp_path / "data", "--json")
+    assert outcome.code == 0, outcome.err
+    assert (tmp_path / "out" / "report.html").exists()
+
+
+def test_schema_is_json(alure: CommandLine) -> None:
+    assert "properties" in json.loads(alure("run", "--schema").out)
+
+
+def test_help_does_not_import_torch() -> None:
+    script = "import sys; import alure.engine.cli; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-P", "-c", script], check=False).returncode == 0
