@@ -8,3 +8,4 @@ from alure.kernels.attention import PositionBias, TimeBias, jagged_attention, po
 from alure.kernels.candidates import Candidates, Engagements, NeighborLists, join_candidates
 from alure.kernels.compression import DotLinearCompression, InteractionCompression, InteractionLayer, compress
 from alure.kernels.encoding import EventEncoder, encode_events
+from alure.kernels.neighbors import assign_clusters, grouped_topk, train_kmeans
