@@ -1,0 +1,47 @@
+"""Interaction compression: k seeds cross-attend to the n vectors, then attend to each other."""
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+
+from alure.kernels.compression.parameters import InteractionCompression, InteractionLayer, check_interaction
+from alure.kernels.compression.reference import rms_norm
+
+
+def compress_interaction(x: Tensor, compression: InteractionCompression, backend: str) -> Tensor:
+    """[B, k, d] of x [B, n, d], before the final normalisation. `backend` is that of the attention."""
+    batch, n, d = x.shape
+    seeds = compression.seeds
+    k = seeds.shape[0]
+    check_interaction(x, compression)
+    of_seeds, of_vectors = _even_offsets(batch, k, x.device), _even_offsets(batch, n, x.device)
+    tokens = seeds.expand(batch, k, d).reshape(batch * k, d)
+    vectors = rms_norm(x.reshape(batch * n, d))
+    for index, layer in enumerate(compression.layers):
+        queries = rms_norm(tokens)
+        keys, key_offsets = (vectors, of_vectors) if index == 0 else (queries, of_seeds)
+        tokens = tokens + _attend(queries, keys, layer, compression.num_heads, of_seeds, key_offsets, backend)
+        h = rms_norm(tokens)
+        tokens = tokens + (F.silu(h @ layer.gate) * (h @ layer.up)) @ layer.down
+    return tokens.view(batch, k, d)
+
+
+def _attend(
+    queries: Tensor,
+    keys: Tensor,
+    layer: InteractionLayer,
+    num_heads: int,
+    query_offsets: Tensor,
+    key_offsets: Tensor,
+    backend: str,
+) -> Tensor:
+    from alure.kernels.attention import jagged_attention
+
+    q = (queries @ layer.query).unflatten(1, (num_heads, -1))
+    k = (keys @ layer.key).unflatten(1, (num_heads, -1))
+    v = (keys @ layer.value).unflatten(1, (num_heads, -1))
+    return jagged_attention(q, k, v, query_offsets, key_offsets, backend=backend).flatten(1) @ layer.output
+
+
+def _even_offsets(batch: int, length: int, device: torch.device) -> Tensor:
+    return torch.arange(batch + 1, device=device) * length
