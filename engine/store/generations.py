@@ -1,0 +1,160 @@
+"""The publication log: a table of a generation is visible once its row is here, all of it at once.
+
+One append publishes. Publications are totally ordered by `sequence`: each is a Delta application transaction of the log
+made against a snapshot that holds the one before, so of two publishers at once one commits and the other looks again.
+"""
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+from deltalake import CommitProperties, Transaction, write_deltalake
+from deltalake.exceptions import CommitFailedError
+
+from alure.engine.errors import AlureError, InputError
+from alure.engine.store.delta import COMMIT_ATTEMPTS, DataTable
+
+TABLES = ("embeddings", "graph", "candidates", "popularity")
+
+LOG_SCHEMA = pa.schema(
+    [
+        ("sequence", pa.int64()),
+        ("generation", pa.string()),
+        ("table", pa.string()),
+        ("name", pa.string()),
+        ("rows", pa.int64()),
+        ("as_of", pa.int64()),
+        ("model", pa.string()),
+        ("published_at", pa.timestamp("us", "UTC")),
+        ("properties", pa.string()),
+        ("write_id", pa.string()),
+    ]
+)
+
+
+@dataclass(frozen=True)
+class Generation:
+    """One published table of one generation. `name`: the graph's or the blend's; "" for embeddings and popularity.
+
+    as_of: unix seconds. model: the digest of the model that made the embeddings. properties: JSON-able (k and d of
+    embeddings, the configuration and figures of the others). `sequence` and `published_at` are given by the log;
+    `write_id` tells the rows of this publication from those of one it replaced.
+    """
+
+    generation: str
+    table: str
+    name: str = ""
+    rows: int = 0
+    as_of: int = 0
+    model: str = ""
+    properties: Mapping[str, Any] = field(default_factory=dict)
+    write_id: str = ""
+    sequence: int = -1
+    published_at: datetime | None = None
+
+    @property
+    def key(self) -> tuple[str, str, str]:
+        return (self.generation, self.table, self.name)
+
+    def same_content(self, other: "Generation") -> bool:
+        mine = (self.key, self.rows, self.as_of, self.model, _canonical(self.properties))
+        return mine == (other.key, other.rows, other.as_of, other.model, _canonical(other.properties))
+
+
+class GenerationLog:
+    def __init__(self, path: Path) -> None:
+        self.log = DataTable(path, partition_by=[])
+
+    def create(self) -> None:
+        self.log.ensure(LOG_SCHEMA)
+
+    def published(self, table: str | None = None) -> list[Generation]:
+        """What is visible, in order of publication: of every (generation, table, name) its newest publication."""
+        newest: dict[tuple[str, str, str], Generation] = {}
+        for row in _read(self.log.open()):
+            newest.pop(row.key, None)
+            newest[row.key] = row
+        return [row for row in newest.values() if table is None or row.table == table]
+
+    def find(self, generation: str, table: str, name: str = "") -> Generation | None:
+        return next((row for row in self.published(table) if row.key == (generation, table, name)), None)
+
+    def publish(self, new: Generation, may_replace: Callable[[Generation | None], bool]) -> Generation:
+        """Append `new`, which makes it visible, unless what is visible already has the same content.
+
+        may_replace: asked, in the very snapshot that the append is made against, whether the present publication of
+        the same key (None: there is none) may give way to `new`.
+        Returns the publication that is visible afterwards. Raises AlureError where another publisher was first.
+        """
+        for _ in range(COMMIT_ATTEMPTS):
+            snapshot = self.log.open()
+            rows = _read(snapshot)
+            present = next((row for row in reversed(rows) if row.key == new.key), None)
+            if not may_replace(present):
+                assert present is not None
+                if present.same_content(new):
+                    return present
+                raise AlureError(
+                    f"generation {new.generation}: {_called(new)} was published meanwhile by another process, with "
+                    "other content; nothing was replaced. Run again to write it anew"
+                )
+            sequence = rows[-1].sequence + 1 if rows else 0
+            row = _to_row(new, sequence)
+            once = CommitProperties(app_transactions=[Transaction("publish", sequence)])
+            try:
+                write_deltalake(snapshot, row, mode="append", commit_properties=once)
+            except CommitFailedError:
+                continue
+            return _from_row(row.to_pylist()[0])
+        raise AlureError(f"{self.log.path}: lost {COMMIT_ATTEMPTS} races to publish {new.generation}; run again")
+
+    def require(self, generation: str | None, table: str, name: str = "") -> Generation:
+        """The publication asked for, or the newest one (None). Raises InputError that lists what there is."""
+        published = self.published(table)
+        of_name = [row for row in published if row.name == name]
+        if generation is None and of_name:
+            return of_name[-1]
+        found = next((row for row in of_name if row.generation == generation), None)
+        if found is not None:
+            return found
+        what = f"{table} {name!r}" if name else table
+        wanted = f"generation {generation!r} of {what}" if generation is not None else f"any generation of {what}"
+        raise InputError(f"{self.log.path.parent}: expected {wanted} to be published; {_listing(published)}")
+
+
+def _listing(published: list[Generation]) -> str:
+    if not published:
+        return "nothing of this table is published yet"
+    shown = [f"{row.generation}{f' ({row.name})' if row.name else ''}" for row in published[-10:]]
+    return f"published: {', '.join(shown)}"
+
+
+def _called(generation: Generation) -> str:
+    return f"{generation.table} {generation.name!r}" if generation.name else generation.table
+
+
+def _canonical(properties: Mapping[str, Any]) -> str:
+    return json.dumps(properties, sort_keys=True)
+
+
+def _read(snapshot: Any) -> list[Generation]:
+    rows = snapshot.to_pyarrow_table().sort_by("sequence").to_pylist()
+    return [_from_row(row) for row in rows]
+
+
+def _from_row(row: dict[str, Any]) -> Generation:
+    return Generation(**{**row, "properties": json.loads(row["properties"])})
+
+
+def _to_row(new: Generation, sequence: int) -> pa.Table:
+    values = {
+        **{name: getattr(new, name) for name in LOG_SCHEMA.names},
+        "sequence": sequence,
+        "published_at": datetime.now(UTC),
+        "properties": _canonical(new.properties),
+    }
+    return pa.Table.from_pylist([values], schema=LOG_SCHEMA)
