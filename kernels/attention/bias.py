@@ -69,7 +69,9 @@ def cyclic_channels(
     q, k is shared by the heads. Times are reduced modulo the period as int64: seconds of this decade in float32 round
     by up to 64 s.
     """
-    assert bias.periods is not None and bias.cosine is not None and bias.sine is not None
+    assert bias.periods is not None
+    assert bias.cosine is not None
+    assert bias.sine is not None
     q_angle = _angle(q_timestamps, bias.periods, dtype)[:, None, :]  # [total_q, 1, P]
     k_angle = _angle(k_timestamps, bias.periods, dtype)  # [total_k, P]
     cosine, sine = bias.cosine.to(dtype), bias.sine.to(dtype)

@@ -98,7 +98,8 @@ def jagged_attention(
         elif time_bias is not None:
             raise ValueError(f"{name}: needed by time_bias; give int64 unix seconds, one a row")
     if time_bias is not None:
-        assert q_timestamps is not None and k_timestamps is not None
+        assert q_timestamps is not None
+        assert k_timestamps is not None
         check_time_bias(time_bias, num_heads, q.device)
         time_table = time_bias.table.to(accumulate)
         if time_bias.periods is not None:

@@ -247,7 +247,8 @@ def _logits(
         logits += _gather(q_cyclic, block.q_rows, qs.dtype) @ channels.transpose(-1, -2)
     time_buckets = position_buckets = None
     if options.time_thresholds is not None and options.time_table is not None:
-        assert q_timestamps is not None and k_timestamps is not None
+        assert q_timestamps is not None
+        assert k_timestamps is not None
         elapsed = q_timestamps[block.q_rows][:, :, None] - k_timestamps[block.k_rows][:, None, :]
         time_buckets = torch.bucketize(elapsed, options.time_thresholds, right=True)
         logits += options.time_table[:, time_buckets].transpose(0, 1)
