@@ -1,0 +1,170 @@
+"""Triton: one program per (list, block of the queries that probe it), its k best keys kept on chip.
+
+    queries [nq, d] float32 · database [nb, d] float32, lists side by side · out [slots, K] int64 keys (scores.py)
+
+A program scores BLOCK_M queries against its list, BLOCK_N rows at a time (tl.dot in full float32), turns scores into
+sortable keys and merges a tile into its K best only where some key beats the query's K-th. The nearest lists go first;
+their K-th keys are where the others start. The programs' results meet in one torch.topk over keys, and the survivors are
+scored exactly.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alure.kernels.neighbors.scores import MISSING, Search, decode, encode, exact_scores
+
+MAX_K = 128  # K keys of BLOCK_M queries live in registers
+BLOCK_M, BLOCK_D = 32, 32
+NUM_WARPS = 4
+SLOT_BYTES = 1 << 28  # keys written by one launch before they are merged
+
+_MISSING = tl.constexpr(MISSING)
+
+
+@triton.jit
+def grouped_topk_kernel(
+    p_queries, p_database, p_bias, p_rank, p_list_offsets,
+    p_pair_query, p_pair_slot, p_block_list, p_block_first, p_block_last,
+    p_floor, p_exclude, p_out, D, FACTOR: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr,
+):  # fmt: skip
+    i_block = tl.program_id(0)
+    i_list = tl.load(p_block_list + i_block)
+    o_pair = tl.load(p_block_first + i_block) + tl.arange(0, BLOCK_M)
+    m_pair = o_pair < tl.load(p_block_last + i_block)
+    i_query = tl.load(p_pair_query + o_pair, mask=m_pair, other=0)
+    b_kth = tl.load(p_floor + i_query, mask=m_pair, other=0)
+    b_exclude = tl.load(p_exclude + i_query, mask=m_pair, other=-1)
+    begin = tl.load(p_list_offsets + i_list)
+    end = tl.load(p_list_offsets + i_list + 1)
+
+    b_best = tl.full([BLOCK_M, K], _MISSING, dtype=tl.int64)
+    for start in range(begin, end, BLOCK_N):
+        o_row = start + tl.arange(0, BLOCK_N)
+        m_row = o_row < end
+        b_score = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
+        for first in range(0, D, BLOCK_D):
+            o_d = first + tl.arange(0, BLOCK_D)
+            m_d = o_d < D
+            b_q = tl.load(p_queries + i_query[:, None] * D + o_d[None, :], mask=m_pair[:, None] & m_d[None, :], other=0.0)
+            b_x = tl.load(p_database + o_row[None, :] * D + o_d[:, None], mask=m_row[None, :] & m_d[:, None], other=0.0)
+            b_score = tl.dot(b_q, b_x, b_score, input_precision="ieee")
+        b_score = b_score * FACTOR + tl.load(p_bias + o_row, mask=m_row, other=0.0)[None, :]
+        b_score = tl.where(b_score == 0, 0.0, b_score)  # −0.0 and 0.0 are one score
+        b_bits = b_score.to(tl.int32, bitcast=True)
+        b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
+        b_rank = tl.load(p_rank + o_row, mask=m_row, other=0)
+        b_key = (b_bits.to(tl.int64) << 32) | (0x7FFFFFFF - b_rank)[None, :]
+        m_key = m_pair[:, None] & m_row[None, :] & (o_row[None, :] != b_exclude[:, None]) & (b_key > b_kth[:, None])
+        b_key = tl.where(m_key, b_key, _MISSING)
+        if tl.max(tl.max(m_key.to(tl.int32), axis=1), axis=0) > 0:
+            b_both = tl.join(b_best, tl.topk(b_key, K))
+            b_best = tl.topk(tl.reshape(b_both, [BLOCK_M, 2 * K]), K)
+            b_kth = tl.maximum(b_kth, tl.min(b_best, axis=1))
+
+    i_slot = tl.load(p_pair_slot + o_pair, mask=m_pair, other=0)
+    o_k = tl.arange(0, K)
+    tl.store(p_out + i_slot[:, None] * K + o_k[None, :], b_best, mask=m_pair[:, None])
+
+
+def _block_n(keep: int) -> int:
+    return max(64, keep)
+
+
+def _aot_case(keep: int) -> tuple[Any, dict[str, str], dict[str, int], dict[str, int]]:
+    signature = {
+        "p_queries": "*fp32", "p_database": "*fp32", "p_bias": "*fp32", "p_rank": "*i64", "p_list_offsets": "*i64",
+        "p_pair_query": "*i64", "p_pair_slot": "*i64", "p_block_list": "*i64", "p_block_first": "*i64",
+        "p_block_last": "*i64", "p_floor": "*i64", "p_exclude": "*i64", "p_out": "*i64", "D": "i32",
+    }  # fmt: skip
+    constants = {"FACTOR": 1, "BLOCK_M": BLOCK_M, "BLOCK_N": _block_n(keep), "BLOCK_D": BLOCK_D, "K": keep}
+    return grouped_topk_kernel, signature, constants, {"num_warps": NUM_WARPS}
+
+
+AHEAD_OF_TIME = [_aot_case(keep) for keep in (2, 16, 64, 128)]
+
+
+def search(task: Search) -> Tensor:
+    """The k best keys of every query, best first, [nq, k] int64 (MISSING where fewer were found)."""
+    keep = triton.next_power_of_2(task.k + 1)  # one more than asked: a swap by rounding at the boundary is put right
+    if keep > MAX_K:
+        raise ValueError(f"k: backend 'triton' keeps at most {MAX_K - 1} neighbours, got {task.k}; use 'reference'")
+    kept = _search_approximately(task, keep)
+    scores, rank = decode(kept)
+    row_of_rank = torch.empty_like(task.rank)
+    row_of_rank[task.rank] = torch.arange(task.rank.numel(), device=task.rank.device)
+    query, place = (rank >= 0).nonzero(as_tuple=True)
+    rank = rank[query, place]
+    exact = exact_scores(task.queries[query], task.database[row_of_rank[rank]], task.metric)
+    kept[query, place] = encode(exact, rank)
+    return kept.sort(dim=1, descending=True).values[:, : task.k]
+
+
+def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tensor, Tensor]:
+    """(D, I) of the nprobe best centroids of every row: a search in one list that holds them all."""
+    keep = triton.next_power_of_2(max(2, nprobe))
+    if keep > MAX_K:
+        raise ValueError(f"nprobe: backend 'triton' keeps at most {MAX_K}, got {nprobe}; use 'reference'")
+    device, count = x.device, centroids.shape[0]
+    none = torch.full((x.shape[0],), -1, dtype=torch.int64, device=device)
+    task = Search(
+        queries=x, database=centroids, list_offsets=torch.tensor([0, count], device=device),
+        probes=torch.zeros((x.shape[0], 1), dtype=torch.int64, device=device),
+        rank=torch.arange(count, device=device), exclude_row=none, k=nprobe, metric=metric,
+    )  # fmt: skip
+    scores, index = decode(_search_approximately(task, keep)[:, :nprobe])
+    if metric == "l2":
+        scores = (x.square().sum(dim=1, keepdim=True) - scores).clamp_(min=0)
+    return scores, index
+
+
+def _search_approximately(task: Search, keep: int) -> Tensor:
+    """The `keep` best keys of every query by the kernel's own scores, [nq, keep]; in l2 they are |q|² − |q − x|²."""
+    device = task.queries.device
+    best = torch.full((task.queries.shape[0], keep), MISSING, dtype=torch.int64, device=device)
+    if task.database.shape[0] == 0:
+        return best
+    if task.metric == "ip":
+        bias = torch.zeros(task.database.shape[0], device=device)
+    else:
+        bias = -task.database.square().sum(dim=1)
+    nprobe = task.probes.shape[1]
+    queries_at_once = max(1, SLOT_BYTES // (8 * keep * max(1, nprobe)))
+    for start in range(0, task.queries.shape[0], queries_at_once):
+        part = slice(start, start + queries_at_once)
+        for first, last in ((0, min(1, nprobe)), (1, nprobe)):
+            if first < last:
+                found = _launch(task, bias, part, task.probes[part, first:last], best[part])
+                best[part] = torch.cat([best[part], found], dim=1).topk(keep, dim=1).values
+    return best
+
+
+def _launch(task: Search, bias: Tensor, part: slice, probes: Tensor, best: Tensor) -> Tensor:
+    """Search the given probes of the queries in `part`; [queries, probes · K] keys that beat `best`'s last."""
+    device, keep = probes.device, best.shape[1]
+    num_queries, width = probes.shape
+    nlist = task.list_offsets.numel() - 1
+    slots = probes.reshape(-1).argsort(stable=True)  # (query, probe) pairs by list; the −1s come first
+    counts = torch.bincount(probes.reshape(-1) + 1, minlength=nlist + 1)
+    pair_begin = counts.cumsum(0) - counts
+    blocks = (counts[1:] + BLOCK_M - 1) // BLOCK_M
+    block_list = torch.repeat_interleave(torch.arange(nlist, device=device), blocks)
+    within = torch.arange(block_list.numel(), device=device) - (blocks.cumsum(0) - blocks)[block_list]
+    block_first = pair_begin[1:][block_list] + within * BLOCK_M
+    block_last = (pair_begin + counts)[1:][block_list]
+    out = torch.full((num_queries, width * keep), MISSING, dtype=torch.int64, device=device)
+    if block_list.numel() == 0:
+        return out
+    queries = task.queries[part]
+    grouped_topk_kernel[(block_list.numel(),)](
+        queries, task.database, bias, task.rank, task.list_offsets,
+        slots // width, slots, block_list, block_first, block_last,
+        best[:, -1].contiguous(), task.exclude_row[part], out, queries.shape[1],
+        FACTOR=1 if task.metric == "ip" else 2,
+        BLOCK_M=BLOCK_M, BLOCK_N=_block_n(keep), BLOCK_D=BLOCK_D, K=keep, num_warps=NUM_WARPS,
+    )  # fmt: skip
+    return out
