@@ -1,0 +1,51 @@
+"""Runs suites under pytest-benchmark, prints the race, appends JSON lines."""
+
+import argparse
+import json
+import sys
+import tempfile
+from pathlib import Path
+
+from alure.bench import SUITES
+from alure.bench.report import append_lines, read_rows, render
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(prog="alure bench", description="Race the kernels and stages beside their peers.")
+    parser.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "all"])
+    parser.add_argument("--quick", action="store_true", help="small sizes, fewer rounds")
+    parser.add_argument("--out", type=Path, help="append the results here as JSON lines")
+    parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
+    options = parser.parse_args()
+    try:
+        import pytest
+        import pytest_benchmark  # noqa: F401
+    except ModuleNotFoundError:
+        print('alure bench: needs pytest-benchmark; install it (pip install "alure[dev]")', file=sys.stderr)
+        return 2
+
+    home = Path(__file__).resolve().parent
+    chosen = SUITES if options.suite == "all" else (options.suite,)
+    with tempfile.TemporaryDirectory() as folder:
+        results = Path(folder) / "results.json"
+        words = [str(home / f"{suite}.py") for suite in chosen]
+        words += [f"--rootdir={home}", "-c", str(home / "pytest.ini"), "-q", "-p", "no:cacheprovider"]
+        words += [
+            f"--benchmark-json={results}",
+            "--benchmark-disable-gc",
+            "--benchmark-quiet",
+            "--benchmark-columns=median",
+        ]
+        words += ["--quick"] if options.quick else []
+        code = int(pytest.main(words))
+        rows = read_rows(results) if results.exists() and results.stat().st_size else []
+    print(render(rows))
+    if options.out:
+        append_lines(rows, options.out)
+    if options.json:
+        print(json.dumps({"suites": list(chosen), "passed": code == 0, "results": rows}))
+    return 1 if code else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
