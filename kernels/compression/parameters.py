@@ -95,8 +95,8 @@ def check_dot_linear(x: Tensor, c: DotLinearCompression) -> None:
     """Raise unless the parameters fit x and each other."""
     n, d = x.shape[1:]
     if c.linear.dim() != 2 or c.mix.dim() != 2 or c.hidden_bias.dim() != 1:
-        shapes = [list(t.shape) for t in (c.linear, c.mix, c.hidden_bias)]
-        raise ValueError(f"linear, mix, hidden_bias: expected shapes [k, n], [n, r], [h], got {shapes}")
+        found = [list(t.shape) for t in (c.linear, c.mix, c.hidden_bias)]
+        raise ValueError(f"linear, mix, hidden_bias: expected shapes [k, n], [n, r], [h], got {found}")
     k, r, h = c.linear.shape[0], c.mix.shape[1], c.hidden_bias.shape[0]
     shapes = {
         "linear": (c.linear, (k, n)),

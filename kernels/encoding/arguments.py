@@ -104,7 +104,7 @@ def check_values(num_rows: int, events: EventColumns, periods: Tensor) -> None:
     total = events.ids.shape[0]
     check_offsets(events.offsets, total)
     check_timestamps(events.timestamps, events.offsets, total)
-    ranges = {
+    ranges: dict[str, tuple[Tensor | None, int, int, str]] = {
         "ids": (events.ids, -1, num_rows - 1, "hash or map ids into the table's rows; -1 stands for a missing one"),
         "timestamps": (events.timestamps, -FARTHEST, FARTHEST, "use unix seconds"),
         "reference_times": (events.reference_times, -FARTHEST, FARTHEST, "use unix seconds"),

@@ -68,12 +68,11 @@ def _flatten(events: EventColumns, encoder: EventEncoder) -> tuple[Any, ...]:
     e, w = events, encoder
     columns = (e.ids, e.offsets, e.timestamps, e.reference_times, e.counts, e.dense, e.utc_offsets)
     tensors = (w.id_weight, w.time_weight, w.bias, w.position_table, w.frequency_table, w.periods, w.phases)
-    return (*columns, *tensors, w.dense_weight, w.tau)
+    return (*columns, *tensors, w.tau, w.dense_weight)
 
 
 def _gather(flat: tuple[Any, ...]) -> tuple[EventColumns, EventEncoder]:
-    *tensors, dense_weight, tau = flat[7:]
-    return EventColumns(*flat[:7]), EventEncoder(*tensors, tau=tau, dense_weight=dense_weight)
+    return EventColumns(*flat[:7]), EventEncoder(*flat[7:])
 
 
 @torch.library.custom_op("alure::encode_events", mutates_args=())
@@ -93,13 +92,13 @@ def _encode(
     frequency_table: Tensor,
     periods: Tensor,
     phases: Tensor,
-    dense_weight: Tensor | None,
     tau: float,
+    dense_weight: Tensor | None,
     backend: str,
 ) -> Tensor:
-    columns = (ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
-    tensors = (id_weight, time_weight, bias, position_table, frequency_table, periods, phases)
-    events, encoder = _gather((*columns, *tensors, dense_weight, tau))
+    events = EventColumns(ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
+    tables = (position_table, frequency_table)
+    encoder = EventEncoder(id_weight, time_weight, bias, *tables, periods, phases, tau, dense_weight)
     check_arguments(table, events, encoder)
     check_values(table.shape[0], events, periods)
     if backend == "triton":
@@ -133,13 +132,13 @@ def _encode_backward(
     frequency_table: Tensor,
     periods: Tensor,
     phases: Tensor,
-    dense_weight: Tensor | None,
     tau: float,
+    dense_weight: Tensor | None,
     wants_dense: bool,
 ) -> list[Tensor]:
-    columns = (ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
-    tensors = (id_weight, time_weight, bias, position_table, frequency_table, periods, phases)
-    events, encoder = _gather((*columns, *tensors, dense_weight, tau))
+    events = EventColumns(ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
+    tables = (position_table, frequency_table)
+    encoder = EventEncoder(id_weight, time_weight, bias, *tables, periods, phases, tau, dense_weight)
     return list(reference.encode_events_backward(grad, table, events, encoder, wants_dense))
 
 
@@ -164,17 +163,17 @@ def _(grad: Tensor, table: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.tau, _ = inputs
-    ctx.save_for_backward(*tensors)
+    *tensors, ctx.tau, dense_weight, _ = inputs
+    ctx.save_for_backward(*tensors, dense_weight)
     ctx.wants_dense = inputs[6] is not None and ctx.needs_input_grad[6]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    table, *flat = ctx.saved_tensors
-    g = reference.Gradients(*_encode_backward(grad, table, *flat, ctx.tau, ctx.wants_dense))
+    *tensors, dense_weight = ctx.saved_tensors
+    g = reference.Gradients(*_encode_backward(grad, *tensors, ctx.tau, dense_weight, ctx.wants_dense))
     weights = (g.id_weight, g.time_weight, g.bias, g.position_table, g.frequency_table, None, g.phases)
-    dense_weight = None if flat[-1] is None else g.dense_weight
-    return (g.table, *[None] * 5, g.dense if ctx.wants_dense else None, None, *weights, dense_weight, None, None)
+    columns = (*[None] * 5, g.dense if ctx.wants_dense else None, None)
+    return (g.table, *columns, *weights, None, None if dense_weight is None else g.dense_weight, None)
 
 
 _encode.register_autograd(_backward, setup_context=_setup_context)

@@ -10,6 +10,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from alure.kernels.encoding.arguments import EventColumns, EventEncoder
 from alure.kernels.jagged import segment_ids
@@ -46,11 +47,13 @@ def encode_events(table: Tensor, events: EventColumns, encoder: EventEncoder) ->
     weight, bias = _fused_weight(encoder, compute), encoder.bias.to(compute)
     out = table.new_empty(events.ids.shape[0], encoder.bias.numel())
     for block in _blocks(table, events, encoder):
-        y = torch.addmm(bias, block.features, weight)
-        y += encoder.position_table[block.positions]
+        y = out[block.rows] if out.dtype == compute else torch.empty_like(out[block.rows], dtype=compute)
+        torch.addmm(bias, block.features, weight, out=y)
+        y += F.embedding(block.positions, encoder.position_table)
         if block.frequencies is not None:
-            y += encoder.frequency_table[block.frequencies]
-        out[block.rows] = y
+            y += F.embedding(block.frequencies, encoder.frequency_table)
+        if out.dtype != compute:
+            out[block.rows] = y
     return out
 
 
@@ -134,8 +137,8 @@ def _block(table: Tensor, events: EventColumns, encoder: EventEncoder, rows: sli
 
     ids = events.ids[rows]
     # missing ids read row 0 and are then zeroed; a table without rows has only missing ids
-    found = table[ids.clamp_min(0)] if table.shape[0] else table.new_zeros(*ids.shape, table.shape[1])
-    found = found.masked_fill((ids < 0)[..., None], 0).flatten(1)
+    found = F.embedding(ids.clamp_min(0), table) if table.shape[0] else table.new_empty(*ids.shape, table.shape[1])
+    found = found.masked_fill_((ids < 0)[..., None], 0).flatten(1)
     dense = [] if events.dense is None else [events.dense[rows].to(compute)]
     features = torch.cat([found.to(compute), *dense, decay, angle.sin(), angle.cos()], 1)
 
