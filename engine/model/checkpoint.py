@@ -1,0 +1,144 @@
+"""A checkpoint folder: model.safetensors (`user.*`, `ads.*`, `heads.*`), config.json, metrics.json. No pickle.
+
+config.json holds the SHA-256 of the tensors' file and is written after it, so a half-written, truncated or altered
+checkpoint is told from a whole one.
+"""
+
+import hashlib
+import json
+import os
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, ValidationError
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from alure.engine.config import ModelConfig
+from alure.engine.errors import InputError
+from alure.engine.model.schema import EventSchema
+
+FORMAT_VERSION = 1
+TENSORS, CONFIG, METRICS = "model.safetensors", "config.json", "metrics.json"
+
+
+class CheckpointConfig(BaseModel):
+    """config.json."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True)
+
+    format_version: int = FORMAT_VERSION
+    model: ModelConfig
+    events: EventSchema
+    tasks: tuple[str, ...] = ()
+    step: int = 0
+    sha256: str
+
+    @classmethod
+    def read(cls, folder: Path) -> "CheckpointConfig":
+        path = folder / CONFIG
+        if not folder.is_dir():
+            raise InputError(f"model: {folder} does not exist; make it with `alure train EVENTS --out {folder}`")
+        if not path.is_file():
+            raise InputError(f"model: {folder} has no {CONFIG}, so it is not a checkpoint of `alure train`")
+        try:
+            data = json.loads(path.read_text())
+            version = data.get("format_version") if isinstance(data, dict) else None
+            if version != FORMAT_VERSION:
+                raise InputError(
+                    f"model: {path} has format version {version}, expected {FORMAT_VERSION}; train it again"
+                )
+            return cls.model_validate(data)
+        except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
+            raise InputError(f"model: {path} is damaged ({error}); restore it or train the model again") from None
+
+
+def save_checkpoint(folder: Path, module: nn.Module, config: CheckpointConfig, metrics: dict[str, Any]) -> None:
+    """Write `module`'s state; `config.sha256` is filled in. Every file is replaced whole, config.json last."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
+    temporary = folder / f"{TENSORS}.tmp"
+    save_file(tensors, temporary)
+    sha256 = _sha256(temporary)
+    _publish(temporary, folder / TENSORS)
+    _write_json(folder / METRICS, metrics)
+    _write_json(folder / CONFIG, config.model_copy(update={"sha256": sha256}).model_dump(mode="json"))
+
+
+def read_checkpoint(
+    folder: Path, part: Literal["user", "ads", "heads", ""] = ""
+) -> tuple[CheckpointConfig, dict[str, Tensor]]:
+    """The configuration and one part's tensors, without its prefix; where part is "", all tensors under full names."""
+    config = CheckpointConfig.read(folder)
+    path = folder / TENSORS
+    if not path.is_file():
+        raise InputError(f"model: {path} is missing; restore it or train the model again")
+    found = _sha256(path)
+    if found != config.sha256:
+        raise InputError(
+            f"model: {path} is damaged: expected SHA-256 {config.sha256[:16]}… as in {CONFIG}, got {found[:16]}…; "
+            "the file was truncated or altered, restore it or train the model again"
+        )
+    prefix = f"{part}." if part else ""
+    try:
+        with safe_open(path, framework="pt") as file:
+            names = [name for name in file.keys() if name.startswith(prefix)]  # noqa: SIM118 (not a dict)
+            return config, {name.removeprefix(prefix): file.get_tensor(name) for name in names}
+    except SafetensorError as error:
+        raise InputError(f"model: {path} is not a safetensors file ({error}); train the model again") from None
+
+
+def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
+    """Load `tensors` into `module`; InputError names every tensor that is missing, unknown or of another shape."""
+    expected = module.state_dict()
+    missing, unknown = sorted(expected.keys() - tensors.keys()), sorted(tensors.keys() - expected.keys())
+    problems = [f"{name}: expected {list(expected[name].shape)}, missing" for name in missing]
+    problems += [f"{name}: not a tensor of this configuration" for name in unknown]
+    for name in sorted(expected.keys() & tensors.keys()):
+        want, got = expected[name], tensors[name]
+        if want.shape != got.shape or want.dtype != got.dtype:
+            problems.append(f"{name}: expected {want.dtype} {list(want.shape)}, got {got.dtype} {list(got.shape)}")
+    if problems:
+        listed = "\n  ".join(problems[:12] + ([f"… and {len(problems) - 12} more"] if len(problems) > 12 else []))
+        raise InputError(f"{what}: its tensors do not fit the configuration:\n  {listed}")
+    module.load_state_dict(tensors)
+
+
+def model_digest(folder: Path | str) -> str:
+    """What tells one trained model from another, 64 hex digits: of its tensors, configuration and schema."""
+    config = CheckpointConfig.read(Path(folder))
+    identity = config.model_dump(mode="json", exclude={"step"})
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
+
+def describe_differences(mine: BaseModel, theirs: BaseModel, what: str) -> list[str]:
+    """Lines naming the fields in which two configurations differ."""
+    return [
+        f"{what}.{name}: {getattr(theirs, name)!r} in the checkpoint, {getattr(mine, name)!r} here"
+        for name in type(mine).model_fields
+        if getattr(mine, name) != getattr(theirs, name)
+    ]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _write_json(path: Path, data: Any) -> None:
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(data, indent=1) + "\n")
+    _publish(temporary, path)
+
+
+def _publish(temporary: Path, path: Path) -> None:
+    """Rename into place once the bytes, and then the name, are on disk."""
+    with temporary.open("rb+") as file:
+        os.fsync(file.fileno())
+    temporary.replace(path)
+    folder = os.open(path.parent, os.O_RDONLY)
+    try:
+        os.fsync(folder)
+    finally:
+        os.close(folder)

@@ -1,0 +1,46 @@
+"""The n pooled vectors of a user to k embeddings: the two forms of `alure.kernels.compress` as modules."""
+
+import dataclasses
+
+from torch import Tensor, nn
+
+from alure.engine.config import ModelConfig
+from alure.kernels.compression import DotLinearCompression, InteractionCompression, compress
+from alure.kernels.compression.parameters import InteractionLayer
+
+
+class DotLinear(nn.Module):
+    """Z = W_L X beside gated products X(XᵀY)."""
+
+    def __init__(self, config: ModelConfig, n: int) -> None:
+        super().__init__()
+        d, k = config.width, config.num_embeddings
+        start = DotLinearCompression.initialize(n, d, k, config.compression_rank, hidden=2 * d)
+        self.tensors = nn.ParameterDict({f.name: getattr(start, f.name) for f in dataclasses.fields(start)})
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n, d] → [B, k, d], each embedding of length 1."""
+        return compress(x, DotLinearCompression(**self.tensors))
+
+
+class Interaction(nn.Module):
+    """k seeds attend to the n vectors, then to each other."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        start = InteractionCompression.initialize(config.width, config.num_embeddings, config.heads)
+        self.heads = config.heads
+        self.seeds = nn.Parameter(start.seeds)
+        self.layers = nn.ModuleList(
+            nn.ParameterDict({f.name: getattr(layer, f.name) for f in dataclasses.fields(layer)})
+            for layer in start.layers
+        )
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[B, n, d] → [B, k, d], each embedding of length 1."""
+        layers = tuple(InteractionLayer(**dict(layer.items())) for layer in self.layers)  # type: ignore[operator]
+        return compress(x, InteractionCompression(self.seeds, layers, self.heads))
+
+
+def make_compression(config: ModelConfig, n: int) -> DotLinear | Interaction:
+    return DotLinear(config, n) if config.compression == "dot_linear" else Interaction(config)

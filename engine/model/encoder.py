@@ -1,0 +1,57 @@
+"""CFEE of one source: hashed attributes, content vectors, position, frequency, decay and cycles become tokens."""
+
+import torch
+from torch import Tensor, nn
+
+from alure.engine.config import ModelConfig
+from alure.engine.events import EventSequence
+from alure.kernels.encoding import EventEncoder, encode_events
+
+TAU = 3_600.0  # seconds, unit of age and gap inside the logarithm
+FREQUENCY_ROWS = 16  # log2 buckets of occurrences: the last one starts at 2^15
+
+
+class SourceEncoder(nn.Module):
+    """The parameters of `alure.kernels.encode_events` for one source; the embedding table is shared and passed in."""
+
+    periods: Tensor
+
+    def __init__(self, config: ModelConfig, num_attributes: int, dense_dim: int) -> None:
+        super().__init__()
+        width, num_periods = config.width, len(config.periods)
+        # table rows have length ~1, so the attributes' sum has variance ~1 a channel
+        self.id_weight = nn.Parameter(torch.randn(num_attributes, config.attribute_width, width) * num_attributes**-0.5)
+        self.dense_weight = nn.Parameter(torch.randn(dense_dim, width) * dense_dim**-0.5) if dense_dim else None
+        self.time_weight = nn.Parameter(torch.randn(2 + 2 * num_periods, width) * 0.05)
+        self.bias = nn.Parameter(torch.zeros(width))
+        self.position_table = nn.Parameter(torch.randn(config.max_position, width) * 0.05)
+        self.frequency_table = nn.Parameter(torch.randn(FREQUENCY_ROWS, width) * 0.05)
+        self.phases = nn.Parameter(torch.zeros(num_periods))
+        self.register_buffer("periods", torch.tensor(config.periods, dtype=torch.int64), persistent=False)
+
+    def forward(
+        self, rows: Tensor, table: Tensor, dense: Tensor | None, sequence: EventSequence, reference_times: Tensor
+    ) -> Tensor:
+        """rows [n, A] of `table`; dense [n, dense_dim]; reference_times int64 [B] → tokens [n, width]."""
+        encoder = EventEncoder(
+            id_weight=self.id_weight,
+            dense_weight=self.dense_weight,
+            time_weight=self.time_weight,
+            bias=self.bias,
+            position_table=self.position_table,
+            frequency_table=self.frequency_table,
+            periods=self.periods,
+            phases=self.phases,
+            tau=TAU,
+        )
+        return encode_events(
+            rows,
+            table,
+            sequence.offsets,
+            sequence.timestamps,
+            reference_times,
+            encoder,
+            counts=sequence.counts,
+            dense=dense,
+            utc_offsets=sequence.utc_offsets,
+        )
