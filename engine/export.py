@@ -74,10 +74,10 @@ def write_table(table: pa.Table, path: Path, to: str) -> None:
 
 
 def export_vectors(store: EmbeddingStore, generation: str, out: Path, to: str) -> dict[str, int]:
-    table = store.read_embeddings(generation)
-    pq.write_table(table.select(["user_id", "country"]), out / "user_ids.parquet")
-    lists = table["embedding"].combine_chunks()
-    vectors = pc.list_flatten(lists).to_numpy(zero_copy_only=False).reshape(len(lists), -1).astype(np.float32)
+    matrix = store.read_matrix(generation)
+    vectors = matrix.values
+    users = pa.table({"user_id": matrix.user_ids, "country": matrix.countries})
+    pq.write_table(users, out / "user_ids.parquet")
     if to == "npy":
         np.save(out / "embeddings.npy", vectors, allow_pickle=False)
         return {"embeddings.npy": len(vectors), "user_ids.parquet": len(vectors)}

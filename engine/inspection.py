@@ -66,11 +66,11 @@ TABLES = ("embeddings", "graph", "candidates", "popularity")
 
 def embedding_quality(store: EmbeddingStore, generation: str, sample: int = 2000) -> dict[str, float]:
     """How far the vectors spread: the mean cosine of random pairs (1 = collapsed) and the effective dimension."""
-    lists = store.read_embeddings(generation)["embedding"].combine_chunks()
-    if len(lists) < 2:
+    values = store.read_matrix(generation).values
+    if len(values) < 2:
         return {}
-    rows = np.random.default_rng(0).permutation(len(lists))[:sample]
-    vectors = np.stack(lists.take(pa.array(rows)).to_numpy(zero_copy_only=False)).astype(np.float64)
+    rows = np.random.default_rng(0).permutation(len(values))[:sample]
+    vectors = values[rows].astype(np.float64)
     vectors /= np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-12)
     half = len(vectors) // 2
     spectrum = np.linalg.svd(vectors - vectors.mean(0), compute_uv=False) ** 2
@@ -83,12 +83,9 @@ def embedding_quality(store: EmbeddingStore, generation: str, sample: int = 2000
 def user_in_store(store: EmbeddingStore, user: str) -> dict[str, Any]:
     """Neighbours and best candidates of one user in the newest generation."""
     generation = store.latest("embeddings").generation
-    embeddings = store.read_embeddings(generation)
-    key = typed_id(embeddings["user_id"].type, user)
-    mine = embeddings.filter(pc.equal(embeddings["user_id"], key))
-    if not mine.num_rows:
-        raise InputError(f"--user: {user} has no embedding in generation {generation} of {store.path}")
-    story: dict[str, Any] = {name: mine[name][0].as_py() for name in mine.column_names if name != "embedding"}
+    key = typed_id(store.read_matrix(generation).user_ids.type, user)
+    story: dict[str, Any] = store.read_user(key, generation)
+    del story["embedding"]
     for kind, read in (("graph", store.read_graph), ("candidates", store.read_candidates)):
         for published in store.generations(kind):
             if published.generation == generation:

@@ -175,7 +175,9 @@ def write_holdout(events: Events, as_of: int, path: Path) -> Path:
 
 def blends(config: Config, store: EmbeddingStore) -> list[list[str]]:
     """The candidate sets that are compared: each graph alone, the other graphs together, and all of them."""
-    present = [name for name in config.retrieval.graphs if store.generations("graph", name)]
+    newest = store.latest("embeddings").generation
+    published = {graph.name for graph in store.generations("graph") if graph.generation == newest}
+    present = [name for name in config.retrieval.graphs if name in published]
     others = [name for name in present if name != "alure"]
     sets = [[name] for name in present]
     if len(others) > 1:
