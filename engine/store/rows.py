@@ -1,0 +1,81 @@
+"""Rows on their way into the store: one schema, ids of int64 or string, and the checks every unit passes."""
+
+from collections.abc import Mapping
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+EMBEDDING_COLUMNS = ["user_id", "country", "generation", "embedding", "as_of", "model", "num_events", "refreshed_at"]
+FLOATS, STRINGS = pa.list_(pa.float32()), pa.list_(pa.string())
+
+
+def embedding_schema(ids: pa.DataType) -> pa.Schema:
+    types = {"user_id": ids, "embedding": FLOATS, "as_of": pa.int64(), "num_events": pa.int64()}
+    types["refreshed_at"] = pa.timestamp("us", "UTC")
+    return pa.schema([(name, types.get(name, pa.string())) for name in EMBEDDING_COLUMNS])
+
+
+def id_type(rows: pa.RecordBatch | pa.Table, column: str) -> pa.DataType:
+    """int64 or string: the type of an id column, or of the elements of a column of id lists."""
+    if column not in rows.schema.names:
+        raise ValueError(f"expected a column {column}, got {', '.join(rows.schema.names)}")
+    kind = rows.schema.field(column).type
+    if pa.types.is_list(kind) or pa.types.is_large_list(kind):
+        kind = kind.value_type
+    if pa.types.is_integer(kind):
+        return pa.int64()
+    if pa.types.is_string(kind) or pa.types.is_large_string(kind):
+        return pa.string()
+    raise ValueError(f"{column}: expected ids of type int64 or string, got {kind}")
+
+
+def conform(rows: pa.RecordBatch | pa.Table, schema: pa.Schema, constants: Mapping[str, str]) -> pa.Table:
+    """`rows` with exactly the columns of `schema`, `constants` filled in. Raises ValueError on a missing column."""
+    columns = []
+    for wanted in schema:
+        if wanted.name in constants:
+            columns.append(pa.repeat(constants[wanted.name], rows.num_rows).cast(wanted.type))
+        elif wanted.name in rows.schema.names:
+            column = rows.column(wanted.name)
+            columns.append(column if column.type == wanted.type else column.cast(wanted.type))
+        else:
+            raise ValueError(f"expected a column {wanted.name}, got {', '.join(rows.schema.names)}")
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def check_unit(rows: pa.Table, unit: str) -> None:
+    """Raise ValueError unless the rows have no nulls, one model and one width, each user once, and a country each."""
+    for name in EMBEDDING_COLUMNS:
+        if rows[name].null_count:
+            raise ValueError(f"unit {unit}: expected no nulls in {name}, got {rows[name].null_count}")
+    if not len(rows):
+        return
+    for name, found in (
+        ("model", pc.unique(rows["model"])),
+        ("width of embedding", pc.unique(pc.list_value_length(rows["embedding"]))),
+    ):
+        if len(found) > 1:
+            raise ValueError(f"unit {unit}: expected one {name}, got {found.to_pylist()}")
+    repeated = len(rows) - len(pc.unique(rows["user_id"]))
+    if repeated:
+        raise ValueError(f"unit {unit}: expected each user once, got {repeated} more rows")
+    if pc.any(pc.equal(rows["country"], "")).as_py():
+        raise ValueError(f"unit {unit}: expected every user to have a country, got an empty name")
+
+
+def flat(lists: pa.Array) -> np.ndarray:
+    """The values of a list array end to end."""
+    return lists.flatten().to_numpy(zero_copy_only=False)
+
+
+def in_order(rows: pa.Table) -> pa.Table:
+    """`rows` sorted by (country, user_id)."""
+    order = order_of(rows)
+    return rows if order is None else rows.take(order)
+
+
+def order_of(rows: pa.Table) -> np.ndarray | None:
+    """What sorts `rows` by (country, user_id); None where they are sorted, as one writer leaves them."""
+    order = pc.sort_indices(rows, sort_keys=[("country", "ascending"), ("user_id", "ascending")]).to_numpy()
+    return order if (order[1:] < order[:-1]).any() else None
