@@ -25,17 +25,18 @@ def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: i
     events = Events.open(events_path)
     if not events.manifest.num_users:
         raise InputError(f"profile: {events_path} has no users")
-    model = UserModel.load(model_path).to(device).eval()
+    model = UserModel.load(model_path).to(device)
+    catalog = model.catalog(events)
     users = np.sort(np.random.default_rng(0).permutation(events.manifest.num_users)[:num_users])
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
     with torch.inference_mode():
-        model(events.batch(users[:64], events.manifest.last_timestamp).to(device), events.items)  # warm-up
+        model(events.batch(users[:64], events.manifest.last_timestamp).to(device), catalog)  # warm-up
         started = time.perf_counter()
         with profile(activities=activities, with_flops=True) as trace:
             with record_function("alure.read"):
                 batch = events.batch(users, events.manifest.last_timestamp).to(device)
             with record_function("alure.embed"):
-                model(batch, events.items)
+                model(batch, catalog)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
         seconds = time.perf_counter() - started
