@@ -7,6 +7,7 @@ offer, an auction on affinity and appeal), in the truth period as before it.
 from dataclasses import dataclass
 
 import numpy as np
+
 from alure.engine.world.catalogue import DAYS, KINDS, Catalogue
 from alure.engine.world.people import COUNTRIES, PEAKS, People
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+
 from alure.engine.errors import InputError
 from alure.engine.world.behaviour import EVENT_TYPES, SOURCES, Log, simulate
 from alure.engine.world.catalogue import DAYS, KINDS, Catalogue, build_catalogue

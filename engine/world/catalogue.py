@@ -7,6 +7,7 @@ around their account. `dense` content vectors are noisy, rotated views of an ite
 from dataclasses import dataclass
 
 import numpy as np
+
 from alure.engine.world.names import (
     BRAND_FIRST,
     BRAND_SECOND,

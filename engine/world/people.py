@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 import numpy as np
+
 from alure.engine.world.catalogue import DAYS, LATENT, Catalogue, unit
 
 COUNTRIES = ("US", "IN", "BR", "DE", "JP", "NZ")

@@ -220,13 +220,7 @@ def write_truth(
     path: Path, rows: list[tuple], names: tuple[str, ...] = ("user_id", "item_id", "timestamp", "event_type")
 ) -> Path:
     columns = {name: [row[i] for row in rows] for i, name in enumerate(names)}
-    kinds = {
-        "user_id": pa.int64(),
-        "item_id": pa.int64(),
-        "item": pa.int64(),
-        "timestamp": pa.int64(),
-        "event_type": pa.string(),
-    }
+    kinds = {"user_id": pa.int64(), "item_id": pa.int64(), "item": pa.int64(), "timestamp": pa.int64()}
     pq.write_table(pa.table({n: pa.array(v, kinds.get(n, pa.string())) for n, v in columns.items()}), path)
     return path
 
