@@ -11,7 +11,7 @@ STORE/quarantine    rows that were refused, and why
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import pyarrow as pa
@@ -33,7 +33,7 @@ from alure.engine.store.rows import (
 )
 from alure.engine.store.whole import WholeTable, as_ids
 
-Rows = pa.RecordBatch | pa.Table
+Rows: TypeAlias = pa.RecordBatch | pa.Table
 
 
 @dataclass(frozen=True)
@@ -100,6 +100,11 @@ class EmbeddingStore:
         snapshot = self.embeddings.open()
         return {unit for unit in units if snapshot.transaction_version(_unit_key(generation, unit)) is not None}
 
+    def count_written(self, generation: str, *, as_of: int | None = None) -> int:
+        """Rows of a generation, published or not; `as_of`: only those made for this time."""
+        where = _of(generation) if as_of is None else _of(generation) & (ds.field("as_of") == as_of)
+        return self.embeddings.count(where) if self.embeddings.exists() else 0
+
     def publish(self, new: Generation) -> Generation:
         """Make a generation's embeddings visible. Publishing the same again changes nothing.
 
@@ -121,7 +126,7 @@ class EmbeddingStore:
         return self.log.publish(new, may_replace=lambda present: present is None)
 
     def _check_written(self, new: Generation) -> None:
-        rows = self.embeddings.count(_of(new.generation)) if self.embeddings.exists() else 0
+        rows = self.count_written(new.generation)
         if rows != new.rows:
             raise AlureError(
                 f"generation {new.generation}: expected {new.rows:,} rows before publishing, found {rows:,}"
