@@ -99,7 +99,7 @@ def search(task: Search) -> Tensor:
     row_of_rank[task.rank] = torch.arange(task.rank.numel(), device=task.rank.device)
     query, place = (rank >= 0).nonzero(as_tuple=True)
     rank = rank[query, place]
-    exact = exact_scores(task.queries[query], task.database[row_of_rank[rank]], task.metric)
+    exact = exact_scores(task.queries, query, task.database, row_of_rank[rank], task.metric)
     kept[query, place] = encode(exact, rank)
     return kept.sort(dim=1, descending=True).values[:, : task.k]
 

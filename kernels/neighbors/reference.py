@@ -20,37 +20,42 @@ PENDING = 1 << 20  # nominees held before they are merged: 16 MiB
 class RunningTopK:
     """The k best keys of each query so far, and `floor`: no score below it can still enter them."""
 
-    def __init__(self, num_queries: int, k: int, device: torch.device) -> None:
-        self.k = k
-        self.keys = torch.full((num_queries, k), MISSING, dtype=torch.int64, device=device)  # best first
-        self.floor = torch.full((num_queries,), -torch.inf, device=device)
+    def __init__(self, task: Search, queries: Tensor) -> None:
+        count, device = queries.shape[0], queries.device
+        self.task, self.queries = task, queries
+        self.keys = torch.full((count, task.k), MISSING, dtype=torch.int64, device=device)  # best first
+        self.floor = torch.full((count,), -torch.inf, device=device)
         self.pending: list[tuple[Tensor, Tensor]] = []
         self.num_pending = 0
 
-    def offer(self, queries: Tensor, keys: Tensor) -> None:
-        better = keys > self.keys[queries, -1]
-        self.pending.append((queries[better], keys[better]))
-        self.num_pending += self.pending[-1][0].numel()
+    def offer(self, queries: Tensor, rows: Tensor) -> None:
+        """Nominate pairs of a query and a database row, each pair once."""
+        self.pending.append((queries, rows))
+        self.num_pending += queries.numel()
         if self.num_pending >= PENDING:
             self.merge()
 
     def merge(self) -> None:
         if self.num_pending == 0:
             return
-        queries = torch.cat([q for q, _ in self.pending])
-        keys = torch.cat([key for _, key in self.pending])
+        queries = torch.cat([query for query, _ in self.pending])
+        rows = torch.cat([row for _, row in self.pending])
         self.pending, self.num_pending = [], 0
+        keys = encode(exact_scores(self.queries, queries, self.task.database, rows, self.task.metric), self.task.rank[rows])
+        better = keys > self.keys[queries, -1]
+        queries, keys = queries[better], keys[better]
         keys, by_key = keys.sort(descending=True)
         queries, by_query = queries[by_key].sort(stable=True)
         keys = keys[by_query]
         touched, counts = queries.unique_consecutive(return_counts=True)
         group = torch.repeat_interleave(torch.arange(touched.numel(), device=keys.device), counts)
         place = torch.arange(keys.numel(), device=keys.device) - (counts.cumsum(0) - counts)[group]
-        kept = place < self.k
-        best = torch.full((touched.numel(), 2 * self.k), MISSING, dtype=torch.int64, device=keys.device)
-        best[:, : self.k] = self.keys[touched]
-        best[group[kept], self.k + place[kept]] = keys[kept]
-        self.keys[touched] = best.sort(dim=1, descending=True).values[:, : self.k]
+        k = self.task.k
+        kept = place < k
+        best = torch.full((touched.numel(), 2 * k), MISSING, dtype=torch.int64, device=keys.device)
+        best[:, :k] = self.keys[touched]
+        best[group[kept], k + place[kept]] = keys[kept]
+        self.keys[touched] = best.sort(dim=1, descending=True).values[:, :k]
         self.floor[touched] = torch.maximum(self.floor[touched], decode(self.keys[touched, -1])[0])
 
 
@@ -63,7 +68,7 @@ def search(task: Search) -> Tensor:
 def _search_block(task: Search, start: int) -> Tensor:
     part = slice(start, start + QUERY_BLOCK)
     queries, probes = task.queries[part], task.probes[part]
-    best = RunningTopK(queries.shape[0], task.k, queries.device)
+    best = RunningTopK(task, queries)
     scan = _Scan(task, queries, task.exclude_row[part], best)
     for first, last in _waves(probes.shape[1]):
         for index, members in _by_list(probes[:, first:last], task.list_offsets.numel() - 1):
@@ -120,7 +125,7 @@ class _Scan:
     def tile(self, rows: Tensor, margin: Tensor, first: int, last: int) -> None:
         task, best = self.task, self.best
         database = task.database[first:last]
-        scores = (self.factors[rows] @ database.T).float()  # [rows, columns]
+        scores = (self.factors.index_select(0, rows) @ database.T).float()  # [rows, columns]
         if task.metric == "l2":
             scores -= self.row_norms[first:last].square()
         excluded = self.exclude_row[rows] - first
@@ -136,11 +141,8 @@ class _Scan:
             best.floor[rows] = floor
         threshold = (floor + shift - margin).clamp_(min=LOWEST)
         hits = (scores >= threshold[:, None]).nonzero()
-        if hits.shape[0] == 0:
-            return
-        queries, columns = rows[hits[:, 0]], hits[:, 1] + first
-        exact = exact_scores(self.queries[queries], task.database[columns], task.metric)
-        best.offer(queries, encode(exact, task.rank[columns]))
+        if hits.shape[0]:
+            best.offer(rows[hits[:, 0]], hits[:, 1] + first)
 
 
 def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tensor, Tensor]:

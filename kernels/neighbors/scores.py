@@ -16,7 +16,7 @@ from torch import Tensor
 MISSING = torch.iinfo(torch.int64).min
 LOWEST = torch.finfo(torch.float32).min
 LOW_BITS = (1 << 31) - 1
-PAIR_ELEMENTS = 1 << 22  # float64 elements held at once by exact_scores: 32 MiB
+PAIR_ELEMENTS = 1 << 20  # float64 elements of each side held at once by exact_scores: 8 MiB
 
 
 @dataclass(frozen=True)
@@ -33,13 +33,14 @@ class Search:
     metric: str  # "ip" or "l2"
 
 
-def exact_scores(queries: Tensor, rows: Tensor, metric: str) -> Tensor:
-    """Score of queries[i] against rows[i], [n] float32; both [n, d]."""
-    out = torch.empty(queries.shape[0], dtype=torch.float32, device=queries.device)
-    block = max(1, PAIR_ELEMENTS // max(1, queries.shape[1]))
+def exact_scores(queries: Tensor, i_query: Tensor, database: Tensor, i_row: Tensor, metric: str) -> Tensor:
+    """Score of queries[i_query[j]] against database[i_row[j]], float32 [n]."""
+    out = torch.empty(i_query.shape[0], dtype=torch.float32, device=queries.device)
+    block = max(1, PAIR_ELEMENTS // queries.shape[1])
     for start in range(0, out.numel(), block):
         part = slice(start, start + block)
-        x, y = queries[part].double(), rows[part].double()
+        x = queries.index_select(0, i_query[part]).double()
+        y = database.index_select(0, i_row[part]).double()
         value = (x * y).sum(dim=1) if metric == "ip" else -(x - y).square_().sum(dim=1)
         out[part] = value.float()
     return out
