@@ -1,0 +1,138 @@
+"""Training samples: a user, a snapshot time T, what the user engaged with after T, and items it did not."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from alure.engine.config import TrainingConfig
+from alure.engine.errors import InputError
+from alure.engine.training.targets import Exposures, Timeline
+
+POSITIVES = 4  # at most, a sample
+EARLIER_SHARE = 0.5  # of the samples have T up to the label horizon before the target, as a scheduled refresh would
+
+
+@dataclass(frozen=True)
+class Positives:
+    """What the users of a batch engaged with after T, without repeats. R rows, by user."""
+
+    rows: np.ndarray  # int64 [R], row of the batch
+    items: np.ndarray  # int64 [R]
+
+
+@dataclass(frozen=True)
+class Shown:
+    """One task's exposures of a batch's users after T. E rows, by user and time."""
+
+    rows: np.ndarray  # int64 [E], row of the batch
+    items: np.ndarray  # int64 [E]
+    timestamps: np.ndarray  # int64 [E]
+    labels: np.ndarray  # float32 [E]
+
+
+@dataclass(frozen=True)
+class Sample:
+    users: np.ndarray  # int64 [B], user index
+    as_of: np.ndarray  # int64 [B], T
+    positives: Positives
+    shown: list[Shown]  # one a task
+    negatives: np.ndarray  # int64 [N], item index, drawn uniformly from the universe
+
+
+class Sampler:
+    """Draws samples whose targets lie up to `until`. The same seed draws the same samples.
+
+    Users are visited in shuffled rounds, each user once a round; its target is drawn uniformly from its own. Nothing
+    after `until` is used, neither as a target nor to decide a label.
+    """
+
+    def __init__(
+        self,
+        targets: Timeline,
+        tasks: list[Exposures],
+        first_times: np.ndarray,
+        config: TrainingConfig,
+        until: int,
+        seed: int,
+    ) -> None:
+        self.targets, self.tasks, self.first_times = targets, tasks, first_times
+        self.config, self.until = config, until
+        self.generator = np.random.default_rng(seed)
+        all_users = np.arange(len(first_times))
+        # a target needs an event before it: equal times do not count, as the order within a second is not known
+        self.begin = targets.up_to(all_users, np.minimum(first_times, until))
+        self.count = targets.up_to(all_users, np.full(len(all_users), until)) - self.begin
+        self.users = np.flatnonzero(self.count > 0)
+        if not len(self.users):
+            raise InputError(
+                f"training: no user has a target event with another event before it, up to time {until}; "
+                "check training.target_types and events.ad_sources, or train on a longer log"
+            )
+        self.round = np.empty(0, np.int64)
+        self.probability = self._probabilities()
+        self.universe = np.unique(targets.items[targets.timestamps <= until])
+
+    def _probabilities(self) -> np.ndarray:
+        """Q(item) that a drawn target is this item, float64 [largest item + 1]: exact, since draws are uniform."""
+        rows = ranges(self.begin[self.users], self.count[self.users])
+        share = np.repeat(1.0 / (len(self.users) * self.count[self.users]), self.count[self.users])
+        return np.bincount(self.targets.items[rows], weights=share, minlength=self.targets.items.max() + 1)
+
+    def expected_draws(self, items: np.ndarray, num_positives: int, num_negatives: int) -> np.ndarray:
+        """Expected times each item is among a batch's candidates: in-batch positives and uniform negatives together."""
+        return num_positives * self.probability[items] + num_negatives / len(self.universe)
+
+    def draw(self) -> Sample:
+        users = self._next_users(min(self.config.batch_users, len(self.users)))
+        picked = self.begin[users] + (self.generator.random(len(users)) * self.count[users]).astype(np.int64)
+        as_of = self.targets.timestamps[picked] - 1
+        earlier = self.generator.random(len(users)) * self.config.label_horizon
+        moved = np.maximum(as_of - earlier.astype(np.int64), self.first_times[users])
+        as_of = np.where(self.generator.random(len(users)) < EARLIER_SHARE, np.minimum(moved, as_of), as_of)
+        return Sample(
+            users=users,
+            as_of=as_of,
+            positives=self._positives(users, as_of),
+            shown=[self._exposures(task, users, as_of) for task in self.tasks],
+            negatives=self.universe[self.generator.integers(0, len(self.universe), self.config.negatives)],
+        )
+
+    def _next_users(self, count: int) -> np.ndarray:
+        while len(self.round) < count:
+            self.round = np.concatenate([self.round, self.generator.permutation(self.users)])
+        users, self.round = self.round[:count], self.round[count:]
+        return users
+
+    def _positives(self, users: np.ndarray, as_of: np.ndarray) -> Positives:
+        end = np.minimum(as_of + self.config.label_horizon, self.until)
+        rows, places = self._some(self.targets, users, as_of, end, POSITIVES)
+        items = self.targets.items[places]
+        _, first = np.unique(rows * (self.targets.items.max() + 1) + items, return_index=True)
+        return Positives(rows[first], items[first])
+
+    def _exposures(self, task: Exposures, users: np.ndarray, as_of: np.ndarray) -> Shown:
+        # the label of an exposure is known once its window is over
+        end = np.minimum(as_of + self.config.label_horizon, self.until - task.window)
+        rows, places = self._some(task.timeline, users, as_of, end, self.config.exposures)
+        line = task.timeline
+        return Shown(rows, line.items[places], line.timestamps[places], task.labels(places, task.window))
+
+    def _some(
+        self, line: Timeline, users: np.ndarray, after: np.ndarray, end: np.ndarray, limit: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """At most `limit` events of each user with after < timestamp <= end, spread over them: (rows, places)."""
+        start = line.up_to(users, after)
+        count = np.maximum(line.up_to(users, end) - start, 0)
+        steps = np.arange(limit)
+        # one from each of `limit` equal parts, or all of fewer; never one twice
+        jitter = self.generator.random((len(users), limit))
+        spread = ((steps + jitter) * (count[:, None] / limit)).astype(np.int64)
+        chosen = np.where(count[:, None] > limit, np.minimum(spread, count[:, None] - 1), steps)
+        rows, columns = np.nonzero(steps < np.minimum(count, limit)[:, None])
+        return rows, start[rows] + chosen[rows, columns]
+
+
+def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
+    """starts[i], …, starts[i] + counts[i] − 1 of every i, end to end."""
+    ends = np.cumsum(counts)
+    return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)

@@ -1,0 +1,187 @@
+"""`train`: samples in, a checkpoint and its figures out."""
+
+import math
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from alure.engine.config import ModelConfig, TrainingConfig
+from alure.engine.errors import AlureError, InputError
+from alure.engine.events import Events
+from alure.engine.model import AlureModel, Catalog, EventSchema
+from alure.engine.model.checkpoint import CheckpointConfig, describe_differences, fill, read_checkpoint, save_checkpoint
+from alure.engine.progress import track
+from alure.engine.training.optimizer import Optimization
+from alure.engine.training.sampling import Sampler
+from alure.engine.training.step import compute_losses
+from alure.engine.training.targets import AdEvents, find_exposures, find_targets, first_times
+from alure.engine.training.validation import Validation
+
+SAVES = 4  # checkpoints on the way, beside the last
+CURVE_POINTS = 100
+
+
+@dataclass
+class TrainReport:
+    """What a training did; metrics.json holds the same."""
+
+    model: str  # the checkpoint's folder
+    as_of: int
+    steps: int
+    seconds: float = 0.0
+    steps_per_second: float = 0.0
+    users: int = 0  # that have a target to learn from
+    targets: int = 0
+    parameters: int = 0
+    temperature: float = 0.0
+    warm_start: str | None = None
+    curve: list[dict[str, float]] = field(
+        default_factory=list
+    )  # step, loss and its parts, means since the point before
+    validation: dict[str, Any] | None = None
+
+
+def train(
+    events: Events,
+    model_config: ModelConfig,
+    config: TrainingConfig,
+    out: Path,
+    *,
+    as_of: int | None = None,
+    seed: int = 0,
+    warm_start: Path | None = None,
+    device: torch.device | str = "cpu",
+) -> TrainReport:
+    """Train on the events up to `as_of` (default: all) and write a checkpoint to the folder `out`.
+
+    The same seed gives the same checkpoint, bit for bit, on one CPU with one number of threads. InputError where the
+    log, the configuration or the checkpoint to start from do not fit; AlureError where the loss stops being finite,
+    with the last good checkpoint left in `out`.
+    """
+    as_of = events.manifest.last_timestamp if as_of is None else as_of
+    with threads(config.threads), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        ads = AdEvents.read(events, as_of)
+        targets, tasks, first = find_targets(ads, config), find_exposures(ads, config), first_times(events)
+        split = split_time(targets.timestamps, config.validation_share, as_of)
+        sampler = Sampler(targets, tasks, first, config, split, seed)
+        names = tuple(task.name for task in tasks)
+        model = AlureModel(model_config, EventSchema.of(events.manifest), names, config.temperature)
+        if warm_start is not None:
+            continue_from(warm_start, model)
+        model.to(device)
+        catalog = model.user.catalog(events)
+        report = TrainReport(
+            model=str(out),
+            as_of=as_of,
+            steps=config.steps,
+            users=len(sampler.users),
+            targets=int(sampler.count.sum()),
+            parameters=sum(p.numel() for p in model.parameters()),
+            warm_start=None if warm_start is None else str(warm_start),
+        )
+        fit(model, events, sampler, config, catalog, report)
+        if split < as_of:
+            validation = Validation(events, sampler, config, split, as_of, seed)
+            report.validation = validation.measure(model.eval(), catalog)
+        save(model, report, config.steps)
+    return report
+
+
+def fit(
+    model: AlureModel, events: Events, sampler: Sampler, config: TrainingConfig, catalog: Catalog, report: TrainReport
+) -> None:
+    """Run config.steps steps; fills in the report's curve, rate and temperature."""
+    device = catalog.items.device
+    optimization = Optimization(model, model.user.table, config.learning_rate, config.weight_decay, config.steps)
+    curve = Curve(every=math.ceil(config.steps / CURVE_POINTS))
+    save_every = math.ceil(config.steps / (SAVES + 1))
+    saved = None
+    started = time.monotonic()
+    model.train()
+    with track("Training", config.steps, "steps") as bar:
+        for step in range(config.steps):
+            sample = sampler.draw()
+            batch = events.batch(sample.users, sample.as_of, config.max_events).to(device)
+            losses = compute_losses(model, batch, sample, sampler, config, catalog)
+            losses.total.backward()
+            values = {"loss": losses.total.item(), **{name: part.item() for name, part in losses.parts.items()}}
+            if not (math.isfinite(values["loss"]) and optimization.step(step)):
+                left = f"the checkpoint of step {saved} is in {report.model}" if saved else "no checkpoint was written"
+                raise AlureError(
+                    f"training: the loss or its gradient stopped being finite at step {step + 1} of {config.steps} "
+                    f"({', '.join(f'{name} {value:.4g}' for name, value in values.items())}); {left}; "
+                    f"try a training.learning_rate below {config.learning_rate:g}"
+                )
+            curve.add(step + 1, values)
+            if (step + 1) % save_every == 0 and step + 1 < config.steps:
+                save(model, report, saved := step + 1)
+            bar.advance(note=f"loss {curve.recent:.3f}")
+    report.seconds = time.monotonic() - started
+    report.steps_per_second = config.steps / max(report.seconds, 1e-9)
+    report.curve = curve.points
+    report.temperature = float(model.temperature.detach())
+
+
+class Curve:
+    """Means of the losses over every `every` steps."""
+
+    def __init__(self, every: int) -> None:
+        self.every = every
+        self.points: list[dict[str, float]] = []
+        self.pending: dict[str, list[float]] = {}
+        self.recent = math.nan
+
+    def add(self, step: int, values: dict[str, float]) -> None:
+        for name, value in values.items():
+            self.pending.setdefault(name, []).append(value)
+        self.recent = values["loss"] if math.isnan(self.recent) else 0.95 * self.recent + 0.05 * values["loss"]
+        if step % self.every == 0:
+            self.points.append({"step": step, **{name: sum(v) / len(v) for name, v in self.pending.items()}})
+            self.pending = {}
+
+
+def split_time(target_times: np.ndarray, validation_share: float, as_of: int) -> int:
+    """Where validation begins: the newest share of the time from the first targets (but for outliers) to as_of."""
+    if not validation_share or not len(target_times):
+        return as_of
+    begin = int(np.quantile(target_times, 0.001))
+    return as_of - int((as_of - begin) * validation_share)
+
+
+def continue_from(folder: Path, model: AlureModel) -> None:
+    """Load every tensor of a checkpoint; InputError names what differs."""
+    saved, tensors = read_checkpoint(folder)
+    problems = describe_differences(model.config, saved.model, "model")
+    problems += describe_differences(model.schema, saved.events, "events")
+    if model.tasks != saved.tasks:
+        problems.append(f"training.tasks: {list(saved.tasks)} in the checkpoint, {list(model.tasks)} here")
+    if problems:
+        raise InputError(
+            f"warm start: the checkpoint {folder} does not fit:\n  "
+            + "\n  ".join(problems)
+            + "\nuse the checkpoint's configuration and event types, or train without a warm start"
+        )
+    fill(model, tensors, f"warm start: {folder}")
+
+
+def save(model: AlureModel, report: TrainReport, step: int) -> None:
+    config = CheckpointConfig(model=model.config, events=model.schema, tasks=model.tasks, step=step, sha256="")
+    save_checkpoint(Path(report.model), model, config, asdict(report))
+
+
+@contextmanager
+def threads(count: int | None) -> Iterator[None]:
+    """PyTorch's CPU threads inside the block; as they were where `count` is None."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
