@@ -26,6 +26,8 @@ class EventsConfig(Section):
     ad_sources: list[str] | None = Field(None, description="sources whose items are ads (default: all)")
     latest: int | None = Field(None, description="unix seconds; later events go to quarantine (default: now)")
     max_quarantine_share: float = Field(0.05, ge=0, le=1, description="a larger share of bad rows stops the job")
+    memory_limit: str = Field("1GiB", description="of DuckDB's sort and joins; what is larger spills to disk")
+    temp_directory: Path | None = Field(None, description="where it spills (default: beside the log)")
 
 
 class SourceConfig(Section):

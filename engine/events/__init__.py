@@ -1,10 +1,12 @@
 """Event logs: ingested once from Parquet or Delta, then read through memory maps as batches of users."""
 
 from alure.engine.events.batch import EventBatch, EventSequence
+from alure.engine.events.ingest import ingest
 from alure.engine.events.items import ItemTable
 from alure.engine.events.keys import stable_keys
 from alure.engine.events.manifest import Country, Manifest
 from alure.engine.events.reader import Events, History, SourceColumns
+from alure.engine.events.report import IngestReport
 
 __all__ = [
     "Country",
@@ -12,8 +14,10 @@ __all__ = [
     "EventSequence",
     "Events",
     "History",
+    "IngestReport",
     "ItemTable",
     "Manifest",
     "SourceColumns",
+    "ingest",
     "stable_keys",
 ]
