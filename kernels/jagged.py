@@ -90,3 +90,15 @@ def to_jagged(x: Any) -> tuple[Tensor, Tensor]:
         )
     check_offsets(offsets, values.shape[0])
     return values, offsets
+
+
+def tile_list(offsets: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(sequences, starts), int32 [tiles]: every sequence cut into tiles of `block` rows, the first row of each counted
+    from its sequence's beginning. A kernel that runs one program a tile never pads and never crosses sequences.
+    """
+    lengths = (offsets[1:] - offsets[:-1]).to(torch.int64)
+    counts = (lengths + block - 1) // block
+    sequences = torch.repeat_interleave(torch.arange(lengths.numel(), device=offsets.device), counts)
+    first = counts.cumsum(0) - counts
+    starts = (torch.arange(sequences.numel(), device=offsets.device) - first[sequences]) * block
+    return sequences.to(torch.int32), starts.to(torch.int32)

@@ -2,7 +2,7 @@
 
 A kernel.py lists what it ships in `AHEAD_OF_TIME`: tuples (kernel, signature, constexprs) or, with launch options,
 (kernel, signature, constexprs, {"num_warps": 4, "num_stages": 2}). `signature` maps every argument that is not a
-constexpr to its type: "*bf16", "*i64", "i32", "fp32"; ":16" after it says that the value (the address, for a pointer) is
+constexpr to its type: "*bf16", "*i64", "i32", "fp32"; ":16" after it says that the value (for a pointer, the address) is
 a multiple of 16, which is what the launcher sees for torch tensors.
 
 `compile_cases(path)` runs in a fresh process, because kernels imported under TRITON_INTERPRET=1 cannot be compiled.
@@ -19,7 +19,6 @@ from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from multiprocessing import get_context
 from pathlib import Path
-from typing import Any
 
 ARCHITECTURES = (80, 90, 100)
 SHARED_MEMORY = {80: 163 * 1024, 90: 227 * 1024, 100: 227 * 1024}  # bytes a block can have
