@@ -7,6 +7,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import duckdb
@@ -22,7 +23,15 @@ from alure.engine.events.ordering import SourceShape, Written, write_sequences
 from alure.engine.events.quarantine import check_share, count_reasons, write_quarantine
 from alure.engine.events.replacing import building, check_replaceable, publish, recover
 from alure.engine.events.report import REPORT_FILE, IngestReport, SourceReport
-from alure.engine.events.staging import LAST_SECOND, Rules, event_findings, item_findings, stage, usual_lengths
+from alure.engine.events.staging import (
+    ID_COLUMNS,
+    LAST_SECOND,
+    Rules,
+    event_findings,
+    item_findings,
+    stage,
+    usual_lengths,
+)
 from alure.engine.progress import say, track
 
 ONLY_SOURCE = "events"  # the one source of a log without that column
@@ -47,7 +56,7 @@ def ingest(config: EventsConfig, out: Path | str) -> IngestReport:
     items = None
     if config.items is not None:
         items = read_inputs([config.items], ITEM_COLUMNS, ("item_id",), item_mapping(config, config.items))
-        check_same_ids(events, items)
+        events, items = with_same_ids(events, items)
     fingerprint = fingerprint_of(config, events, items)
     if is_log_of(out, fingerprint):
         say(f"ingest: {out} is up to date: the same inputs with the same options made it")
@@ -65,14 +74,17 @@ def item_mapping(config: EventsConfig, items: Path) -> dict[str, str]:
     return {ours: name for ours, name in config.columns.items() if ours in ITEM_COLUMNS and name in theirs}
 
 
-def check_same_ids(events: Inputs, items: Inputs) -> None:
-    for column in ("item_id", "account_id", "category_id"):
+def with_same_ids(events: Inputs, items: Inputs) -> tuple[Inputs, Inputs]:
+    """Both with the id types of either, which must not contradict each other."""
+    for column in ID_COLUMNS:
         first, second = events.kinds.get(column), items.kinds.get(column)
         if first and second and first != second:
             raise InputError(
                 f"column {column} has mixed types: {first} in {events.files[0].path}, {second} in "
                 f"{items.files[0].path}; convert one of them"
             )
+    ids = {column: kind for column, kind in {**items.kinds, **events.kinds}.items() if column in ID_COLUMNS}
+    return replace(events, kinds={**ids, **events.kinds}), replace(items, kinds={**ids, **items.kinds})
 
 
 def fingerprint_of(config: EventsConfig, events: Inputs, items: Inputs | None) -> str:
@@ -171,10 +183,8 @@ class Ingest:
             sources=None if sources is None else tuple(sources),
             only_source=only,
         )
-        self.rules = Rules(
-            latest=self.rules.latest,
-            sources=self.rules.sources,
-            only_source=only,
+        self.rules = replace(
+            self.rules,
             dense_dims=usual_lengths(con, self.events, "dense", "source", self.rules),
             semantic_levels=usual_lengths(con, self.events, "semantic_ids", "source", self.rules),
         )
@@ -285,10 +295,8 @@ class Ingest:
     def manifest(
         self, shapes: list[SourceShape], indices: Indices, written: Written, reasons: dict[str, int], fingerprint: str
     ) -> Manifest:
-        kinds = {**(self.items.kinds if self.items else {}), **self.events.kinds}
-
         def id_type(column: str) -> IdType:
-            return "string" if kinds.get(column) == "string" else "int64"
+            return "string" if self.events.kinds.get(column) == "string" else "int64"
 
         sources = [shape.name for shape in shapes]
         return Manifest(
