@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.fs as fs
 from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
@@ -96,6 +97,15 @@ class DataTable:
         """Remove whole partitions (no file is rewritten); losing a race to an append is retried by Delta itself."""
         self.open().delete(predicate)
 
+    def dataset(self, snapshot: DeltaTable | None = None) -> ds.Dataset:
+        """The rows of a snapshot (None: of now).
+
+        Read by Arrow's own file system: Delta's is in Python, and threads of Arrow that still hold its files when the
+        interpreter ends abort the process.
+        """
+        local = fs.SubTreeFileSystem(str(self.path.resolve()), fs.LocalFileSystem())
+        return (snapshot or self.open()).to_pyarrow_dataset(filesystem=local)
+
     def scan(self, where: ds.Expression, columns: list[str], batch_rows: int = 32_768) -> Iterator[pa.RecordBatch]:
         """The rows of `where` in no particular order, at most `batch_rows` at a time; little is read ahead."""
         scanner = (
@@ -108,10 +118,10 @@ class DataTable:
                 yield batch
 
     def table(self, where: ds.Expression, columns: list[str]) -> pa.Table:
-        return self.open().to_pyarrow_dataset().to_table(columns=columns, filter=where)
+        return self.dataset().to_table(columns=columns, filter=where)
 
     def count(self, where: ds.Expression) -> int:
-        return self.open().to_pyarrow_dataset().count_rows(filter=where)
+        return self.dataset().count_rows(filter=where)
 
 
 def _same_type(a: pa.DataType, b: pa.DataType) -> bool:

@@ -297,7 +297,7 @@ class EmbeddingStore:
 
     def read_quarantine(self) -> pa.Table:
         schema = pa.schema([("origin", pa.string()), ("row", pa.string()), ("reason", pa.string())])
-        return self.quarantine.open().to_pyarrow_table() if self.quarantine.exists() else schema.empty_table()
+        return self.quarantine.dataset().to_table() if self.quarantine.exists() else schema.empty_table()
 
 
 def _of(generation: str, country: str | None = None) -> ds.Expression:

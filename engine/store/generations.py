@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.dataset as ds
 from deltalake import CommitProperties, Transaction, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
@@ -75,7 +76,7 @@ class GenerationLog:
     def published(self, table: str | None = None) -> list[Generation]:
         """What is visible, in order of publication: of every (generation, table, name) its newest publication."""
         newest: dict[tuple[str, str, str], Generation] = {}
-        for row in _read(self.log.open()):
+        for row in _read(self.log.dataset()):
             newest.pop(row.key, None)
             newest[row.key] = row
         return [row for row in newest.values() if table is None or row.table == table]
@@ -92,7 +93,7 @@ class GenerationLog:
         """
         for _ in range(COMMIT_ATTEMPTS):
             snapshot = self.log.open()
-            rows = _read(snapshot)
+            rows = _read(self.log.dataset(snapshot))
             present = next((row for row in reversed(rows) if row.key == new.key), None)
             if not may_replace(present):
                 assert present is not None
@@ -141,8 +142,8 @@ def _canonical(properties: Mapping[str, Any]) -> str:
     return json.dumps(properties, sort_keys=True)
 
 
-def _read(snapshot: Any) -> list[Generation]:
-    rows = snapshot.to_pyarrow_table().sort_by("sequence").to_pylist()
+def _read(log: ds.Dataset) -> list[Generation]:
+    rows = log.to_table().sort_by("sequence").to_pylist()
     return [_from_row(row) for row in rows]
 
 

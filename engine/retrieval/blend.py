@@ -1,0 +1,59 @@
+"""Several graphs' candidates as one list a user.
+
+A graph's scores have a scale of their own (cosines, follows, visit probabilities), so each user's are divided by that
+user's best in that graph; then score = Σ_g weight_g · normalised_g. Each graph brings its best `cap` to the blend.
+"""
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from alure.engine.errors import InputError
+from alure.kernels import Candidates, Engagements, NeighborLists, join_candidates
+
+REASON_BITS = 2  # below them in a candidate's byte; above, a bit a graph
+MAX_GRAPHS = 8 - REASON_BITS
+
+
+def check_graphs(names: Sequence[str]) -> None:
+    if not 1 <= len(names) <= MAX_GRAPHS or len(set(names)) != len(names):
+        raise InputError(f"graphs: expected 1 to {MAX_GRAPHS} different graphs, got {', '.join(names) or 'none'}")
+
+
+def blend(found: Sequence[Candidates], weights: Sequence[float], cap: int) -> Candidates:
+    """found: one a graph, over the same rows → the best `cap` of each row; bit REASON_BITS + g of `reasons` is graph g.
+
+    The blend is a join too: row r's "neighbours" are its lists in each graph, and their similarities the weights.
+    """
+    rows, graphs = len(found[0].offsets) - 1, len(found)
+    lists = Engagements(
+        offsets=torch.cat([torch.zeros(1, dtype=torch.int64), *_shifted([c.offsets for c in found])]),
+        items=torch.cat([c.items for c in found]),
+        weights=torch.cat([normalised(c) for c in found]),
+        reasons=torch.cat([c.reasons | (1 << (REASON_BITS + g)) for g, c in enumerate(found)]),
+    )
+    neighbors = NeighborLists(
+        offsets=torch.arange(rows + 1) * graphs,
+        ids=(torch.arange(rows)[:, None] + torch.arange(graphs) * rows).to(torch.int32).reshape(-1),
+        similarities=torch.tensor(weights, dtype=torch.float32).repeat(rows),
+    )
+    return join_candidates(neighbors, lists, cap)
+
+
+def normalised(found: Candidates) -> Tensor:
+    """Scores divided by the row's best, which is its first: float32 [candidates], in (0, 1]."""
+    starts = found.offsets.numpy()
+    sizes = np.diff(starts)
+    best = np.repeat(starts[:-1], sizes)
+    return found.scores / found.scores[torch.from_numpy(best)]
+
+
+def _shifted(offsets: Sequence[Tensor]) -> list[Tensor]:
+    """Offsets of matrices stacked one below the other, without the leading 0."""
+    shifted, total = [], 0
+    for part in offsets:
+        shifted.append(part[1:] + total)
+        total += int(part[-1])
+    return shifted

@@ -1,0 +1,182 @@
+"""CandidateRetriever: neighbours × what they engaged with → ads for each user. `retrieve` writes them for all users."""
+
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from alure.engine.config import RetrievalConfig
+from alure.engine.errors import InputError
+from alure.engine.events import Events
+from alure.engine.progress import say, track
+from alure.engine.retrieval.blend import REASON_BITS, blend, check_graphs
+from alure.engine.retrieval.engagements import REASONS, expand, seen_items, weigh
+from alure.engine.retrieval.neighbors import Neighbors, read_neighbors
+from alure.engine.retrieval.popularity import popular_items
+from alure.engine.retrieval.report import RetrievalReport, Tally
+from alure.engine.signals import stop_flag
+from alure.engine.store import EmbeddingStore, Generation
+from alure.kernels import Candidates, join_candidates
+
+CHUNK_CANDIDATES = 1 << 22  # bounds a chunk's strings in memory; users a chunk = this / cap
+
+
+class CandidateRetriever:
+    """Candidates for users of a published generation (None: the newest), from graphs that are published for it.
+
+    graphs: their names, in the blend's order (default: those of config.graphs that are published). A graph without a
+    weight in config.graphs weighs 1. Engagements after the generation's as_of are not seen.
+    """
+
+    def __init__(
+        self,
+        store: EmbeddingStore,
+        events: Events,
+        config: RetrievalConfig | None = None,
+        *,
+        graphs: Sequence[str] | None = None,
+        generation: str | None = None,
+    ) -> None:
+        self.store, self.events, self.config = store, events, config or RetrievalConfig()
+        self.source: Generation = store.published(generation, "embeddings")
+        published = [g.name for g in store.generations("graph") if g.generation == self.source.generation]
+        self.graphs = list(graphs) if graphs is not None else [n for n in self.config.graphs if n in published]
+        if not self.graphs:
+            known = ", ".join(self.config.graphs)
+            raise InputError(
+                f"graphs: none of {known} is published for {self.source.generation}; run `alure graph` first"
+            )
+        check_graphs(self.graphs)
+        for name in self.graphs:
+            store.published(self.source.generation, "graph", name)
+        self.weights = [self.config.graphs.get(name, 1.0) for name in self.graphs]
+        history = events.engagements(self.source.as_of)
+        self.engaged = weigh(history, events.manifest.event_types, self.source.as_of, self.config)
+        self.engagements = expand(self.engaged, events.items.accounts, self.config)
+        self.seen = seen_items(history) if self.config.exclude_seen else None
+        self.item_ids = events.items.item_ids.combine_chunks()
+        names = [
+            "+".join(n for g, n in enumerate(self.graphs) if bits >> g & 1) for bits in range(1 << len(self.graphs))
+        ]
+        self.graph_names, self.reason_names = pa.array(names), pa.array(REASONS)
+
+    @property
+    def name(self) -> str:
+        return "+".join(self.graphs)
+
+    def retrieve(self, user_ids: Sequence[Any]) -> pa.Table:
+        """user_id, country, item_ids, scores, reasons, graphs of these users, in their order; best first.
+
+        Raises InputError on a user that the generation does not have.
+        """
+        rows = [self.store.read_user(user, self.source.generation) for user in user_ids]
+        kind = self.store.read_users(self.source.generation).schema.field("user_id").type
+        users = pa.table(
+            {"user_id": pa.array([r["user_id"] for r in rows], kind), "country": [r["country"] for r in rows]}
+        )
+        ids = users["user_id"].combine_chunks()
+        lists = []
+        for name in self.graphs:
+            table = self.store.read_graph(self.source.generation, name, users=ids.to_pylist())
+            lists.append(read_neighbors(table.to_batches(), ids, self.events))
+        found = self.join(lists, self.events.user_indices(ids), 0, len(ids))
+        return self.to_table(users, found)
+
+    def neighbors(self, users: pa.Array) -> list[Neighbors]:
+        """Every graph's lists of `users`, in their order."""
+        return [
+            read_neighbors(self.store.iter_graph(self.source.generation, n), users, self.events) for n in self.graphs
+        ]
+
+    def join(self, lists: Sequence[Neighbors], users: np.ndarray, first: int, last: int) -> Candidates:
+        """The blend for rows first to last − 1. users: int64 [rows], their indices in the log, −1 unknown."""
+        exclude_offsets, exclude_items = self._seen_by(users[first:last])
+        found = [
+            join_candidates(
+                graph.rows(first, last),
+                self.engagements,
+                self.config.cap,
+                num_items=len(self.events.items),
+                exclude_offsets=exclude_offsets,
+                exclude_items=exclude_items,
+            )
+            for graph in lists
+        ]
+        return blend(found, self.weights, self.config.cap)
+
+    def _seen_by(self, users: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        if self.seen is None:
+            return None, None
+        offsets, items = self.seen
+        known = users >= 0
+        begins = np.where(known, offsets[users], 0)
+        sizes = np.where(known, offsets[users + 1] - begins, 0)
+        bounds = np.concatenate([[0], np.cumsum(sizes)])
+        take = np.repeat(begins - bounds[:-1], sizes) + np.arange(bounds[-1])
+        return torch.from_numpy(bounds), torch.from_numpy(items[take])
+
+    def to_table(self, users: pa.Table, found: Candidates) -> pa.Table:
+        """users: user_id, country of the rows of `found`."""
+        offsets = pa.array(found.offsets.numpy(), pa.int32())
+        bits = found.reasons.numpy()
+        columns = {
+            "item_ids": self.item_ids.take(pa.array(found.items.numpy())),
+            "scores": pa.array(found.scores.numpy()),
+            "reasons": self.reason_names.take(pa.array(bits & ((1 << REASON_BITS) - 1))),
+            "graphs": self.graph_names.take(pa.array(bits >> REASON_BITS)),
+        }
+        lists = {name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()}
+        return pa.table({"user_id": users["user_id"], "country": users["country"], **lists})
+
+
+def retrieve(
+    store: EmbeddingStore,
+    events: Events,
+    config: RetrievalConfig | None = None,
+    *,
+    graphs: Sequence[str] | None = None,
+    generation: str | None = None,
+    out: EmbeddingStore | None = None,
+) -> RetrievalReport:
+    """Candidates of every user with an embedding, written as one set named after its graphs ("alure+social"), and
+    each country's popular ads. out: the store that gets them (default: `store`). Raises Interrupted on a signal.
+    """
+    started = time.monotonic()
+    retriever = CandidateRetriever(store, events, config, graphs=graphs, generation=generation)
+    target, config = out or store, retriever.config
+    users = store.read_users(retriever.source.generation)
+    tally = Tally(retriever.graphs, config.cap)
+    say(f"retrieve: {retriever.name} of {retriever.source.generation} for {len(users):,} users")
+    lists = retriever.neighbors(users["user_id"].combine_chunks())
+    index = events.user_indices(users["user_id"])
+    step = max(1, CHUNK_CANDIDATES // config.cap)
+
+    with stop_flag("retrieve") as flag, track("Retrieving ads", len(users), "users") as bar:
+
+        def batches() -> Iterator[pa.Table]:
+            for first in range(0, max(len(users), 1), step):
+                flag.check()
+                last = min(first + step, len(users))
+                found = retriever.join(lists, index, first, last)
+                tally.add(found, sum(np.diff(graph.offsets[first : last + 1]) for graph in lists))
+                yield retriever.to_table(users.slice(first, last - first), found)
+                bar.advance(last - first)
+
+        properties = {"config": config.model_dump(mode="json"), "events": events.manifest.fingerprint}
+        source = retriever.source
+        target.write_candidates(source, retriever.name, batches(), {**properties, "graphs": retriever.graphs})
+        present = target.log.find(source.generation, "popularity")
+        if present is None or present.properties != properties:
+            target.write_popularity(source, popular_items(retriever.engaged, events, config.cap), properties)
+    return RetrievalReport(
+        generation=source.generation,
+        name=retriever.name,
+        as_of=source.as_of,
+        engagements=len(retriever.engaged.items),
+        edges_dropped=sum(graph.dropped for graph in lists),
+        seconds=time.monotonic() - started,
+        **tally.figures(),  # type: ignore[arg-type]
+    )
