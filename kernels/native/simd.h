@@ -1,0 +1,106 @@
+// Vectors of the instruction set this file is compiled for (GCC and Clang vector extensions).
+//
+// Included only by sources that are compiled once for each instruction set. Everything here has internal linkage:
+// an inline function of the standard library, emitted with AVX-512 and merged by the linker with the portable one,
+// would crash an older CPU. So no <algorithm>, <vector> or <cmath> here.
+#pragma once
+
+#include <cstddef>
+#include <cstdint>
+#include <utility>
+
+#if !defined(ALURE_VECTOR_BYTES)
+#error "compile with -DALURE_VECTOR_BYTES=16, 32 or 64"
+#endif
+
+namespace alure {
+namespace {
+
+constexpr int kLanes = ALURE_VECTOR_BYTES / 4;
+// Rows a micro-kernel holds in registers, two vectors each: 32 vector registers with AVX-512, 16 otherwise.
+constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
+
+typedef float Floats __attribute__((vector_size(ALURE_VECTOR_BYTES)));
+typedef std::int32_t Ints __attribute__((vector_size(ALURE_VECTOR_BYTES)));
+typedef float UnalignedFloats __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(4), may_alias));
+
+constexpr float kInfinity = __builtin_inff();
+
+inline Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
+inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
+inline Floats splat(float x) { return x - Floats{}; }  // x − 0 is x, −0 included
+
+template <class T>
+constexpr T smaller(T a, T b) { return b < a ? b : a; }
+template <class T>
+constexpr T larger(T a, T b) { return a < b ? b : a; }
+constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) { return (x + step - 1) / step * step; }
+
+inline Floats larger_lanes(Floats a, Floats b) { return a > b ? a : b; }
+
+template <int... I>
+inline Ints lane_numbers(std::integer_sequence<int, I...>) { return Ints{I...}; }
+inline Ints lane_numbers() { return lane_numbers(std::make_integer_sequence<int, kLanes>()); }
+
+template <int Step, int... I>
+inline Floats rotate(Floats x, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(x, x, (I + Step) % kLanes...);
+}
+
+// Sum and maximum over lanes, as a tree of fixed shape.
+template <int Step = kLanes / 2>
+inline float sum_of_lanes(Floats x) {
+    x += rotate<Step>(x, std::make_integer_sequence<int, kLanes>());
+    if constexpr (Step > 1) return sum_of_lanes<Step / 2>(x);
+    else return x[0];
+}
+template <int Step = kLanes / 2>
+inline float largest_of_lanes(Floats x) {
+    x = larger_lanes(x, rotate<Step>(x, std::make_integer_sequence<int, kLanes>()));
+    if constexpr (Step > 1) return largest_of_lanes<Step / 2>(x);
+    else return x[0];
+}
+
+// exp(x) for x <= 0 or little above; at most 2 ulp; exactly 0 below −87 (where float would go denormal); NaN stays.
+// Cody-Waite reduction x = n·ln 2 + r, the Cephes polynomial on |r| <= ln 2 / 2, n added to the exponent bits.
+inline Floats exp_lanes(Floats x) {
+    const Floats clamped = x < -87.0f ? splat(-87.0f) : x;
+    const Floats shifted = clamped * 1.44269504f + 12582912.0f;  // 1.5·2^23: the integer ends up in the low bits
+    const Floats n = shifted - 12582912.0f;
+    Floats r = clamped - n * 0.693359375f;
+    r = r - n * -2.12194440e-4f;
+    Floats y = splat(1.9875691500e-4f);
+    y = y * r + 1.3981999507e-3f;
+    y = y * r + 8.3334519073e-3f;
+    y = y * r + 4.1665795894e-2f;
+    y = y * r + 1.6666665459e-1f;
+    y = y * r + 5.0000001201e-1f;
+    y = y * (r * r) + r + 1.0f;
+    const Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(y) + (reinterpret_cast<Ints>(shifted) << 23));
+    return x < -87.0f ? Floats{} : scaled;
+}
+
+template <int... I>
+inline Floats interleave_low(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (I % 2 * kLanes + I / 2)...);
+}
+template <int... I>
+inline Floats interleave_high(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (I % 2 * kLanes + kLanes / 2 + I / 2)...);
+}
+
+// Transposes kLanes × kLanes floats: log2(kLanes) perfect shuffles.
+inline void transpose(Floats (&rows)[kLanes]) {
+    constexpr std::make_integer_sequence<int, kLanes> lanes;
+    for (int stage = 1; stage < kLanes; stage *= 2) {
+        Floats next[kLanes];
+        for (int i = 0; i < kLanes / 2; ++i) {
+            next[2 * i] = interleave_low(rows[i], rows[i + kLanes / 2], lanes);
+            next[2 * i + 1] = interleave_high(rows[i], rows[i + kLanes / 2], lanes);
+        }
+        for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
+    }
+}
+
+}  // namespace
+}  // namespace alure
