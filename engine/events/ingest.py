@@ -106,14 +106,17 @@ def is_log_of(out: Path, fingerprint: str) -> bool:
 
 @contextmanager
 def connect(config: EventsConfig, folder: Path) -> Iterator[duckdb.DuckDBPyConnection]:
-    """DuckDB with its tables and spills on disk, removed at the end."""
+    """DuckDB in memory; what exceeds the limit spills to a folder that is removed at the end.
+
+    A database file instead would be compressed and checkpointed for nothing: globo took 8.4 s with one, 4.7 s without.
+    """
     home = config.temp_directory or folder
     home.mkdir(parents=True, exist_ok=True)
     work = Path(tempfile.mkdtemp(prefix="work-", dir=home))
     options = {"memory_limit": config.memory_limit, "temp_directory": str(work / "spill"), "TimeZone": "UTC"}
     try:
         try:
-            con = duckdb.connect(str(work / "rows.duckdb"), config={**options, "autoinstall_known_extensions": "false"})
+            con = duckdb.connect(":memory:", config={**options, "autoinstall_known_extensions": "false"})
         except duckdb.Error as error:
             raise InputError(f"events.memory_limit: {config.memory_limit!r}: {first_line(error)}") from None
         with con:
