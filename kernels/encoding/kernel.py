@@ -1,0 +1,228 @@
+"""Triton kernel of `encode_events`.
+
+One program makes BLOCK_T rows × BLOCK_D columns of the output. It gathers the table's rows attribute by attribute and
+multiplies them by that attribute's weight, streams the dense features through the same accumulator, and adds the CFEE
+terms as rank-1 updates from registers. Events cross memory once in and once out; no feature matrix is made.
+
+    ids [total, A] int64 · table [R, D_E] · sequence [total] int64 · offsets [batch + 1] · times [total] int64
+    reference_times [batch] int64 · dense [total, d_dense] · out [total, D];  sums in float32
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alure.kernels.encoding.arguments import EventColumns, EventEncoder
+from alure.kernels.jagged import segment_ids
+
+BLOCK_T = 32
+MAX_BLOCK_D = 128
+MAX_BLOCK_K = {2: 64, 4: 32}  # by bytes of the table's dtype; larger tiles of float32 spill
+
+
+@triton.jit
+def log1p(x):
+    """log(1 + x) to full relative precision for x >= 0: the rounding of 1 + x is divided out."""
+    u = 1.0 + x
+    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
+
+
+@triton.jit
+def sine_and_cosine(turns):
+    """sin(2πx) and cos(2πx). Turns reduce exactly, so no slow path for large angles, and its stack, is compiled in."""
+    turns -= tl.floor(turns)
+    quarter = tl.floor(turns * 4.0 + 0.5)
+    y = (turns - quarter * 0.25) * 6.283185307179586  # in [−π/4, π/4]
+    z = y * y
+    # minimax polynomials of Cephes' sinf and cosf, error below 1e-7
+    sine = y + y * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
+    cosine = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
+    swapped = (quarter == 1.0) | (quarter == 3.0)
+    rotated_sine = tl.where(swapped, cosine, sine)
+    rotated_cosine = tl.where(swapped, sine, cosine)
+    rotated_sine = tl.where((quarter == 2.0) | (quarter == 3.0), -rotated_sine, rotated_sine)
+    rotated_cosine = tl.where((quarter == 1.0) | (quarter == 2.0), -rotated_cosine, rotated_cosine)
+    return rotated_sine, rotated_cosine
+
+
+@triton.jit
+def encode_events_kernel(
+    p_out,
+    p_table,
+    p_ids,
+    p_sequence,
+    p_offsets,
+    p_times,
+    p_reference_times,
+    p_counts,
+    p_dense,
+    p_utc_offsets,
+    p_id_weight,
+    p_dense_weight,
+    p_time_weight,
+    p_bias,
+    p_position_table,
+    p_frequency_table,
+    p_periods,
+    p_phases,
+    total,
+    tau,
+    num_positions,
+    A: tl.constexpr,
+    D_E: tl.constexpr,
+    D_DENSE: tl.constexpr,
+    D: tl.constexpr,
+    P: tl.constexpr,
+    F: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_E: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    DOT: tl.constexpr,
+):
+    i_t = tl.program_id(0).to(tl.int64) * BLOCK_T + tl.arange(0, BLOCK_T)
+    i_d = tl.program_id(1) * BLOCK_D + tl.arange(0, BLOCK_D)
+    m_t = i_t < total
+    m_d = i_d < D
+    b_out = tl.zeros((BLOCK_T, BLOCK_D), tl.float32)
+    b_out += tl.load(p_bias + i_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
+
+    # content: Σ_a table[ids[:, a]] @ id_weight[a]
+    for a in range(A):
+        b_id = tl.load(p_ids + i_t * A + a, mask=m_t, other=-1)
+        m_id = b_id >= 0
+        for e in range(0, D_E, BLOCK_E):
+            i_e = e + tl.arange(0, BLOCK_E)
+            m_e = i_e < D_E
+            b_x = tl.load(p_table + b_id[:, None] * D_E + i_e[None, :], mask=m_id[:, None] & m_e[None, :], other=0.0)
+            o_w = (a * D_E + i_e)[:, None] * D + i_d[None, :]
+            b_w = tl.load(p_id_weight + o_w, mask=m_e[:, None] & m_d[None, :], other=0.0)
+            b_out = tl.dot(b_x.to(DOT), b_w.to(DOT), b_out, input_precision="tf32x3")
+    if p_dense is not None:
+        for k in range(0, D_DENSE, BLOCK_K):
+            i_k = k + tl.arange(0, BLOCK_K)
+            m_k = i_k < D_DENSE
+            b_dense = tl.load(p_dense + i_t[:, None] * D_DENSE + i_k, mask=m_t[:, None] & m_k, other=0.0)
+            o_dense = i_k[:, None].to(tl.int64) * D + i_d[None, :]
+            b_weight = tl.load(p_dense_weight + o_dense, mask=m_k[:, None] & m_d[None, :], other=0.0)
+            b_out = tl.dot(b_dense.to(DOT), b_weight.to(DOT), b_out, input_precision="tf32x3")
+
+    # temporal decay: integers until the differences are taken
+    i_sequence = tl.load(p_sequence + i_t, mask=m_t, other=0)
+    b_begin = tl.load(p_offsets + i_sequence, mask=m_t, other=0).to(tl.int64)
+    b_end = tl.load(p_offsets + i_sequence + 1, mask=m_t, other=0).to(tl.int64)
+    b_time = tl.load(p_times + i_t, mask=m_t, other=0)
+    b_previous = tl.load(p_times + i_t - 1, mask=m_t & (i_t > b_begin), other=0)
+    b_gap = tl.where(i_t > b_begin, b_time - b_previous, 0)
+    b_age = tl.maximum(tl.load(p_reference_times + i_sequence, mask=m_t, other=0) - b_time, 0)
+    b_w = tl.load(p_time_weight + i_d, mask=m_d, other=0.0).to(tl.float32)
+    b_out += log1p(b_age.to(tl.float32) / tau)[:, None] * b_w[None, :]
+    b_w = tl.load(p_time_weight + D + i_d, mask=m_d, other=0.0).to(tl.float32)
+    b_out += log1p(b_gap.to(tl.float32) / tau)[:, None] * b_w[None, :]
+
+    # cycles: t mod p in integers, then in turns
+    if p_utc_offsets is not None:
+        b_time += tl.load(p_utc_offsets + i_t, mask=m_t, other=0)
+    for p in tl.static_range(P):
+        period = tl.load(p_periods + p)
+        b_rest = b_time % period
+        b_rest = tl.where(b_rest < 0, b_rest + period, b_rest)  # % truncates towards 0
+        phase = tl.load(p_phases + p).to(tl.float32) * 0.15915494309189535
+        b_sine, b_cosine = sine_and_cosine(b_rest.to(tl.float32) / period.to(tl.float32) + phase)
+        b_w = tl.load(p_time_weight + (2 + p) * D + i_d, mask=m_d, other=0.0).to(tl.float32)
+        b_out += b_sine[:, None] * b_w[None, :]
+        b_w = tl.load(p_time_weight + (2 + P + p) * D + i_d, mask=m_d, other=0.0).to(tl.float32)
+        b_out += b_cosine[:, None] * b_w[None, :]
+
+    # absolute position from the newest event, and frequency: ⌊log2(1 + count)⌋ by shifts
+    m_td = m_t[:, None] & m_d[None, :]
+    b_order = tl.minimum(b_end - 1 - i_t, num_positions - 1)
+    o_position = b_order[:, None] * D + i_d[None, :]
+    b_out += tl.load(p_position_table + o_position, mask=m_td, other=0.0).to(tl.float32)
+    if p_counts is not None:
+        b_count = tl.load(p_counts + i_t, mask=m_t, other=0) + 1
+        b_bucket = tl.zeros((BLOCK_T,), tl.int64)
+        for s in tl.static_range(1, F):
+            b_bucket += tl.where((b_count >> s) > 0, 1, 0)
+        o_frequency = b_bucket[:, None] * D + i_d[None, :]
+        b_out += tl.load(p_frequency_table + o_frequency, mask=m_td, other=0.0).to(tl.float32)
+    tl.store(p_out + i_t[:, None] * D + i_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_td)
+
+
+def encode_events(table: Tensor, events: EventColumns, encoder: EventEncoder) -> Tensor:
+    """[total, D] in the table's dtype (float16, bfloat16 or float32). Arguments must have been checked."""
+    total, attributes = events.ids.shape
+    d_e, width = encoder.id_weight.shape[1:]
+    out = torch.empty(total, width, dtype=table.dtype, device=table.device)
+    if total == 0 or width == 0:
+        return out
+    dense = events.dense
+    if dense is not None and dense.dtype == torch.float64:
+        dense = dense.to(torch.float32)
+    d_dense = 0 if dense is None else dense.shape[1]
+    pointers = (
+        out, table, events.ids, segment_ids(events.offsets, total), events.offsets, events.timestamps,
+        events.reference_times, events.counts, dense, events.utc_offsets, encoder.id_weight, encoder.dense_weight,
+        encoder.time_weight, encoder.bias, encoder.position_table, encoder.frequency_table, encoder.periods,
+        encoder.phases,
+    )  # fmt: skip
+    encode_events_kernel[(triton.cdiv(total, BLOCK_T), triton.cdiv(width, _block(width, MAX_BLOCK_D)))](
+        *(None if x is None else x.contiguous() for x in pointers),
+        total,
+        encoder.tau,
+        encoder.position_table.shape[0],
+        A=attributes,
+        P=encoder.periods.numel(),
+        F=min(encoder.frequency_table.shape[0], 63),  # counts are below 2^62
+        **_tiles(d_e, d_dense, width, table.dtype),
+    )
+    return out
+
+
+def _tiles(d_e: int, d_dense: int, width: int, dtype: torch.dtype) -> dict:
+    """Tile sizes, and what the matrix products read: the interpreter's bfloat16 products are wrong, so float32 there."""
+    native = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
+    block_d, longest = _block(width, MAX_BLOCK_D), MAX_BLOCK_K[dtype.itemsize]
+    return {
+        "D_E": d_e,
+        "D_DENSE": d_dense,
+        "D": width,
+        "BLOCK_T": BLOCK_T,
+        "BLOCK_E": _block(d_e, longest),
+        "BLOCK_K": _block(d_dense, longest),
+        "BLOCK_D": block_d,
+        "DOT": tl.float32 if triton.knobs.runtime.interpret else native,
+        "num_warps": 8 if block_d > 64 else 4,
+    }
+
+
+def _block(size: int, largest: int) -> int:
+    """A power of two that tl.dot accepts."""
+    return max(16, min(largest, triton.next_power_of_2(max(size, 1))))
+
+
+def _case(attributes: int, d_e: int, width: int, d_dense: int, dtype: torch.dtype) -> tuple:
+    """A shipped shape; those with dense features have the other optional columns too."""
+    kind = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
+    floats = ("out", "table", "id_weight", "time_weight", "bias", "position_table", "frequency_table")
+    integers = ("ids", "sequence", "offsets", "times", "reference_times", "periods")
+    signature = {f"p_{name}": f"*{kind}:16" for name in floats} | {f"p_{name}": "*i64:16" for name in integers}
+    signature |= {"p_phases": "*fp32:16", "total": "i32", "tau": "fp32", "num_positions": "i32"}
+    constexprs = {"A": attributes, "P": 6, "F": 16, **_tiles(d_e, d_dense, width, dtype)}
+    options = {"num_warps": constexprs.pop("num_warps")}
+    if d_dense:
+        signature |= {"p_dense": "*fp32:16", "p_dense_weight": f"*{kind}:16"}
+        signature |= {"p_counts": "*i64:16", "p_utc_offsets": "*i64:16"}
+    else:
+        constexprs |= {"p_dense": None, "p_dense_weight": None, "p_counts": None, "p_utc_offsets": None}
+    return encode_events_kernel, signature, constexprs, options
+
+
+AHEAD_OF_TIME = [
+    _case(3, 32, 64, 0, torch.float32),
+    _case(4, 32, 64, 64, torch.float16),
+    _case(4, 64, 192, 384, torch.bfloat16),
+    _case(8, 128, 512, 768, torch.bfloat16),
+    _case(8, 100, 100, 50, torch.float32),
+]
