@@ -4,8 +4,8 @@
 
 A program scores BLOCK_M queries against its list, BLOCK_N rows at a time (tl.dot in full float32), turns scores into
 sortable keys and merges a tile into its K best only where some key beats the query's K-th. The nearest lists go first;
-their K-th keys are where the others start. The programs' results meet in one torch.topk over keys, and the survivors are
-scored exactly.
+their K-th keys are where the others start. The programs' results meet in one torch.topk over keys, and the survivors
+are scored exactly.
 """
 
 from typing import Any
@@ -17,9 +17,9 @@ from torch import Tensor
 
 from alure.kernels.neighbors.scores import MISSING, Search, decode, encode, exact_scores
 
-MAX_K = 128  # K keys of BLOCK_M queries live in registers
-BLOCK_M, BLOCK_D = 32, 32
-NUM_WARPS = 4
+MAX_K = 64  # the K keys of BLOCK_M queries live in registers; 128 spill
+BLOCK_N, BLOCK_D = 64, 32
+NUM_WARPS = 8  # with 4, every K spills on some of sm_80, sm_90, sm_100
 SLOT_BYTES = 1 << 28  # keys written by one launch before they are merged
 
 _MISSING = tl.constexpr(MISSING)
@@ -50,7 +50,9 @@ def grouped_topk_kernel(
         for first in range(0, D, BLOCK_D):
             o_d = first + tl.arange(0, BLOCK_D)
             m_d = o_d < D
-            b_q = tl.load(p_queries + i_query[:, None] * D + o_d[None, :], mask=m_pair[:, None] & m_d[None, :], other=0.0)
+            b_q = tl.load(
+                p_queries + i_query[:, None] * D + o_d[None, :], mask=m_pair[:, None] & m_d[None, :], other=0.0
+            )
             b_x = tl.load(p_database + o_row[None, :] * D + o_d[:, None], mask=m_row[None, :] & m_d[:, None], other=0.0)
             b_score = tl.dot(b_q, b_x, b_score, input_precision="ieee")
         b_score = b_score * FACTOR + tl.load(p_bias + o_row, mask=m_row, other=0.0)[None, :]
@@ -71,8 +73,8 @@ def grouped_topk_kernel(
     tl.store(p_out + i_slot[:, None] * K + o_k[None, :], b_best, mask=m_pair[:, None])
 
 
-def _block_n(keep: int) -> int:
-    return max(64, keep)
+def _block_m(keep: int) -> int:
+    return 32 if keep <= 32 else 16
 
 
 def _aot_case(keep: int) -> tuple[Any, dict[str, str], dict[str, int], dict[str, int]]:
@@ -81,20 +83,24 @@ def _aot_case(keep: int) -> tuple[Any, dict[str, str], dict[str, int], dict[str,
         "p_pair_query": "*i64", "p_pair_slot": "*i64", "p_block_list": "*i64", "p_block_first": "*i64",
         "p_block_last": "*i64", "p_floor": "*i64", "p_exclude": "*i64", "p_out": "*i64", "D": "i32",
     }  # fmt: skip
-    constants = {"FACTOR": 1, "BLOCK_M": BLOCK_M, "BLOCK_N": _block_n(keep), "BLOCK_D": BLOCK_D, "K": keep}
+    constants = {"FACTOR": 1, "BLOCK_M": _block_m(keep), "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "K": keep}
     return grouped_topk_kernel, signature, constants, {"num_warps": NUM_WARPS}
 
 
-AHEAD_OF_TIME = [_aot_case(keep) for keep in (2, 16, 64, 128)]
+AHEAD_OF_TIME = [_aot_case(keep) for keep in (16, 64)]
+
+
+def _check_k(keep: int, problem: str) -> None:
+    if keep > MAX_K:
+        raise ValueError(f"{problem}; use backend='reference'")
 
 
 def search(task: Search) -> Tensor:
     """The k best keys of every query, best first, [nq, k] int64 (MISSING where fewer were found)."""
+    _check_k(task.k + 1, f"k: backend 'triton' keeps at most {MAX_K - 1} neighbours, got {task.k}")
     keep = triton.next_power_of_2(task.k + 1)  # one more than asked: a swap by rounding at the boundary is put right
-    if keep > MAX_K:
-        raise ValueError(f"k: backend 'triton' keeps at most {MAX_K - 1} neighbours, got {task.k}; use 'reference'")
     kept = _search_approximately(task, keep)
-    scores, rank = decode(kept)
+    rank = decode(kept)[1]
     row_of_rank = torch.empty_like(task.rank)
     row_of_rank[task.rank] = torch.arange(task.rank.numel(), device=task.rank.device)
     query, place = (rank >= 0).nonzero(as_tuple=True)
@@ -106,9 +112,8 @@ def search(task: Search) -> Tensor:
 
 def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tensor, Tensor]:
     """(D, I) of the nprobe best centroids of every row: a search in one list that holds them all."""
+    _check_k(nprobe, f"nprobe: backend 'triton' keeps at most {MAX_K}, got {nprobe}")
     keep = triton.next_power_of_2(max(2, nprobe))
-    if keep > MAX_K:
-        raise ValueError(f"nprobe: backend 'triton' keeps at most {MAX_K}, got {nprobe}; use 'reference'")
     device, count = x.device, centroids.shape[0]
     none = torch.full((x.shape[0],), -1, dtype=torch.int64, device=device)
     task = Search(
@@ -151,10 +156,11 @@ def _launch(task: Search, bias: Tensor, part: slice, probes: Tensor, best: Tenso
     slots = probes.reshape(-1).argsort(stable=True)  # (query, probe) pairs by list; the −1s come first
     counts = torch.bincount(probes.reshape(-1) + 1, minlength=nlist + 1)
     pair_begin = counts.cumsum(0) - counts
-    blocks = (counts[1:] + BLOCK_M - 1) // BLOCK_M
+    block_m = _block_m(keep)
+    blocks = (counts[1:] + block_m - 1) // block_m
     block_list = torch.repeat_interleave(torch.arange(nlist, device=device), blocks)
     within = torch.arange(block_list.numel(), device=device) - (blocks.cumsum(0) - blocks)[block_list]
-    block_first = pair_begin[1:][block_list] + within * BLOCK_M
+    block_first = pair_begin[1:][block_list] + within * block_m
     block_last = (pair_begin + counts)[1:][block_list]
     out = torch.full((num_queries, width * keep), MISSING, dtype=torch.int64, device=device)
     if block_list.numel() == 0:
@@ -165,6 +171,6 @@ def _launch(task: Search, bias: Tensor, part: slice, probes: Tensor, best: Tenso
         slots // width, slots, block_list, block_first, block_last,
         best[:, -1].contiguous(), task.exclude_row[part], out, queries.shape[1],
         FACTOR=1 if task.metric == "ip" else 2,
-        BLOCK_M=BLOCK_M, BLOCK_N=_block_n(keep), BLOCK_D=BLOCK_D, K=keep, num_warps=NUM_WARPS,
+        BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, K=keep, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out

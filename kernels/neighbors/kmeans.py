@@ -32,7 +32,8 @@ def train_kmeans(
         raise TypeError("x: expected a floating point tensor [n, d]")
     if nlist < 1 or niter < 0 or max_points_per_centroid < 1:
         raise ValueError(
-            f"nlist, niter, max_points_per_centroid: expected ≥ 1, ≥ 0, ≥ 1; got {nlist}, {niter}, {max_points_per_centroid}"
+            "nlist, niter, max_points_per_centroid: expected at least 1, 0, 1; "
+            f"got {nlist}, {niter}, {max_points_per_centroid}"
         )
     x = x.detach()
     if x.dtype not in (torch.float32, torch.float64):

@@ -20,6 +20,7 @@ SUPPORTED = ("reference", "triton")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 MAX_ROWS = (1 << 31) - 1
+TRITON_KEEPS = 64
 
 Metric = Literal["ip", "l2"]
 
@@ -32,7 +33,7 @@ def assign_clusters(
     x: [n, d] and centroids: [c, d], floating point; float16 and bfloat16 are computed in float32.
     Returns D [n, nprobe] float32, inner products ("ip", higher is better) or squared distances ("l2", lower is better),
     and I [n, nprobe] int64, rows of `centroids`; scores are those of one matrix product in the inputs' precision.
-    Raises TypeError or ValueError for other shapes, dtypes or devices, for nprobe not in 1 … c, and for NaN or infinity.
+    Raises TypeError or ValueError for other shapes, dtypes or devices, nprobe not in 1 … c, and NaN or infinity.
     """
     _check_matrix(x, "x")
     _check_matrix(centroids, "centroids", like=x, like_name="x")
@@ -57,13 +58,13 @@ def grouped_topk(
     """The k nearest database rows of every query inside the lists it probes, best first: the search of an IVF index.
 
     queries: [nq, d]; database: [nb, d], the rows of one list side by side, list l at rows list_offsets[l] …
-    list_offsets[l + 1]; list_offsets: int32 or int64 [nlist + 1]; probes: int32 or int64 [nq, nprobe], −1 = none, a list
-    named twice is searched once. Name the nearest list first: it makes the search faster, not different.
+    list_offsets[l + 1]; list_offsets: int32 or int64 [nlist + 1]; probes: int32 or int64 [nq, nprobe], −1 = none, a
+    list named twice is searched once. Name the nearest list first: it makes the search faster, not different.
     ids: int64 [nb], each ≥ 0 and unique (default: the row); exclude: int64 [nq], an id not to return, −1 = none.
 
     Returns D [nq, k] float32 and I [nq, k] int64. Where the lists hold fewer than k, the rest is id −1 with score −inf
-    ("ip") or +inf ("l2", squared distance). A score is the float64 sum rounded once to float32, whatever the backend and
-    batch; of equal scores the lower id comes first (backend "triton" may part differently with rows closer than its
+    ("ip") or +inf ("l2", squared distance). A score is the float64 sum rounded once to float32, whatever the backend
+    and batch; of equal scores the lower id comes first (backend "triton" may part differently with rows closer than its
     float32 products resolve, at the k-th place).
     Raises TypeError or ValueError for other shapes, dtypes or devices, NaN or infinity, offsets that do not tile the
     database, probes outside −1 … nlist − 1, and ids that repeat or are negative.
@@ -86,7 +87,7 @@ def grouped_topk(
 
 @torch.library.custom_op("alure::assign_clusters", mutates_args=())
 def _assign_clusters(x: Tensor, centroids: Tensor, nprobe: int, metric: str, backend: str) -> tuple[Tensor, Tensor]:
-    backend = resolve_backend(backend, x.device, SUPPORTED)
+    backend = _resolve(backend, x, nprobe)
     x, centroids = _computed(x, backend), _computed(centroids, backend)
     _check_values(x, "x", centroids, "centroids")
     return _implementation(backend).assign(x, centroids, nprobe, metric)
@@ -110,7 +111,7 @@ def _grouped_topk(
     metric: str,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    backend = resolve_backend(backend, queries.device, SUPPORTED)
+    backend = _resolve(backend, queries, k + 1)
     queries, database = _computed(queries, backend), _computed(database, backend)
     _check_values(queries, "queries", database, "database")
     check_offsets(list_offsets, database.shape[0], "list_offsets")
@@ -153,6 +154,13 @@ def _(
     return queries.new_empty(shape, dtype=torch.float32), queries.new_empty(shape, dtype=torch.int64)
 
 
+def _resolve(backend: str, x: Tensor, keep: int) -> str:
+    """Under "auto" the reference takes what Triton does not: float64, and more than TRITON_KEEPS best."""
+    if backend == "auto" and (x.dtype == torch.float64 or keep > TRITON_KEEPS):
+        return "reference"
+    return resolve_backend(backend, x.device, SUPPORTED)
+
+
 def _implementation(backend: str) -> ModuleType:
     if backend == "reference":
         return reference
@@ -182,7 +190,9 @@ def _check_matrix(x: Tensor, name: str, like: Tensor | None = None, like_name: s
     if x.dtype != like.dtype:
         raise TypeError(f"{name}: expected {like.dtype} as in {like_name}, got {x.dtype}")
     if x.device != like.device:
-        raise ValueError(f"{name}: expected a tensor on {like.device} as {like_name}, got one on {x.device}; move it there")
+        raise ValueError(
+            f"{name}: expected a tensor on {like.device} as {like_name}, got one on {x.device}; move it there"
+        )
 
 
 def _check_metric(metric: str) -> None:

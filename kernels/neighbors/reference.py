@@ -5,6 +5,7 @@ then scored exactly (scores.py), and the k best keys win.
 """
 
 from collections.abc import Iterator
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ class RunningTopK:
         queries = torch.cat([query for query, _ in self.pending])
         rows = torch.cat([row for _, row in self.pending])
         self.pending, self.num_pending = [], 0
-        keys = encode(exact_scores(self.queries, queries, self.task.database, rows, self.task.metric), self.task.rank[rows])
+        task, k = self.task, self.task.k
+        keys = encode(exact_scores(self.queries, queries, task.database, rows, task.metric), task.rank[rows])
         better = keys > self.keys[queries, -1]
         queries, keys = queries[better], keys[better]
         keys, by_key = keys.sort(descending=True)
@@ -50,7 +52,6 @@ class RunningTopK:
         touched, counts = queries.unique_consecutive(return_counts=True)
         group = torch.repeat_interleave(torch.arange(touched.numel(), device=keys.device), counts)
         place = torch.arange(keys.numel(), device=keys.device) - (counts.cumsum(0) - counts)[group]
-        k = self.task.k
         kept = place < k
         best = torch.full((touched.numel(), 2 * k), MISSING, dtype=torch.int64, device=keys.device)
         best[:, :k] = self.keys[touched]
@@ -80,7 +81,7 @@ def _search_block(task: Search, start: int) -> Tensor:
 def _waves(nprobe: int) -> Iterator[tuple[int, int]]:
     """Ranges of probe ranks. Probes come nearest first: the early lists set a bound that few later scores pass."""
     edges = [edge for edge in (0, 1, 4, 12) if edge < nprobe] + [nprobe]
-    yield from zip(edges[:-1], edges[1:])
+    yield from pairwise(edges)
 
 
 def _by_list(probes: Tensor, nlist: int) -> Iterator[tuple[int, Tensor]]:

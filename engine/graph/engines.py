@@ -1,0 +1,134 @@
+"""Three ways to find every user's nearest others among one country's normalised vectors, behind one interface."""
+
+import importlib
+import importlib.util
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+
+from alure.engine.errors import InputError
+from alure.kernels import assign_clusters, grouped_topk, train_kmeans
+
+FAISS_GPU_LIMIT = 2048  # both k and nprobe of its GPU search
+
+
+class Engine(Protocol):
+    """Neighbours of rows first … last − 1: similarities [n, k] best first and rows [n, k], −1 where there are fewer.
+
+    A row is never its own neighbour; of equal similarities the lower row comes first.
+    """
+
+    name: str
+
+    def search(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]: ...
+
+
+@dataclass(frozen=True)
+class Clusters:
+    """The lists of an IVF search: centroids [nlist, d], and how many of them a user searches."""
+
+    centroids: torch.Tensor
+    nprobe: int
+
+    @property
+    def nlist(self) -> int:
+        return self.centroids.shape[0]
+
+
+def has_faiss() -> bool:
+    return importlib.util.find_spec("faiss") is not None
+
+
+def import_faiss() -> Any:
+    if not has_faiss():
+        raise InputError(
+            "search: 'faiss' needs the package faiss; pip install alure[cpu] (alure[gpu] with an NVIDIA GPU), "
+            "or use --search grouped"
+        )
+    return importlib.import_module("faiss")
+
+
+def compute_device() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def train_clusters(vectors: np.ndarray, nlist: int, nprobe: int, seed: int) -> Clusters:
+    x = torch.from_numpy(vectors).to(compute_device())
+    return Clusters(train_kmeans(x, nlist, seed=seed, spherical=True), nprobe)
+
+
+class ExactSearch:
+    """Every pair, as one search in a list that holds all users."""
+
+    name = "exact"
+
+    def __init__(self, vectors: np.ndarray, k: int) -> None:
+        self.x = torch.from_numpy(vectors).to(compute_device())
+        self.k = k
+        self.offsets = torch.tensor([0, len(vectors)], device=self.x.device)
+
+    def search(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        return self.search_rows(torch.arange(first, last))
+
+    def search_rows(self, rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
+        rows = rows.to(self.x.device)
+        probes = torch.zeros((len(rows), 1), dtype=torch.int64, device=self.x.device)
+        D, I = grouped_topk(self.x[rows], self.x, self.offsets, probes, self.k, exclude=rows)
+        return D.cpu().numpy(), I.cpu().numpy()
+
+
+class GroupedSearch:
+    """Probed clusters only, many queries × one cluster as a matrix product (kernels/neighbors)."""
+
+    name = "grouped"
+
+    def __init__(self, vectors: np.ndarray, k: int, clusters: Clusters) -> None:
+        self.x = torch.from_numpy(vectors).to(compute_device())
+        self.k, self.clusters = k, clusters
+        _, nearest = assign_clusters(self.x, clusters.centroids, 1)
+        self.ids = nearest.squeeze(1).argsort(stable=True)
+        sizes = torch.bincount(nearest.squeeze(1), minlength=clusters.nlist)
+        self.offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        self.database = self.x[self.ids]
+
+    def search(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        queries = self.x[first:last]
+        _, probes = assign_clusters(queries, self.clusters.centroids, self.clusters.nprobe)
+        own = torch.arange(first, last, device=self.x.device)
+        D, I = grouped_topk(queries, self.database, self.offsets, probes, self.k, ids=self.ids, exclude=own)
+        return D.cpu().numpy(), I.cpu().numpy()
+
+
+class FaissSearch:
+    """FAISS IndexIVFFlat over the same clusters; on all GPUs where FAISS sees any."""
+
+    name = "faiss"
+
+    def __init__(self, vectors: np.ndarray, k: int, clusters: Clusters) -> None:
+        faiss = import_faiss()
+        self.vectors, self.k = vectors, k
+        quantizer = faiss.IndexFlatIP(vectors.shape[1])
+        quantizer.add(clusters.centroids.cpu().numpy())
+        index = faiss.IndexIVFFlat(quantizer, vectors.shape[1], clusters.nlist, faiss.METRIC_INNER_PRODUCT)
+        index.train(vectors)  # the quantizer is full already: this only marks the index trained
+        index.nprobe = clusters.nprobe
+        self.quantizer = quantizer  # the index holds no reference of its own
+        if getattr(faiss, "get_num_gpus", int)() > 0:
+            if max(k + 1, clusters.nprobe) > FAISS_GPU_LIMIT:
+                raise InputError(
+                    f"search: FAISS on a GPU allows k and nprobe up to {FAISS_GPU_LIMIT}, got k {k} and nprobe "
+                    f"{clusters.nprobe}; lower them or use --search grouped"
+                )
+            index = faiss.index_cpu_to_all_gpus(index)
+        index.add(vectors)
+        self.index = index
+
+    def search(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
+        D, I = self.index.search(self.vectors[first:last], self.k + 1)  # one more: a user finds itself
+        dropped = np.arange(first, last)[:, None] == I
+        dropped[~dropped.any(axis=1), -1] = True  # unless k + 1 copies of it came before
+        D, I = D[~dropped].reshape(-1, self.k), I[~dropped].reshape(-1, self.k)
+        order = np.lexsort((I, -D), axis=1)  # FAISS leaves the order of equals open
+        return np.take_along_axis(D, order, 1), np.take_along_axis(I, order, 1)

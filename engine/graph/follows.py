@@ -1,0 +1,97 @@
+"""The follow graph: who follows whom, read from Parquet and matched with the users of the store."""
+
+import difflib
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+import pyarrow.dataset as ds
+from deltalake import DeltaTable
+from scipy.sparse import csr_array
+
+from alure.engine.errors import InputError
+
+COLUMNS = ("user_id", "followed_id")
+
+
+@dataclass(frozen=True)
+class Follows:
+    """adjacency: [n, n] CSR of ones, row u holds whom user u follows, columns ascending. The rest counts input rows."""
+
+    adjacency: csr_array
+    rows: int
+    nulls: int = 0
+    unknown_users: int = 0  # rows that name a user the store does not have
+    self_follows: int = 0
+    duplicates: int = 0
+
+    @property
+    def kept(self) -> int:
+        return int(self.adjacency.nnz)
+
+
+def read_follows(path: str | Path, user_ids: pa.Array) -> Follows:
+    """Read user_id and followed_id from Parquet (a file or folder) or a Delta table; users become rows of `user_ids`.
+
+    Raises InputError for a missing or unreadable file, a missing column (naming the nearest), and ids of another type.
+    """
+    path = Path(path)
+    table = _read(path)
+    columns = [_ids(table, name, user_ids.type, path) for name in COLUMNS]
+    nulls = pc.or_(pc.is_null(columns[0]), pc.is_null(columns[1])).to_numpy(zero_copy_only=False)
+    rows = [pc.fill_null(pc.index_in(column, value_set=user_ids), -1).to_numpy() for column in columns]
+    return follows_of(*(row[~nulls] for row in rows), len(user_ids), nulls=int(nulls.sum()))
+
+
+def follows_of(users: np.ndarray, followed: np.ndarray, num_users: int, *, nulls: int = 0) -> Follows:
+    """From rows of users, −1 for one who is unknown: unknown, self-follows and repetitions are dropped and counted."""
+    known = (users >= 0) & (followed >= 0)
+    other = known & (users != followed)
+    edges = np.unique(users[other].astype(np.int64) * num_users + followed[other])
+    source, target = np.divmod(edges, max(num_users, 1))
+    offsets = np.zeros(num_users + 1, dtype=np.int64)
+    np.cumsum(np.bincount(source, minlength=num_users), out=offsets[1:])
+    adjacency = csr_array((np.ones(len(edges)), target, offsets), shape=(num_users, num_users))
+    return Follows(
+        adjacency=adjacency,
+        rows=len(users) + nulls,
+        nulls=nulls,
+        unknown_users=int((~known).sum()),
+        self_follows=int((known & ~other).sum()),
+        duplicates=int(other.sum()) - len(edges),
+    )
+
+
+def _read(path: Path) -> pa.Table:
+    if not path.exists():
+        raise InputError(f"social: {path} does not exist; expected Parquet or Delta with user_id and followed_id")
+    try:
+        if DeltaTable.is_deltatable(str(path)):
+            data = DeltaTable(str(path)).to_pyarrow_dataset()
+        else:
+            data = ds.dataset(path, format="parquet")
+        names = data.schema.names
+        for wanted in COLUMNS:
+            if wanted not in names:
+                near = difflib.get_close_matches(wanted, names, 1)
+                hint = f"; the nearest is {near[0]!r}, rename it" if near else ""
+                raise InputError(f"social: {path}: expected a column {wanted}, got {', '.join(names) or 'none'}{hint}")
+        return data.to_table(columns=list(COLUMNS))
+    except (pa.ArrowException, OSError) as error:
+        raise InputError(f"social: {path} cannot be read as Parquet: {error}") from None
+
+
+def _ids(table: pa.Table, name: str, wanted: pa.DataType, path: Path) -> pa.ChunkedArray:
+    kind = table.schema.field(name).type
+    if pa.types.is_dictionary(kind):
+        kind = kind.value_type
+    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
+    fits = pa.types.is_integer(kind) if pa.types.is_integer(wanted) else is_text
+    if not fits and not pa.types.is_null(kind):
+        raise InputError(
+            f"social: {path}: column {name}: expected ids of type {wanted} as the users of the store, got {kind}; "
+            "cast the column"
+        )
+    return table[name].cast(wanted)

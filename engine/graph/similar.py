@@ -1,0 +1,215 @@
+"""The similarity graph of user embeddings: per country, every user's k nearest others by cosine (paper, section 3)."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+import numpy as np
+import pyarrow as pa
+import torch
+
+from alure.engine.config import GraphConfig
+from alure.engine.errors import InputError
+from alure.engine.graph.engines import (
+    Engine,
+    ExactSearch,
+    FaissSearch,
+    GroupedSearch,
+    has_faiss,
+    import_faiss,
+    train_clusters,
+)
+from alure.engine.graph.similarity import SimilarityGraph
+from alure.engine.progress import Track, track
+
+POINTS_PER_CLUSTER = 39  # fewer points than this a centroid make poor clusters (FAISS warns at the same number)
+RECALL_SAMPLE = 1000  # users a country whose neighbours are compared with an exact search
+TIE = 1e-6  # cosines closer than this are one similarity when recall is counted
+SEARCH_ROWS = 16_384  # users between two steps of the progress bar
+SEARCH_SHARES = 16  # at most this many steps for a large country: each search prepares the database anew
+
+Countries: TypeAlias = Sequence[str] | np.ndarray | pa.Array | pa.ChunkedArray | Sequence[tuple[str, int, int]]
+
+
+@dataclass(frozen=True)
+class CountryReport:
+    """How one country was searched. recall: share of the true k nearest that were found, over `recall_sample` users."""
+
+    country: str
+    users: int
+    zero_vectors: int  # users whose embedding is zero: they have no direction, hence no neighbours
+    engine: str
+    clusters: int
+    nprobe: int
+    edges: int
+    short: int  # users with fewer than k neighbours
+    recall: float
+    recall_sample: int
+    cluster_seconds: float
+    seconds: float
+    notes: list[str] = field(default_factory=list)  # where the search differs from what was asked
+
+
+@dataclass(frozen=True)
+class _Plan:
+    engine: str
+    nlist: int
+    nprobe: int
+    notes: list[str]
+
+
+def build_similarity_graph(
+    embeddings: np.ndarray,
+    countries: Countries,
+    config: GraphConfig,
+    seed: int = 0,
+    *,
+    user_ids: pa.Array | None = None,
+) -> tuple[SimilarityGraph, list[CountryReport]]:
+    """Link every user to its config.k nearest others of the same country, and say how each country was searched.
+
+    embeddings: float32 [n, k·d], the embeddings of a user end to end (normalised here as a whole); countries: a label a
+    user, or (name, first row, rows) ranges that tile the users; user_ids: int64 or string [n] (default: the row).
+    The result depends on the arguments and the engine only, not on the order of countries.
+    Raises InputError for NaN or infinity (naming users), shapes that do not fit, and an engine that is not installed.
+    """
+    embeddings = np.asarray(embeddings)
+    if embeddings.ndim != 2 or embeddings.dtype.kind != "f":
+        raise InputError(f"embeddings: expected floats [n, k·d], got {embeddings.dtype} {list(embeddings.shape)}")
+    n = len(embeddings)
+    ids = pa.array(np.arange(n)) if user_ids is None else user_ids
+    if len(ids) != n:
+        raise InputError(f"user_ids: expected one for each of the {n:,} embeddings, got {len(ids):,}")
+    if config.search == "faiss":
+        import_faiss()  # fail before the work, not after
+    labels, parts = _by_country(countries, n)
+    _check_finite(embeddings, ids)
+    similarities = np.full((n, config.k), -np.inf, dtype=np.float32)
+    neighbors = np.full((n, config.k), -1, dtype=np.int64)
+    reports = []
+    with track("Searching neighbours", n, "users") as bar:
+        for name, rows in parts:
+            D, I, report = _search_country(name, embeddings[rows], config, seed, bar)
+            found = I >= 0
+            similarities[rows] = np.where(found, np.clip(D, -1.0, 1.0), -np.inf)
+            neighbors[rows] = np.where(found, rows[I], -1)
+            reports.append(report)
+    return SimilarityGraph.from_topk(ids, labels, similarities, neighbors), reports
+
+
+def _by_country(countries: Countries, n: int) -> tuple[pa.Array, list[tuple[str, np.ndarray]]]:
+    """(a label a user, [(country, its rows ascending)] by name)."""
+    if isinstance(countries, Sequence) and len(countries) and isinstance(countries[0], tuple):
+        ranges = [(str(name), int(first), int(count)) for name, first, count in countries]
+        ends = [0, *(first + count for _, first, count in ranges)]
+        if [first for _, first, _ in ranges] != ends[:-1] or ends[-1] != n or any(count < 0 for *_, count in ranges):
+            raise InputError(f"countries: expected ranges that tile the {n:,} users in order, got {ranges[:5]}")
+        labels = pa.array(np.repeat([name for name, *_ in ranges], [count for *_, count in ranges]), pa.string())
+    else:
+        labels = countries.combine_chunks() if isinstance(countries, pa.ChunkedArray) else pa.array(countries)
+        labels = labels.cast(pa.string())
+    if len(labels) != n:
+        raise InputError(f"countries: expected one for each of the {n:,} embeddings, got {len(labels):,}")
+    if labels.null_count:
+        raise InputError(f"countries: expected one for every user, got {labels.null_count:,} nulls")
+    codes = labels.dictionary_encode()
+    index = codes.indices.to_numpy()
+    names = codes.dictionary.to_pylist()
+    order = np.argsort(index, kind="stable")
+    bounds = np.cumsum(np.bincount(index, minlength=len(names)))[:-1]
+    return labels, sorted(zip(names, np.split(order, bounds))) if n else []
+
+
+def _check_finite(embeddings: np.ndarray, ids: pa.Array) -> None:
+    bad = np.concatenate([~np.isfinite(block).all(axis=1) for block in _blocks(embeddings)]).nonzero()[0]
+    if len(bad):
+        shown = ", ".join(repr(ids[int(row)].as_py()) for row in bad[:5])
+        raise InputError(
+            f"embeddings: expected finite values, got NaN or infinity for {len(bad):,} users ({shown}"
+            f"{', …' if len(bad) > 5 else ''}); refresh them again with a sound model"
+        )
+
+
+def _blocks(x: np.ndarray, rows: int = 1 << 16) -> Iterator[np.ndarray]:
+    for first in range(0, max(len(x), 1), rows):
+        yield x[first : first + rows]
+
+
+def _search_country(
+    name: str, embeddings: np.ndarray, config: GraphConfig, seed: int, bar: Track
+) -> tuple[np.ndarray, np.ndarray, CountryReport]:
+    """(similarities, rows within the country, report); both [users, k], row −1 where there are fewer."""
+    started = time.monotonic()
+    users, k = len(embeddings), config.k
+    norms = np.concatenate([np.linalg.norm(block.astype(np.float64), axis=1) for block in _blocks(embeddings)])
+    rows = norms.nonzero()[0]
+    vectors = np.ascontiguousarray((embeddings[rows] / norms[rows, None]).astype(np.float32))
+    D = np.full((users, k), -np.inf, dtype=np.float32)
+    I = np.full((users, k), -1, dtype=np.int64)
+    plan = _plan(config, len(rows))
+    notes = list(plan.notes)
+    if len(rows) <= k:
+        notes.append(f"k: {k} neighbours asked, a user here has at most {max(len(rows) - 1, 0)} others")
+    if users > len(rows):
+        notes.append(f"{users - len(rows):,} users have a zero embedding and no neighbours")
+    bar.advance(users - len(rows), note=name)
+    engine = _engine(plan, vectors, k, seed)
+    clustered = time.monotonic() - started
+    step = max(SEARCH_ROWS, -(-len(rows) // SEARCH_SHARES))
+    for first in range(0, len(rows), step):
+        last = min(first + step, len(rows))
+        found, near = engine.search(first, last)
+        D[rows[first:last]] = found
+        I[rows[first:last]] = np.where(near >= 0, rows[near], -1)
+        bar.advance(last - first, note=f"{name}, {engine.name}")
+    recall, sample = _recall(engine, vectors, k, D[rows], seed)
+    counts = (I >= 0).sum(axis=1)
+    report = CountryReport(
+        country=name, users=users, zero_vectors=users - len(rows), engine=engine.name,
+        clusters=plan.nlist, nprobe=plan.nprobe, edges=int(counts.sum()), short=int((counts < k).sum()),
+        recall=recall, recall_sample=sample, cluster_seconds=round(clustered, 3),
+        seconds=round(time.monotonic() - started, 3), notes=notes,
+    )  # fmt: skip
+    return D, I, report
+
+
+def _plan(config: GraphConfig, users: int) -> _Plan:
+    """The engine and clusters for a country of `users` users with a direction; every departure is noted."""
+    engine, notes = config.search, []
+    if engine == "auto":
+        engine = "exact" if users < config.exact_below else "faiss" if has_faiss() else "grouped"
+    nlist = min(config.nlist, users // POINTS_PER_CLUSTER)
+    if engine != "exact" and nlist < 2:
+        notes.append(f"{engine}: {users:,} users are too few for clusters; searched exactly")
+        engine = "exact"
+    if engine == "exact":
+        return _Plan("exact", 0, 0, notes)
+    if nlist < config.nlist:
+        notes.append(
+            f"nlist: {config.nlist} clusters asked, {nlist} used for {users:,} users ({POINTS_PER_CLUSTER} each)"
+        )
+    nprobe = min(config.nprobe, nlist)
+    if nprobe < config.nprobe:
+        notes.append(f"nprobe: {config.nprobe} clusters asked, there are {nlist}")
+    return _Plan(engine, nlist, nprobe, notes)
+
+
+def _engine(plan: _Plan, vectors: np.ndarray, k: int, seed: int) -> Engine:
+    if plan.engine == "exact":
+        return ExactSearch(vectors, k)
+    clusters = train_clusters(vectors, plan.nlist, plan.nprobe, seed)
+    return FaissSearch(vectors, k, clusters) if plan.engine == "faiss" else GroupedSearch(vectors, k, clusters)
+
+
+def _recall(engine: Engine, vectors: np.ndarray, k: int, found: np.ndarray, seed: int) -> tuple[float, int]:
+    """(share of the true k nearest whose similarity was reached, users compared); equals count whichever was found."""
+    if engine.name == "exact" or len(vectors) < 2:
+        return 1.0, 0
+    generator = np.random.default_rng(seed)
+    sample = np.sort(generator.choice(len(vectors), min(RECALL_SAMPLE, len(vectors)), replace=False))
+    truth, rows = ExactSearch(vectors, k).search_rows(torch.from_numpy(sample))
+    expected = (rows >= 0).sum(axis=1)
+    least = np.take_along_axis(truth, np.maximum(expected - 1, 0)[:, None], axis=1)
+    hits = np.minimum((found[sample] >= least - TIE).sum(axis=1), expected)
+    return float(hits.sum() / max(expected.sum(), 1)), len(sample)
