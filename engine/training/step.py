@@ -63,7 +63,8 @@ def task_logits(
     """Logits [E, tasks] of all exposures in one pass, and for each entry of `shown` its rows in them."""
     device = state.embeddings.device
     users = np.concatenate([exposed.rows for exposed in shown])
-    order = np.argsort(users, kind="stable")
+    times = np.concatenate([exposed.timestamps for exposed in shown])
+    order = np.lexsort((times, users))  # attention takes a user's queries in time order
     place = np.empty_like(order)
     place[order] = np.arange(len(order))
     offsets = np.zeros(num_users + 1, np.int64)
@@ -72,7 +73,7 @@ def task_logits(
         np.concatenate([exposed.items for exposed in shown])[order],
         offsets,
         users[order],
-        np.concatenate([exposed.timestamps for exposed in shown])[order],
+        times[order],
     )
     exposures = Exposures(*(torch.from_numpy(column).to(device) for column in columns))
     ranking = model.heads["ranking"]
