@@ -4,7 +4,6 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 interrupted (run the sa
 With --json the last line on stdout is one JSON object with what the command did.
 """
 
-import dataclasses
 import json
 import re
 import subprocess
@@ -19,6 +18,7 @@ from pydantic import ValidationError
 from alure.engine.config import Config, EventsConfig, describe
 from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.progress import say
+from alure.engine.results import to_dict
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
 
@@ -44,9 +44,9 @@ ConfigFile = Annotated[
 
 def finish(result: Any, as_json: bool) -> None:
     """The command's result: readable lines to whoever watches, or one JSON object on stdout."""
-    data = result if isinstance(result, dict) else dataclasses.asdict(result)
+    data = to_dict(result)
     if as_json:
-        print(json.dumps(data, default=str))  # noqa: T201
+        print(json.dumps(data))  # noqa: T201
     else:
         for name, value in data.items():
             if not isinstance(value, (dict, list)):

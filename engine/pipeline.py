@@ -9,7 +9,7 @@ import resource
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from alure.engine.events import Events, ingest
 from alure.engine.graph import build_graphs
 from alure.engine.progress import say
 from alure.engine.refresh import RefreshJob
+from alure.engine.results import to_dict
 from alure.engine.retrieval import retrieve
 from alure.engine.store import EmbeddingStore
 from alure.engine.training import train
@@ -51,16 +52,15 @@ class Chain:
                 self.stages[name] = saved
                 return saved["report"]
         started = time.monotonic()
-        report = work()
-        report = report if isinstance(report, dict) else asdict(report)
+        report = to_dict(work())
         saved = {"key": key, "seconds": time.monotonic() - started, "report": report, "peak_rss_bytes": peak_rss()}
         stamp.parent.mkdir(parents=True, exist_ok=True)
         temporary = stamp.with_suffix(".tmp")
-        temporary.write_text(json.dumps(saved, default=str))
+        temporary.write_text(json.dumps(saved))
         temporary.replace(stamp)
         say(f"{name}: done in {saved['seconds']:.1f} s")
-        self.stages[name] = saved = json.loads(stamp.read_text())
-        return saved["report"]
+        self.stages[name] = saved
+        return report
 
     def key(self, name: str) -> str:
         return self.stages[name]["key"]
@@ -98,7 +98,7 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
         "retrieve",
         [chain.key("graph"), config.retrieval, candidate_sets],
         lambda: {
-            "+".join(graphs): asdict(retrieve(store, events, config.retrieval, graphs=graphs))
+            "+".join(graphs): to_dict(retrieve(store, events, config.retrieval, graphs=graphs))
             for graphs in candidate_sets
         },
     )
@@ -146,7 +146,7 @@ def run_evaluation(
     log = Events.open(events) if events else None
     report = evaluate(EmbeddingStore(store), truth, config, events=log, seed=seed)
     chain = Chain(Config(output=out or store.parent, name=f"Evaluation of {store.name}", evaluation=config))
-    chain.stages["evaluate"] = {"seconds": 0.0, "report": json.loads(json.dumps(asdict(report), default=str))}
+    chain.stages["evaluate"] = {"seconds": 0.0, "report": to_dict(report)}
     return publish_report(chain, None)
 
 
