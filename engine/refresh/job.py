@@ -73,7 +73,7 @@ class RefreshJob:
         published = self.store.log.find(snapshot.generation, "embeddings")
         if published is not None:
             say(f"refresh: generation {snapshot.generation} is published already, with {published.rows:,} users")
-            return self._report(snapshot, published, (units, len(units)), Work(), started)
+            return self._report(snapshot, published, (units, len(units)), None, started)
         done = self.store.written_units(snapshot.generation, [unit.name for unit in units])
         left = [unit for unit in units if unit.name not in done]
         with stop_flag("refresh") as flag:
@@ -157,16 +157,21 @@ class RefreshJob:
         return Generation(snapshot.generation, "embeddings", "", rows, self.as_of, self.digest, properties)
 
     def _report(
-        self, snapshot: Snapshot, published: Generation, units: tuple[list[Unit], int], work: Work, started: float
+        self,
+        snapshot: Snapshot,
+        published: Generation,
+        units: tuple[list[Unit], int],
+        done: Work | None,
+        started: float,
     ) -> RefreshReport:
-        seconds = time.monotonic() - started
+        seconds, work = time.monotonic() - started, done or Work()
         embedded = self.store.count_written(snapshot.generation, as_of=self.as_of)
         return RefreshReport(
             generation=snapshot.generation,
             as_of=self.as_of,
             model=self.digest,
             base=snapshot.base,
-            already_published=units[1] == len(units[0]) and not work.batches,
+            already_published=done is None,
             users=published.rows,
             embedded=embedded,
             carried=published.rows - embedded,

@@ -12,7 +12,7 @@ from alure.engine.events import Country, Events, Manifest
 from alure.engine.model import AlureModel, EventSchema
 from alure.engine.model.checkpoint import CheckpointConfig, save_checkpoint
 from alure.engine.store import EmbeddingStore
-from support.model import tiny_model
+from support.model import DAY, START, LogParts, SourceRows, tiny_model, write_log
 
 
 def name_countries(folder: Path, shares: dict[str, float]) -> Events:
@@ -29,6 +29,25 @@ def name_countries(folder: Path, shares: dict[str, float]) -> Events:
     ]
     Manifest.read(folder).model_copy(update={"countries": countries}).write(folder)
     return Events.open(folder)
+
+
+def jagged_log(folder: Path, seed: int = 0, num_users: int = 60, late: np.ndarray | None = None) -> Events:
+    """Users of 1 to 200 events, two of none, in two sources over 10 days; `late` users have one more event on day 9."""
+    generator = np.random.default_rng(seed)
+    sizes = generator.geometric(0.1, num_users)
+    sizes[[3, 17]], sizes[5] = 0, 200
+    user = np.repeat(np.arange(num_users), sizes)
+    time = START + generator.integers(0, 8 * DAY, len(user))
+    extra = np.arange(0) if late is None else late
+    user, time = np.append(user, extra), np.append(time, np.full(len(extra), START + 9 * DAY))
+    item = (user * 7 + time) % 40
+    first = user % 2 == 0
+    sources = {
+        "click": SourceRows(user[first], time[first], item[first]),
+        "view": SourceRows(user[~first], time[~first], item[~first]),
+    }
+    write_log(folder, LogParts(num_users, 40, sources, item_accounts=np.arange(40) // 4))
+    return name_countries(folder, {"AR": 0.4, "BR": 0.6})
 
 
 def rename_log(folder: Path, fingerprint: str) -> Events:

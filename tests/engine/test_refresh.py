@@ -1,0 +1,301 @@
+"""The refresh: batches by token budget, resuming, incremental, interruption; results that depend on none of them."""
+
+import os
+import signal
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from support.model import DAY, START, planted_log
+from support.refresh import jagged_log, name_countries, rename_log, rows_of, save_model
+
+from alure.engine.config import RefreshConfig
+from alure.engine.errors import AlureError, InputError, Interrupted
+from alure.engine.events import Events
+from alure.engine.model import UserModel
+from alure.engine.refresh import RefreshJob, RefreshReport
+from alure.engine.refresh.embedder import Embedder, Snapshot
+from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
+from alure.engine.store import EmbeddingStore
+
+SMALL = RefreshConfig(unit_users=16, token_budget=150)
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A log, a checkpoint, and a store that an undisturbed job filled."""
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "model", jagged_log(folder / "events"))
+    RefreshJob(folder / "model", folder / "events", folder / "store", config=SMALL).run()
+    return folder
+
+
+def refresh(world: Path, store: Path, config: RefreshConfig = SMALL, **options: Any) -> RefreshReport:
+    return RefreshJob(world / "model", world / "events", store, config=config, **options).run()
+
+
+@given(st.lists(st.integers(0, 60), max_size=80), st.integers(1, 100))
+def test_batches_share_out_all_users_within_the_budget(tokens: list[int], budget: int) -> None:
+    sizes = np.array(tokens, np.int64)
+    batches = pack(sizes, budget)
+    assert sorted(np.concatenate([*batches, np.empty(0, int)]).tolist()) == list(range(len(tokens)))
+    for batch in batches:
+        assert len(batch)
+        assert sizes[batch].sum() <= budget or len(batch) == 1
+    for batch, following in pairwise(batches):
+        assert sizes[batch].sum() + sizes[following[0]] > budget  # no batch is cut short
+        assert sizes[batch].min() >= sizes[following].max()  # users of like length share a batch
+
+
+def test_units_tile_the_users() -> None:
+    assert [u.name for u in plan_units(10, 4)] == ["0-4", "4-8", "8-10"]
+    assert plan_units(0, 4) == []
+
+
+@pytest.mark.parametrize("max_events", [None, 3])
+def test_events_are_counted_up_to_as_of(world: Path, max_events: int | None) -> None:
+    events, unit = Events.open(world / "events"), Unit(2, 40)
+    for as_of in (START - 1, START + 2 * DAY, START + 20 * DAY):
+        found, tokens = count_events(events, unit, as_of, max_events)
+        batch = events.batch(unit.users, as_of)
+        limited = events.batch(unit.users, as_of, max_events)
+        assert (found == sum(s.lengths.numpy() for s in batch.sequences.values())).all()
+        assert (tokens == sum(s.lengths.numpy() for s in limited.sequences.values())).all()
+
+
+def test_every_user_with_events_has_a_row(world: Path) -> None:
+    store, events = EmbeddingStore(world / "store"), Events.open(world / "events")
+    store.check_integrity()
+    table = store.read_embeddings()
+    expected = np.flatnonzero(events.num_events() > 0)
+    assert table["user_id"].to_pylist() == expected.tolist()
+    assert table["num_events"].to_pylist() == events.num_events()[expected].tolist()
+    assert table["country"].to_pylist() == events.users["country"].take(pa.array(expected)).to_pylist()
+    published = store.latest("embeddings")
+    assert {"k": 2, "d": 16}.items() <= published.properties.items()
+
+
+@pytest.mark.parametrize("config", [{"token_budget": 1}, {"token_budget": 10**6}, {"unit_users": 7}])
+def test_embeddings_do_not_depend_on_units_or_batches(world: Path, tmp_path: Path, config: dict[str, int]) -> None:
+    refresh(world, tmp_path, SMALL.model_copy(update=config))
+    expected, found = EmbeddingStore(world / "store").read_matrix(), EmbeddingStore(tmp_path).read_matrix()
+    assert found.user_ids.equals(expected.user_ids)
+    np.testing.assert_allclose(found.values, expected.values, atol=2e-6)
+
+
+def test_a_user_alone_is_the_user_in_a_batch(world: Path) -> None:
+    model, events = UserModel.load(world / "model"), Events.open(world / "events")
+    catalog = model.catalog(events)
+    with torch.inference_mode():
+        for row in EmbeddingStore(world / "store").read_embeddings().to_pylist()[::9]:
+            user = events.user_indices([row["user_id"]])
+            alone = model(events.batch(user, row["as_of"]), catalog).reshape(-1)
+            np.testing.assert_allclose(row["embedding"], alone.numpy(), atol=2e-6)
+
+
+def test_changing_one_user_leaves_the_others_bit_identical(world: Path, tmp_path: Path) -> None:
+    """User 9 clicks other items at the same times, so batches are the same."""
+    events = jagged_log(tmp_path / "events")
+    columns = events.source("view")
+    items = np.array(columns.item)
+    mine = slice(columns.offsets[9], columns.offsets[10])
+    items[mine] = (items[mine] + 1) % 40
+    assert items[mine].size
+    np.save(tmp_path / "events" / "sources" / "view" / "item.npy", items)
+    RefreshJob(world / "model", tmp_path / "events", tmp_path / "store", config=SMALL).run()
+    before, after = rows_of(EmbeddingStore(world / "store")), rows_of(EmbeddingStore(tmp_path / "store"))
+    assert [user for user in before if before[user] != after[user]] == [9]
+
+
+def test_as_of_hides_what_comes_later(world: Path, tmp_path: Path) -> None:
+    as_of = START + 3 * DAY
+    report = refresh(world, tmp_path, as_of=as_of)
+    events = Events.open(world / "events")
+    assert report.users == (events.num_events(as_of) > 0).sum() < 58
+    assert report.skipped == events.num_users - report.users
+    assert report.tokens == events.num_events(as_of).sum()
+
+
+def test_a_finished_generation_is_left_alone(world: Path) -> None:
+    store = EmbeddingStore(world / "store")
+    versions = [store.embeddings.open().version(), store.log.log.open().version()]
+    report = refresh(world, world / "store", SMALL.model_copy(update={"token_budget": 9}))
+    assert report.already_published
+    assert (report.embedded_now, report.users, report.units_reused) == (0, 58, 4)
+    assert versions == [store.embeddings.open().version(), store.log.log.open().version()]
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("last", [1, 3])
+def test_a_job_goes_on_where_it_stopped(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, last: int
+) -> None:
+    job = RefreshJob(world / "model", world / "events", tmp_path, config=SMALL)
+    write, calls = job.store.write_unit, []
+
+    def crash(*arguments: Any) -> bool:
+        if len(calls) == last:
+            raise Crash
+        calls.append(arguments)
+        return write(*arguments)
+
+    monkeypatch.setattr(job.store, "write_unit", crash)
+    with pytest.raises(Crash):
+        job.run()
+    with pytest.raises(InputError, match="nothing of this table is published"):
+        EmbeddingStore(tmp_path).read_embeddings()
+    report = refresh(world, tmp_path)
+    assert (report.units, report.units_reused, report.already_published) == (4, last, False)
+    assert rows_of(EmbeddingStore(tmp_path)) == rows_of(EmbeddingStore(world / "store"))
+
+
+def test_a_job_stopped_before_publishing_publishes(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = RefreshJob(world / "model", world / "events", tmp_path, config=SMALL)
+    with monkeypatch.context() as patch:
+        patch.setattr(job.store, "publish", lambda new: (_ for _ in ()).throw(Crash))
+        with pytest.raises(Crash):
+            job.run()
+    report = refresh(world, tmp_path)
+    assert (report.units_reused, report.embedded_now, report.already_published) == (4, 0, False)
+    assert rows_of(EmbeddingStore(tmp_path)) == rows_of(EmbeddingStore(world / "store"))
+
+
+def test_a_signal_stops_between_batches(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    job = RefreshJob(world / "model", world / "events", tmp_path, config=SMALL)
+    batch, calls = job.events.batch, []
+
+    def stop_at_third(*arguments: Any) -> Any:
+        calls.append(1)
+        if len(calls) == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return batch(*arguments)
+
+    monkeypatch.setattr(job.events, "batch", stop_at_third)
+    handler = signal.getsignal(signal.SIGTERM)
+    with pytest.raises(Interrupted, match="SIGTERM; run the same command again"):
+        job.run()
+    assert len(calls) == 3
+    assert signal.getsignal(signal.SIGTERM) is handler
+    refresh(world, tmp_path)
+    assert rows_of(EmbeddingStore(tmp_path)) == rows_of(EmbeddingStore(world / "store"))
+
+
+def test_incremental_embeds_who_has_news_and_carries_the_rest(world: Path, tmp_path: Path) -> None:
+    """Users 3 (new), 11, 30 and 59 have an event after the first generation's as_of."""
+    refresh(world, tmp_path / "store", as_of=START + 8 * DAY)
+    before = EmbeddingStore(tmp_path / "store").read_embeddings()
+    jagged_log(tmp_path / "events", late=np.array([3, 11, 30, 59]))
+    rename_log(tmp_path / "events", "the next day's")
+    inputs = (world / "model", tmp_path / "events")
+    report = RefreshJob(*inputs, tmp_path / "store", incremental=True, config=SMALL).run()
+    full = RefreshJob(*inputs, tmp_path / "full", config=SMALL).run()
+    assert (report.users, report.embedded, report.carried, full.embedded) == (59, 4, 55, 59)
+    assert report.base == before["generation"][0].as_py()
+    assert report.generation != full.generation
+    store = EmbeddingStore(tmp_path / "store")
+    store.check_integrity()
+    old = {row["user_id"]: row for row in before.to_pylist()}
+    expected = {row["user_id"]: row for row in EmbeddingStore(tmp_path / "full").read_embeddings().to_pylist()}
+    for row in store.read_embeddings(report.generation).to_pylist():
+        user = row["user_id"]
+        if user in (3, 11, 30, 59):
+            np.testing.assert_allclose(row["embedding"], expected[user]["embedding"], atol=2e-6)
+            assert row["as_of"] == START + 9 * DAY
+        else:
+            assert {**row, "generation": None} == {**old[user], "generation": None}
+    again = RefreshJob(*inputs, tmp_path / "store", incremental=True, config=SMALL).run()
+    assert again.already_published
+
+
+def test_incremental_sees_events_that_come_late(world: Path, tmp_path: Path) -> None:
+    """User 59's event of day 9 was not in the log when day 9's generation was made."""
+    refresh(world, tmp_path / "store", as_of=START + 9 * DAY)
+    jagged_log(tmp_path / "events", late=np.array([59]))
+    job = RefreshJob(
+        world / "model", tmp_path / "events", tmp_path / "store", as_of=START + 10 * DAY, incremental=True, config=SMALL
+    )
+    assert job.run().embedded == 1
+
+
+def test_incremental_without_an_earlier_generation_embeds_all(world: Path, tmp_path: Path) -> None:
+    report = refresh(world, tmp_path, incremental=True)
+    assert (report.embedded, report.carried, report.base) == (58, 0, None)
+    assert report.generation == EmbeddingStore(world / "store").latest("embeddings").generation
+
+
+def test_incremental_never_mixes_models_or_history_lengths(world: Path, tmp_path: Path) -> None:
+    refresh(world, tmp_path / "store", as_of=START + 5 * DAY)
+    other = save_model(tmp_path / "model", Events.open(world / "events"), seed=1)
+    with pytest.raises(InputError, match="embeddings of two models are never mixed"):
+        RefreshJob(other, world / "events", tmp_path / "store", incremental=True, config=SMALL).run()
+    with pytest.raises(InputError, match="read max_events = None, got 3"):
+        refresh(world, tmp_path / "store", SMALL.model_copy(update={"max_events": 3}), incremental=True)
+    RefreshJob(other, world / "events", tmp_path / "store", config=SMALL).run()  # in full it stands beside the other
+    assert len(EmbeddingStore(tmp_path / "store").generations("embeddings")) == 2
+
+
+def test_embeddings_that_are_not_finite_stop_the_job_and_name_users(world: Path, tmp_path: Path) -> None:
+    model = UserModel.load(world / "model")
+    with torch.no_grad():
+        for parameter in model.compression.parameters():
+            parameter.fill_(float("nan"))
+    job = RefreshJob(model, world / "events", tmp_path, config=SMALL)
+    with pytest.raises(AlureError, match=r"embeddings of .* users are not finite, among them 5"):
+        job.run()
+    assert job.store.generations() == []
+
+
+def test_a_model_in_memory_is_not_the_checkpoint(world: Path, tmp_path: Path) -> None:
+    report = RefreshJob(UserModel.load(world / "model"), world / "events", tmp_path, config=SMALL).run()
+    assert report.model != EmbeddingStore(world / "store").latest("embeddings").model
+    with pytest.raises(InputError, match="need the model as a path"):
+        RefreshJob(UserModel.load(world / "model"), world / "events", tmp_path, workers=2)
+
+
+def test_bad_times_and_workers_are_refused(world: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no user has an event up to as_of"):
+        refresh(world, tmp_path, as_of=START - 1)
+    with pytest.raises(InputError, match="milliseconds"):
+        refresh(world, tmp_path, as_of=START * 1000)
+    with pytest.raises(InputError, match="workers: expected at least 1"):
+        refresh(world, tmp_path, workers=0)
+    assert EmbeddingStore(tmp_path).generations() == []
+
+
+def test_a_long_job_is_estimated_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    planted_log(tmp_path / "events", num_users=60)
+    events = name_countries(tmp_path / "events", {"BR": 1.0})
+    save_model(tmp_path / "model", events, layers=1)
+    config = RefreshConfig(token_budget=40)
+    report = RefreshJob(tmp_path / "model", events, tmp_path / "store", config=config).run()
+    said = capsys.readouterr().err
+    assert f"60 users with {report.tokens:,} events in 1 units" in said
+    assert "s on one worker" in said
+
+
+def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model, events = UserModel.load(world / "model"), Events.open(world / "events")
+    snapshot = Snapshot("g", START + 20 * DAY, "m", None, RefreshConfig(token_budget=50))
+    embedder = Embedder(model, events, snapshot, torch.device("cpu"))
+    totals: list[tuple[int, int]] = []
+    forward = model.forward
+    monkeypatch.setattr(model, "forward", lambda b, c: (totals.append((b.total, len(b))), forward(b, c))[1])
+    users = np.array([40, 5, 8, 1, 22, 30, 31])
+    tokens = events.num_events(users=users)
+    values, work = embedder.embed(users, tokens, lambda users: None)
+    assert max(total for total, _ in totals) == tokens[1] == 200  # user 5: a longer history is a batch of its own
+    assert all(total <= 50 or size == 1 for total, size in totals)
+    assert work.batches == len(totals)
+    order = embedder.embed(users[::-1].copy(), tokens[::-1].copy(), lambda users: None)[0]
+    np.testing.assert_allclose(values[::-1], order, atol=2e-6)
