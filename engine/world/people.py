@@ -91,8 +91,8 @@ def build_people(rng: np.random.Generator, num_users: int, catalogue: Catalogue)
 def draw_follows(rng: np.random.Generator, people: People) -> np.ndarray:
     """Who follows whom, int64 [follows, 2] of user indices: distinct pairs, nobody follows themselves.
 
-    Of ten follows five stay in a circle (about 30 people of one country, school or street: nothing to do with
-    interests), two go to somebody with the same main interest, three to somebody well known. Four in ten are returned.
+    Of twenty follows eight stay in a circle (about 30 people of one country, school or street: nothing to do with
+    interests), seven go to somebody with the same main interest, five to somebody well known. Four in ten are returned.
     So friends share interests more than strangers do, but a follow says much less than what people watch and click.
     """
     n = len(people.user_ids)
@@ -106,7 +106,7 @@ def draw_follows(rng: np.random.Generator, people: People) -> np.ndarray:
     in_circle = _draw_peer(rng, circles, np.ones(n), followers)
     same_interest = _draw_peer(rng, people.countries * np.int64(10_000) + people.niches[:, 0], fame, followers)
     well_known = _draw_peer(rng, people.countries.astype(np.int64), fame, followers)
-    followed = np.select([kind < 0.5, kind < 0.7], [in_circle, same_interest], well_known)
+    followed = np.select([kind < 0.4, kind < 0.75], [in_circle, same_interest], well_known)
     returned = rng.random(len(followers)) < 0.4
     pairs = np.stack(
         [np.concatenate([followers, followed[returned]]), np.concatenate([followed, followers[returned]])], axis=1
