@@ -14,6 +14,7 @@ from deltalake.exceptions import DeltaError
 from alure.engine.errors import InputError
 
 IDS = ("int", "string")
+ID_COLUMNS = ("user_id", "item_id", "account_id", "category_id")
 EVENT_COLUMNS: dict[str, tuple[str, ...]] = {
     "user_id": IDS,
     "timestamp": ("int", "timestamp"),
@@ -217,7 +218,7 @@ def nearest(wanted: str, names: list[str]) -> str | None:
 
 
 def agree(groups: list[FileGroup]) -> dict[str, str]:
-    """One kind a column over all files: ids of two kinds would never meet."""
+    """Each column's kind. Ids must be of one kind in all files, or they would never meet; the rest is converted."""
     kinds: dict[str, tuple[str, FileGroup]] = {}
     for group in groups:
         for ours, type_ in group.types.items():
@@ -225,7 +226,7 @@ def agree(groups: list[FileGroup]) -> dict[str, str]:
             if "null" in kind:
                 continue
             first, other = kinds.setdefault(ours, (kind, group))
-            if first != kind and not (kind.startswith("list") or ours in ("value", "source", "country", "event_type")):
+            if first != kind and ours in ID_COLUMNS:
                 raise InputError(
                     f"column {ours} has mixed types: {first} in {other.files[0].path}, {kind} in "
                     f"{group.files[0].path}; convert one of them"

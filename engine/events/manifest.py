@@ -3,6 +3,7 @@
 import json
 from pathlib import Path
 from typing import Literal
+from urllib.parse import quote
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
@@ -86,3 +87,9 @@ class Manifest(BaseModel):
             return cls.model_validate(data)
         except (json.JSONDecodeError, UnicodeDecodeError, ValidationError) as error:
             raise InputError(f"event log: {path} is damaged ({error}); run `alure ingest` again") from None
+
+
+def folder_name(source: str) -> str:
+    """A source's folder: its name, with what a path cannot hold percent-encoded."""
+    safe = quote(source, safe=" ")
+    return {"": "%", ".": "%2E", "..": "%2E%2E"}.get(safe, safe)

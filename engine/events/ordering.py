@@ -10,7 +10,6 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from urllib.parse import quote
 
 import duckdb
 import numpy as np
@@ -18,6 +17,7 @@ import pyarrow as pa
 
 from alure.engine.events.columns import ColumnWriter
 from alure.engine.events.indices import Indices, count, matrix
+from alure.engine.events.manifest import folder_name
 from alure.engine.progress import Track
 
 BATCH_ROWS = 131_072
@@ -54,12 +54,6 @@ class Written:
     first_timestamp: int = np.iinfo(np.int64).max
     last_timestamp: int = 0
     semantic_codes: int = 0
-
-
-def folder_name(source: str) -> str:
-    """A source's folder: its name, with what a path cannot hold percent-encoded."""
-    safe = quote(source, safe=" ")
-    return {"": "%", ".": "%2E", "..": "%2E%2E"}.get(safe, safe)
 
 
 def write_sequences(

@@ -15,7 +15,7 @@ import torch
 from alure.engine.errors import InputError
 from alure.engine.events.batch import EventBatch, EventSequence
 from alure.engine.events.items import ItemTable, load_column, load_optional
-from alure.engine.events.manifest import Manifest
+from alure.engine.events.manifest import Manifest, folder_name
 
 
 @dataclass(frozen=True)
@@ -94,7 +94,7 @@ class Events:
         if name not in self.manifest.sources:
             raise InputError(f"source: {name!r} is not in the log; it has {', '.join(self.manifest.sources)}")
         if name not in self._sources:
-            self._sources[name] = SourceColumns.load(self.path / "sources" / name)
+            self._sources[name] = SourceColumns.load(self.path / "sources" / folder_name(name))
         return self._sources[name]
 
     def user_indices(self, user_ids: Iterable[Any] | pa.Array | pa.ChunkedArray) -> np.ndarray:

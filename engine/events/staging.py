@@ -10,7 +10,7 @@ import duckdb
 import pyarrow as pa
 
 from alure.engine.errors import AlureError, InputError
-from alure.engine.events.inputs import FileGroup, InputFile, Inputs, first_line
+from alure.engine.events.inputs import ID_COLUMNS, FileGroup, InputFile, Inputs, first_line
 
 # Later than this (year 5138) is no second: what stands there is milliseconds or finer.
 LAST_SECOND = 100_000_000_000
@@ -19,7 +19,6 @@ SQL_TYPES = {
     "category_id": "BIGINT", "country": "VARCHAR", "event_type": "VARCHAR", "value": "FLOAT", "utc_offset": "INTEGER",
     "dense": "FLOAT[]", "semantic_ids": "INTEGER[]", "title": "VARCHAR",
 }  # fmt: skip
-ID_COLUMNS = ("user_id", "item_id", "account_id", "category_id")
 # Columns whose cast may fail; `unfit_…` tells a value that does not fit from one that was missing from the start.
 CAST_COLUMNS = (*ID_COLUMNS, "value", "utc_offset", "dense", "semantic_ids")
 
@@ -63,7 +62,7 @@ def seconds(column: str, type_: pa.DataType) -> str:
     """Unix seconds, rounded down; a number too large for int64 becomes the largest one."""
     if not pa.types.is_timestamp(type_):
         return f"CASE WHEN {column} IS NOT NULL THEN COALESCE(TRY_CAST({column} AS BIGINT), {2**63 - 1}) END"
-    unit, per_second = ("epoch_ns", 10**9) if type_.unit == "ns" and type_.tz is None else ("epoch_us", 10**6)
+    unit, per_second = ("epoch_ns", 10**9) if type_.unit == "ns" else ("epoch_us", 10**6)
     ticks = f"{unit}({column})"
     return f"({ticks} - (({ticks} % {per_second}) + {per_second}) % {per_second}) // {per_second}"
 
