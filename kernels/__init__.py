@@ -9,3 +9,4 @@ from alure.kernels.candidates import Candidates, Engagements, NeighborLists, joi
 from alure.kernels.compression import DotLinearCompression, InteractionCompression, InteractionLayer, compress
 from alure.kernels.encoding import EventEncoder, encode_events
 from alure.kernels.neighbors import assign_clusters, grouped_topk, train_kmeans
+from alure.kernels.quantization import ResidualCodebooks, residual_quantize, train_residual_codebooks

@@ -4,7 +4,8 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alure.kernels.compression.parameters import InteractionCompression, InteractionLayer, check_interaction
+from alure.kernels.attention import jagged_attention
+from alure.kernels.compression.parameters import InteractionCompression, InteractionLayer
 from alure.kernels.compression.reference import rms_norm
 
 
@@ -13,7 +14,6 @@ def compress_interaction(x: Tensor, compression: InteractionCompression, backend
     batch, n, d = x.shape
     seeds = compression.seeds
     k = seeds.shape[0]
-    check_interaction(x, compression)
     of_seeds, of_vectors = _even_offsets(batch, k, x.device), _even_offsets(batch, n, x.device)
     tokens = seeds.expand(batch, k, d).reshape(batch * k, d)
     vectors = rms_norm(x.reshape(batch * n, d))
@@ -35,8 +35,6 @@ def _attend(
     key_offsets: Tensor,
     backend: str,
 ) -> Tensor:
-    from alure.kernels.attention import jagged_attention
-
     q = (queries @ layer.query).unflatten(1, (num_heads, -1))
     k = (keys @ layer.key).unflatten(1, (num_heads, -1))
     v = (keys @ layer.value).unflatten(1, (num_heads, -1))

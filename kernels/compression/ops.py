@@ -9,7 +9,12 @@ from torch.nn import functional as F
 from alure.kernels.backend import resolve_backend
 from alure.kernels.compression import reference
 from alure.kernels.compression.interaction import compress_interaction
-from alure.kernels.compression.parameters import DotLinearCompression, InteractionCompression, check_dot_linear
+from alure.kernels.compression.parameters import (
+    DotLinearCompression,
+    InteractionCompression,
+    check_dot_linear,
+    check_interaction,
+)
 
 SUPPORTED = ("triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -40,18 +45,36 @@ def compress(x: Tensor, compression: DotLinearCompression | InteractionCompressi
         raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() != 3:
         raise ValueError(f"x: expected shape [batch, n, d], got {list(x.shape)}")
-    backend = resolve_backend(backend, x.device, SUPPORTED)
-    if backend == "triton" and x.dtype == torch.float64:
-        raise ValueError("backend: 'triton' computes in float32, got float64 vectors; use backend='reference'")
     if isinstance(compression, InteractionCompression):
-        embeddings = compress_interaction(x, compression, backend)
-        return _normalize(embeddings, backend)
-    return _compress_dot_linear(x, compression, backend)
+        check_interaction(x, compression)
+        ours = _resolve(backend, x, x.shape[2], 0)
+        return _normalize(compress_interaction(x, compression, backend), ours)
+    check_dot_linear(x, compression)
+    rows_of_w = compression.linear.shape[0] + compression.mix.shape[1]
+    return _compress_dot_linear(x, compression, _resolve(backend, x, x.shape[2], rows_of_w))
+
+
+def _resolve(backend: str, x: Tensor, d: int, rows_of_w: int) -> str:
+    """The backend of the two kernels here. "auto" takes the reference where the kernels have no such shape or dtype."""
+    chosen = resolve_backend(backend, x.device, SUPPORTED)
+    if chosen == "reference":
+        return chosen
+    from alure.kernels.compression import kernel
+
+    reasons = []
+    if x.dtype == torch.float64:
+        reasons.append("computes in float32, got float64 vectors")
+    if rows_of_w > kernel.MAX_WEIGHTS:
+        reasons.append(f"holds r + k up to {kernel.MAX_WEIGHTS}, got {rows_of_w}")
+    if d > kernel.MAX_D:
+        reasons.append(f"holds d up to {kernel.MAX_D}, got {d}")
+    if reasons and backend == "triton":
+        raise ValueError(f"backend: 'triton' {'; '.join(reasons)}; use backend='reference'")
+    return "reference" if reasons else chosen
 
 
 def _compress_dot_linear(x: Tensor, compression: DotLinearCompression, backend: str) -> Tensor:
     c = compression
-    check_dot_linear(x, c)
     z, products = _dot_linear(x, c.linear, c.mix, backend)
     hidden = F.gelu(reference.rms_norm(products.flatten(1)) @ c.hidden_weight + c.hidden_bias, approximate="tanh")
     update = (hidden @ c.output_weight + c.output_bias).view_as(z)

@@ -181,7 +181,7 @@ def encode_events(table: Tensor, events: EventColumns, encoder: EventEncoder) ->
 
 
 def _tiles(d_e: int, d_dense: int, width: int, dtype: torch.dtype) -> dict:
-    """Tile sizes, and what the matrix products read: the interpreter's bfloat16 products are wrong, so float32 there."""
+    """Tile sizes, and what matrix products read: the interpreter's bfloat16 products are wrong, so float32 there."""
     native = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
     block_d, longest = _block(width, MAX_BLOCK_D), MAX_BLOCK_K[dtype.itemsize]
     return {

@@ -14,6 +14,7 @@ from torch.nn import functional as F
 
 from alure.kernels.encoding.arguments import EventColumns, EventEncoder
 from alure.kernels.jagged import segment_ids
+from alure.kernels.scatter import sum_rows
 
 BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # features of one block: 8 MB near a CPU's cache, 256 MB on a GPU
 
@@ -84,16 +85,16 @@ def encode_events_backward(
         sines, cosines = block.features[:, d_ids + d_dense + 2 :].split(num_periods, dim=1)
         grad_sines, grad_cosines = (g @ weight[d_ids + d_dense + 2 :].T).split(num_periods, dim=1)
         grad_phases += (grad_sines * cosines - grad_cosines * sines).sum(0)
-        grad_position += _scatter(g, block.positions, grad_position.shape[0])
+        grad_position += sum_rows(g, block.positions, grad_position.shape[0])
         if block.frequencies is not None:
-            grad_frequency += _scatter(g, block.frequencies, grad_frequency.shape[0])
+            grad_frequency += sum_rows(g, block.frequencies, grad_frequency.shape[0])
     grad_rows = grad_rows.view(total * attributes, d_e)
     ids = events.ids.reshape(-1)
     grad_rows.masked_fill_((ids < 0)[:, None], 0)
     grad_ids, grad_dense_weight, grad_time = grad_weight.split([d_ids, d_dense, 2 + 2 * num_periods])
     dtype = table.dtype
     return Gradients(
-        table=_scatter(grad_rows, ids.clamp_min(0), table.shape[0]).to(dtype),
+        table=sum_rows(grad_rows, ids.clamp_min(0), table.shape[0]).to(dtype),
         dense=grad_dense.to(events.dense.dtype) if events.dense is not None and wants_dense else grad_dense,
         id_weight=grad_ids.reshape(attributes, d_e, width).to(dtype, copy=True),
         dense_weight=grad_dense_weight.to(dtype, copy=True),
@@ -150,10 +151,3 @@ def _block(table: Tensor, events: EventColumns, encoder: EventEncoder, rows: sli
         thresholds = torch.tensor([1 << s for s in steps], dtype=torch.int64, device=table.device)
         frequencies = torch.bucketize(events.counts[rows] + 1, thresholds, right=True)
     return Block(rows, features, positions, frequencies)
-
-
-def _scatter(grad: Tensor, index: Tensor, num_rows: int) -> Tensor:
-    """[num_rows, D]: sums of the rows of `grad` by `index`; deterministic on CPU and CUDA, unlike index_add_."""
-    if num_rows == 0:
-        return grad.new_zeros(0, grad.shape[1])
-    return torch.ops.aten.embedding_dense_backward(grad, index, num_rows, -1, False)
