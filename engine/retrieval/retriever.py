@@ -6,6 +6,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import torch
 
 from alure.engine.config import RetrievalConfig
@@ -72,18 +73,15 @@ class CandidateRetriever:
 
         Raises InputError on a user that the generation does not have.
         """
-        rows = [self.store.read_user(user, self.source.generation) for user in user_ids]
-        kind = self.store.read_users(self.source.generation).schema.field("user_id").type
-        users = pa.table(
-            {"user_id": pa.array([r["user_id"] for r in rows], kind), "country": [r["country"] for r in rows]}
-        )
+        users = self.store.read_users(self.source.generation, user_ids)
         ids = users["user_id"].combine_chunks()
         lists = []
         for name in self.graphs:
             table = self.store.read_graph(self.source.generation, name, users=ids.to_pylist())
             lists.append(read_neighbors(table.to_batches(), ids, self.events))
         found = self.join(lists, self.events.user_indices(ids), 0, len(ids))
-        return self.to_table(users, found)
+        asked = pa.array(user_ids).cast(ids.type) if len(user_ids) else ids
+        return self.to_table(users, found).take(pc.index_in(asked, value_set=ids))
 
     def neighbors(self, users: pa.Array) -> list[Neighbors]:
         """Every graph's lists of `users`, in their order."""

@@ -180,7 +180,7 @@ class EmbeddingStore:
     def read_user(self, user_id: int | str, generation: str | None = None) -> dict[str, Any]:
         """One user's row. Raises InputError where the generation has no such user."""
         chosen = self.published(generation, "embeddings")
-        where = _of(chosen.generation) & (ds.field("user_id") == as_ids([user_id], self._user_id_type())[0])
+        where = _of(chosen.generation) & (ds.field("user_id") == as_ids([user_id], self.user_id_type())[0])
         rows = self.embeddings.table(where, EMBEDDING_COLUMNS)
         if not len(rows):
             raise InputError(f"user {user_id!r}: not among the {chosen.rows:,} users of generation {chosen.generation}")
@@ -215,9 +215,21 @@ class EmbeddingStore:
         if distinct != rows:
             raise AlureError(f"generation {chosen.generation}: {rows - distinct:,} users are there more than once")
 
-    def read_users(self, generation: str | None = None) -> pa.Table:
-        """user_id and country of a generation's users, sorted by (country, user_id)."""
-        return in_order(self._embedding_rows(self.published(generation, "embeddings"), None, ["user_id", "country"]))
+    def read_users(self, generation: str | None = None, users: Sequence[Any] | None = None) -> pa.Table:
+        """user_id and country of a generation's users, sorted by (country, user_id).
+
+        users: only these, each once. Raises InputError on one that the generation does not have.
+        """
+        chosen, columns = self.published(generation, "embeddings"), ["user_id", "country"]
+        if users is None:
+            return in_order(self._embedding_rows(chosen, None, columns))
+        ids = pc.unique(as_ids(users, self.user_id_type()))
+        rows = in_order(self.embeddings.table(_of(chosen.generation) & ds.field("user_id").isin(ids), columns))
+        missing = ids.filter(pc.invert(pc.is_in(ids, value_set=rows["user_id"].combine_chunks())))
+        if len(missing):
+            named = ", ".join(map(repr, missing[:5].to_pylist()))
+            raise InputError(f"users {named}: not among the {chosen.rows:,} users of generation {chosen.generation}")
+        return rows
 
     def read_range(self, generation: str, country: str, bounds: tuple[Any, Any]) -> pa.Table:
         """EMBEDDING_COLUMNS of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order."""
@@ -231,7 +243,8 @@ class EmbeddingStore:
             return embedding_schema(pa.int64()).empty_table().select(columns)
         return self.embeddings.table(_of(chosen.generation, country=country), columns)
 
-    def _user_id_type(self) -> pa.DataType:
+    def user_id_type(self) -> pa.DataType:
+        """int64 or string."""
         return self.embeddings.schema().field("user_id").type if self.embeddings.exists() else pa.int64()
 
     # ---- tables written whole. `source`: the generation whose embeddings they derive from, published here, or as

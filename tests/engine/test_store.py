@@ -309,6 +309,9 @@ def test_rows_come_sorted_whatever_the_order_of_units(store: EmbeddingStore) -> 
     assert store.read_matrix(country="A").user_ids.to_pylist() == [2, 3]
     assert store.countries() == ["A", "B/ü =x"]
     assert store.read_users()["user_id"].to_pylist() == [2, 3, 11, 20]
+    assert store.read_users(users=["20", "2", "20"])["user_id"].to_pylist() == [2, 20]
+    with pytest.raises(InputError, match="users 5, 4: not among the 4 users"):
+        store.read_users(users=[5, 4, 2])
     assert store.read_range("g", "A", (3, 9))["user_id"].to_pylist() == [3]
 
 
