@@ -147,15 +147,15 @@ def to_svg(drawn: Figure, title: str) -> str:
 
 
 def thousands(axis_value: float, _position: int = 0) -> str:
-    """12 → 12, 12 000 → 12 k, 3 400 000 → 3.4 M: axis labels."""
-    for size, letter in ((1e9, " G"), (1e6, " M"), (1e3, " k")):
+    """12 → 12, 12 000 → 12k, 3 400 000 → 3.4M: axis labels."""
+    for size, letter in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(axis_value) >= size:
             return f"{axis_value / size:.3g}{letter}"
     return f"{axis_value:.3g}"
 
 
 COUNTS = FuncFormatter(thousands)
-PERCENT = FuncFormatter(lambda value, _position: f"{100 * value:.3g} %")
+PERCENT = FuncFormatter(lambda value, _position: f"{100 * value:.3g}%")
 
 
 def only_grid(axes: Axes, axis: str) -> None:

@@ -1,4 +1,4 @@
-"""The report's charts, each from plain numbers. Every function returns an inline <svg> or, for `readme`, writes a file."""
+"""The report's charts, each from plain numbers: every function returns an inline <svg>; `readme` writes a file."""
 
 import math
 from collections.abc import Mapping, Sequence
@@ -8,6 +8,7 @@ from typing import Any
 import matplotlib
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import FuncFormatter, MaxNLocator
 
 from alure.engine.evaluation.charts import (
     CATEGORIES,
@@ -34,7 +35,7 @@ def sequence_lengths(sources: Mapping[str, Mapping[str, Any]]) -> str:
     with style(THEMED):
         rows = math.ceil(len(sources) / SOURCE_COLUMNS)
         columns = min(len(sources), SOURCE_COLUMNS)
-        drawn = figure(9.6, 0.5 + 1.9 * rows)
+        drawn = figure(10.4, 0.5 + 1.9 * rows)
         panels = drawn.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         bins = max(len(source["histogram"]) for source in sources.values())
         for axes, (name, source) in zip(panels, sources.items()):
@@ -50,7 +51,7 @@ def sequence_lengths(sources: Mapping[str, Mapping[str, Any]]) -> str:
             axes.yaxis.set_major_formatter(COUNTS)
         ticks = [0, *range(1, bins, 2)]
         for axes in panels:
-            axes.set_xticks(ticks, ["0" if b == 0 else COUNTS(2 ** (b - 1)) for b in ticks])
+            axes.set_xticks(ticks, [_power(b) for b in ticks])
         for axes in panels[len(sources) :]:
             axes.set_visible(False)
         drawn.supxlabel("events of the source a user (bins double)", fontsize=9.5, color=THEMED.muted)
@@ -58,11 +59,15 @@ def sequence_lengths(sources: Mapping[str, Mapping[str, Any]]) -> str:
         return to_svg(drawn, "Sequence lengths by source")
 
 
-def training_curve(curve: Sequence[Mapping[str, float]]) -> str:
-    """Loss and its parts over training steps."""
+def training(curve: Sequence[Mapping[str, float]], validation: Sequence[tuple[str, float, float, str]]) -> str:
+    """Loss and its parts over steps; beside it validation figures: (what, the model's, the baseline's, its name)."""
+    recalls = [v for v in validation if v[0].startswith("recall")]
+    entropies = [v for v in validation if not v[0].startswith("recall")]
+    beside = [part for part in (recalls, entropies) if part]
     with style(THEMED):
-        drawn = figure(5.4, 3.1)
-        axes = drawn.subplots()
+        drawn = figure(10.4, 3.2)
+        panels = np.atleast_1d(drawn.subplots(1, 1 + len(beside), width_ratios=[2.2, *[1.0] * len(beside)]))
+        axes = panels[0]
         steps = [point["step"] for point in curve]
         parts = [k for k in curve[0] if k not in ("step", "loss") and all(_is_number(p.get(k)) for p in curve)]
         colours = [THEMED.ppr, THEMED.social, THEMED.popularity, THEMED.blend, THEMED.rival]
@@ -70,36 +75,47 @@ def training_curve(curve: Sequence[Mapping[str, float]]) -> str:
             axes.plot(steps, [p[part] for p in curve], color=colour, linewidth=1.4, label=part.replace("_", " "))
         axes.plot(steps, [p["loss"] for p in curve], color=THEMED.alure, linewidth=2.2, label="loss (weighted sum)")
         axes.set_xlabel("step")
-        axes.set_ylabel("loss, nats")
+        axes.set_ylabel("nats")
         axes.set_ylim(bottom=0)
         axes.set_title("Loss while training")
         only_grid(axes, "y")
         axes.legend(loc="upper right", ncols=2)
-        return to_svg(drawn, "Training loss by step")
+        for axes, part in zip(panels[1:], beside):
+            _beside_baseline(axes, part)
+        return to_svg(drawn, "Training loss and validation")
 
 
-def validation_bars(groups: Sequence[tuple[str, float, float, str]]) -> str:
-    """Pairs of bars: (what, the model's figure, the baseline's, the baseline's name)."""
-    with style(THEMED):
-        drawn = figure(4.2, 3.1)
-        axes = drawn.subplots()
-        place = np.arange(len(groups))
-        for shift, index, colour in ((-0.2, 1, THEMED.alure), (0.2, 2, THEMED.popularity)):
-            heights = [float(g[index]) for g in groups]  # type: ignore[arg-type]
+def _beside_baseline(axes: Axes, pairs: Sequence[tuple[str, float, float, str]]) -> None:
+    """Recall as bars from zero; entropies as points, because what matters are small differences near 1."""
+    place = np.arange(len(pairs))
+    is_recall = pairs[0][0].startswith("recall")
+    for shift, index, colour in ((-0.19, 1, THEMED.alure), (0.19, 2, THEMED.popularity)):
+        heights = [float(pair[index]) for pair in pairs]  # type: ignore[arg-type]
+        if is_recall:
             axes.bar(place + shift, heights, width=0.36, color=colour)
-            for x, height in zip(place + shift, heights):
-                axes.text(x, height, f"{height:.3f}", ha="center", va="bottom", fontsize=8.5, color=THEMED.muted)
-        axes.set_xticks(place, [f"{g[0]}\nvs {g[3]}" for g in groups])
-        axes.set_title("Validation: model and baseline")
-        axes.margins(y=0.15)
-        only_grid(axes, "y")
-        return to_svg(drawn, "Validation figures beside their baselines")
+        else:
+            axes.plot(place + shift, heights, "o", color=colour, markersize=8)
+        for x, height in zip(place + shift, heights):
+            text = f"{100 * height:.1f}%" if is_recall else f"{height:.3f}"
+            axes.annotate(
+                text, (x, height), xytext=(0, 3 if is_recall else 7), textcoords="offset points", ha="center",
+                fontsize=8.5, color=THEMED.ink,
+            )  # fmt: skip
+    axes.set_xticks(place, [pair[0].removeprefix("NE ").upper() if not is_recall else pair[0] for pair in pairs])
+    axes.set_title(f"{'Recall' if is_recall else 'NE'} (grey: {pairs[0][3]})")
+    if is_recall:
+        axes.yaxis.set_major_formatter(PERCENT)
+    else:
+        axes.axhline(1.0, color=THEMED.muted, linewidth=1.0, linestyle=(0, (3, 3)))
+        axes.set_xlim(-0.7, len(pairs) - 0.3)
+    axes.margins(y=0.2)
+    only_grid(axes, "y")
 
 
 def embedding_map(points: Sequence[Sequence[float]], labels: Sequence[str], kind: str) -> str:
     """Users laid out in the plane, coloured by `labels` (pixels inside the SVG: thousands of points)."""
     with style(THEMED):
-        drawn = figure(9.6, 5.6)
+        drawn = figure(10.4, 6.0)
         axes = drawn.subplots()
         draw_map(axes, points, labels, THEMED)
         axes.set_title(f"{len(points):,} users, colour: {kind}")
@@ -135,7 +151,7 @@ def draw_map(
 def similarities(graphs: Mapping[str, Mapping[str, Any]]) -> str:
     """Distribution of edge similarities, one panel a graph (their scales differ)."""
     with style(THEMED):
-        drawn = figure(9.6, 2.7)
+        drawn = figure(10.4, 2.8)
         panels = drawn.subplots(1, len(graphs), squeeze=False).ravel()
         for axes, (name, graph) in zip(panels, graphs.items()):
             edges, counts = np.array(graph["similarity_edges"]), np.array(graph["similarity_counts"])
@@ -151,14 +167,14 @@ def similarities(graphs: Mapping[str, Mapping[str, Any]]) -> str:
 def degrees(graphs: Mapping[str, Mapping[str, Any]]) -> str:
     """Share of users with at least x incoming edges, log-log, all graphs in one panel."""
     with style(THEMED):
-        drawn = figure(6.4, 3.0)
+        drawn = figure(10.4, 3.2)
         axes = drawn.subplots()
         for name, graph in graphs.items():
             counts = np.array(graph["in_degree_counts"], dtype=np.float64)  # users with in-degree 0, 1, 2, …
             share = np.cumsum(counts[::-1])[::-1] / counts.sum()
             axes.step(
                 np.arange(1, len(counts)), share[1:], where="post", color=THEMED.of_set(name), linewidth=1.8,
-                label=f"{label(name)}: max {len(counts) - 1:,}, nobody's neighbour {counts[0] / counts.sum():.1%}",
+                label=f"{label(name)}\nat most {len(counts) - 1:,} · nobody's: {counts[0] / counts.sum():.1%}",
             )  # fmt: skip
         axes.set_xscale("log")
         axes.set_yscale("log")
@@ -166,7 +182,7 @@ def degrees(graphs: Mapping[str, Mapping[str, Any]]) -> str:
         axes.set_ylabel("share of users with at least as many")
         axes.yaxis.set_major_formatter(PERCENT)
         axes.xaxis.set_major_formatter(COUNTS)
-        axes.legend(loc="lower left")
+        axes.legend(loc="center left", bbox_to_anchor=(1.01, 0.5), labelspacing=1.0)
         axes.tick_params(length=0, which="both")
         return to_svg(drawn, "In-degree distribution by graph")
 
@@ -176,7 +192,7 @@ def candidates(sets: Mapping[str, Mapping[str, Any]]) -> str:
     with style(THEMED):
         columns = min(len(sets), 3)
         rows = math.ceil(len(sets) / columns)
-        drawn = figure(9.6, 0.4 + 2.0 * rows)
+        drawn = figure(10.4, 0.4 + 2.0 * rows)
         panels = drawn.subplots(rows, columns, squeeze=False, sharex=True).ravel()
         for axes, (name, counted) in zip(panels, sets.items()):
             axes.stairs(counted["counts"], counted["edges"], fill=True, color=THEMED.of_set(name), alpha=0.85)
@@ -184,6 +200,7 @@ def candidates(sets: Mapping[str, Mapping[str, Any]]) -> str:
             axes.set_title(f"{label(name)}: mean {counted['mean']:,.0f}")
             axes.yaxis.set_major_formatter(COUNTS)
             axes.xaxis.set_major_formatter(COUNTS)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             only_grid(axes, "y")
         for axes in panels[len(sets) :]:
             axes.set_visible(False)
@@ -195,7 +212,7 @@ def candidates(sets: Mapping[str, Mapping[str, Any]]) -> str:
 def recall(sets: Sequence[Mapping[str, Any]], ks: Sequence[int], metric: str = "recall") -> str:
     """Points with 95 % intervals, one panel a K, candidate sets down the side."""
     with style(THEMED):
-        drawn = figure(9.6, 1.0 + 0.34 * len(sets))
+        drawn = figure(10.4, 1.0 + 0.34 * len(sets))
         panels = drawn.subplots(1, len(ks), sharey=True, squeeze=False).ravel()
         draw_recall(panels, sets, ks, metric, THEMED)
         return to_svg(drawn, f"{metric.replace('_', ' ')} of the candidate sets")
@@ -211,12 +228,7 @@ def draw_recall(
                 continue
             colour = palette.of_set(figures["name"])
             axes.barh(row, found["value"], height=0.56, color=colour, alpha=0.24)
-            axes.plot([found["low"], found["high"]], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
-            axes.plot([found["value"]], [row], "o", color=colour, markersize=6)
-            axes.annotate(
-                f"{100 * found['value']:.1f} %", (found["high"], row), xytext=(6, 0), textcoords="offset points",
-                va="center", fontsize=8.5, color=palette.ink,
-            )  # fmt: skip
+            _interval(axes, found, row, colour, f"{100 * found['value']:.1f}%", palette)
         axes.set_title(f"{TITLES[metric]}@{k}")
         axes.margins(x=0.22)
         axes.set_xlim(left=0)
@@ -228,8 +240,9 @@ def draw_recall(
 def differences(found: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> str:
     """Paired differences of recall with 95 % intervals; what crosses zero is not significant."""
     rows = list(dict.fromkeys((d["set"], d["baseline"]) for d in found))
+    rows.sort(key=lambda pair: ("alure" not in pair[0].split("+"), len(pair[0]), pair[1]))
     with style(THEMED):
-        drawn = figure(9.6, 1.0 + 0.32 * len(rows))
+        drawn = figure(10.4, 1.0 + 0.32 * len(rows))
         panels = drawn.subplots(1, len(ks), sharey=True, squeeze=False).ravel()
         for axes, k in zip(panels, ks):
             axes.axvline(0, color=THEMED.ink, linewidth=1.0)
@@ -238,11 +251,11 @@ def differences(found: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> str:
                     continue
                 row = rows.index((d["set"], d["baseline"]))
                 colour = THEMED.muted if not d["significant"] else THEMED.good if d["value"] > 0 else THEMED.bad
-                axes.plot([d["low"], d["high"]], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
-                axes.plot([d["value"]], [row], "o", color=colour, markersize=6)
-            axes.set_title(f"Difference of recall@{k}")
-            axes.xaxis.set_major_formatter(PERCENT)
-            axes.margins(x=0.12)
+                _interval(axes, d, row, colour, f"{100 * d['value']:+.1f}", THEMED)
+            axes.set_title(f"Δ recall@{k}, percentage points")
+            axes.xaxis.set_major_formatter(FuncFormatter(lambda value, _place: f"{100 * value:+.3g}" if value else "0"))
+            axes.margins(x=0.24)
+            axes.xaxis.set_major_locator(MaxNLocator(5))
             only_grid(axes, "x")
             axes.set_yticks(range(len(rows)), [f"{label(a)} − {label(b)}" for a, b in rows])
             axes.set_ylim(len(rows) - 0.5, -0.5)
@@ -250,27 +263,49 @@ def differences(found: Sequence[Mapping[str, Any]], ks: Sequence[int]) -> str:
 
 
 def ne_gains(tasks: Mapping[str, Mapping[str, Any]]) -> str:
-    """NE of the ranker without and with ALURE features, with 95 % intervals; lower is better, 1 is the base rate."""
+    """NE of the ranker without and with ALURE features (lower is better), and the relative gain, 95 % intervals."""
     with style(THEMED):
-        drawn = figure(6.4, 0.9 + 0.62 * len(tasks))
-        axes = drawn.subplots()
+        drawn = figure(10.4, 1.1 + 0.62 * len(tasks))
+        left, right = drawn.subplots(1, 2, sharey=True)
         names = list(tasks)
         for row, name in enumerate(names):
-            for shift, key, colour in ((-0.16, "ne_without", THEMED.popularity), (0.16, "ne_with", THEMED.alure)):
+            for shift, key, colour in ((-0.17, "ne_without", THEMED.popularity), (0.17, "ne_with", THEMED.alure)):
                 one = tasks[name][key]
-                axes.plot([one["low"], one["high"]], [row + shift] * 2, color=colour, linewidth=2.2)
-                axes.plot([one["value"]], [row + shift], "o", color=colour, markersize=6)
-                axes.annotate(
-                    f"{one['value']:.4f} {'with' if key == 'ne_with' else 'without'} ALURE", (one["high"], row + shift),
-                    xytext=(6, 0), textcoords="offset points", va="center", fontsize=8.5, color=THEMED.ink,
-                )  # fmt: skip
-        axes.axvline(1.0, color=THEMED.muted, linewidth=1.0, linestyle=(0, (3, 3)))
-        axes.set_yticks(range(len(names)), [name.upper() for name in names])
-        axes.set_ylim(len(names) - 0.5, -0.5)
-        axes.set_xlabel("normalized entropy (dashed: always predicting the base rate)")
-        axes.margins(x=0.3)
-        only_grid(axes, "x")
+                text = f"{one['value']:.4f} {key.removeprefix('ne_')}"
+                _interval(left, one, row + shift, colour, text, THEMED)
+            gain = tasks[name]["gain"]
+            colour = (
+                THEMED.muted if not tasks[name]["significant"] else THEMED.good if gain["value"] > 0 else THEMED.bad
+            )
+            _interval(right, gain, row, colour, f"{100 * gain['value']:+.2f}%", THEMED)
+        left.set_title("Normalized entropy (lower is better)")
+        right.set_title("Gain from ALURE's features")
+        right.axvline(0, color=THEMED.ink, linewidth=1.0)
+        right.xaxis.set_major_formatter(PERCENT)
+        left.set_yticks(range(len(names)), [name.upper() for name in names])
+        left.set_ylim(len(names) - 0.5, -0.5)
+        for axes in (left, right):
+            axes.margins(x=0.3)
+            axes.xaxis.set_major_locator(MaxNLocator(6))
+            only_grid(axes, "x")
         return to_svg(drawn, "Normalized entropy with and without ALURE features")
+
+
+def _interval(axes: Axes, found: Mapping[str, float], row: float, colour: str, text: str, palette: Palette) -> None:
+    """A point with its 95 % interval, and `text` outwards of it."""
+    axes.plot([found["low"], found["high"]], [row, row], color=colour, linewidth=2.2, solid_capstyle="round")
+    axes.plot([found["value"]], [row], "o", color=colour, markersize=6)
+    outwards = -1 if found["value"] < 0 else 1
+    axes.annotate(
+        text, (found["low" if outwards < 0 else "high"], row), xytext=(7 * outwards, 0), textcoords="offset points",
+        ha="right" if outwards < 0 else "left", va="center", fontsize=8.5, color=palette.ink,
+    )  # fmt: skip
+
+
+def _power(bin_: int) -> str:
+    """The first length of a bin of doubling widths."""
+    first = 0 if bin_ == 0 else 2 ** (bin_ - 1)
+    return str(first) if first < 1_000 else f"{first // 1_000}k"
 
 
 def _is_number(value: Any) -> bool:

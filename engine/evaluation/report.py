@@ -1,45 +1,18 @@
 """Writes report.html: one self-contained page about a run. No address outside the page, one small script."""
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field
-from datetime import UTC, datetime
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 import jinja2
 import yaml
 from markupsafe import Markup
 
-from alure.engine.evaluation import figures
 from alure.engine.evaluation.charts import DARK, LIGHT, ROLES, label
 from alure.engine.evaluation.report_data import ReportData
+from alure.engine.evaluation.sections import headline_figures, make_sections
+from alure.engine.evaluation.wording import count, duration, when
 
 TEMPLATE = "report.html.j2"
-STAGES = {
-    "ingest": "Ingest", "train": "Train", "refresh": "Refresh", "graph": "Graph", "retrieve": "Retrieve",
-    "evaluate": "Evaluate",
-}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class Table:
-    head: list[str]
-    rows: list[list[str]]
-    caption: str = ""
-
-
-@dataclass(frozen=True)
-class Section:
-    """One section of the page. `missing` says why there is nothing to draw; `extra` is for the template alone."""
-
-    id: str
-    title: str
-    lede: str = ""
-    figures: list[tuple[str, str]] = field(default_factory=list)  # (inline svg, caption)
-    tables: list[Table] = field(default_factory=list)
-    missing: str = ""
-    extra: Any = None
 
 
 def write_report(out: Path, data: ReportData) -> Path:
@@ -56,22 +29,16 @@ def render(data: ReportData) -> str:
     """The page as text."""
     loader = jinja2.FunctionLoader(lambda name: (files(__package__) / name).read_text(encoding="utf-8"))
     environment = jinja2.Environment(loader=loader, autoescape=True, undefined=jinja2.StrictUndefined)
-    environment.filters.update(count=_count, when=_when, svg=Markup)
-    sections = [
-        funnel(data), sequence_lengths(data), training(data), embedding_map(data), similarity(data), degree(data),
-        candidates(data), recall(data), ranking(data), story(data), quarantine(data),
-    ]  # fmt: skip
+    environment.filters.update(count=count, when=when, svg=Markup)
     return environment.get_template(TEMPLATE).render(
         data=data,
-        sections=sections,
+        sections=make_sections(data),
         facts=header_facts(data),
+        headline=headline(data),
         light={role: getattr(LIGHT, role) for role in ROLES},
         dark={role: getattr(DARK, role) for role in ROLES},
         configuration=yaml.safe_dump(dict(data.config), sort_keys=False),
     )
-
-
-# ---- the page's head
 
 
 def header_facts(data: ReportData) -> list[tuple[str, str, str]]:
@@ -79,364 +46,44 @@ def header_facts(data: ReportData) -> list[tuple[str, str, str]]:
     facts = []
     log = data.log or {}
     if log:
-        facts.append((_count(log["num_events"]), "events", f"{_count(log['num_users'])} users, {_count(log['num_items'])} items"))
+        facts.append(
+            (count(log["num_events"]), "events", f"{count(log['num_users'])} users, {count(log['num_items'])} items")
+        )
     if data.embeddings:
         shape = f"{data.embeddings['k']} × {data.embeddings['d']} numbers each"
-        facts.append((_count(data.embeddings["users"]), "users embedded", shape))
+        facts.append((count(data.embeddings["users"]), "users embedded", shape))
     alure = data.graphs.get("alure")
     if alure:
-        facts.append((_count(alure["edges"]), "edges", f"median cosine {alure['similarity_median']:.2f}"))
-    best, k = _headline(data)
+        facts.append((count(alure["edges"]), "edges", f"median cosine {alure['similarity_median']:.2f}"))
+    best, k = headline_figures(data)
     if best:
         value, baseline, rival = best
-        facts.append((f"{100 * value:.1f} %", f"recall@{k}, ALURE", f"{100 * baseline:.1f} % with {rival}"))
+        facts.append(
+            (
+                f"{100 * value:.1f}%",
+                f"recall@{k}, ALURE",
+                f"{100 * baseline:.1f}% with {rival}",
+            )
+        )
     seconds = sum(stage.get("seconds", 0.0) for stage in data.stages.values())
     if seconds:
-        facts.append((_duration(seconds), "in all stages", f"{len(data.stages)} stages"))
+        facts.append((duration(seconds), "in all stages", f"{len(data.stages)} stages"))
     return facts
 
 
-def _headline(data: ReportData) -> tuple[tuple[float, float, str] | None, int]:
-    """(recall of ALURE, of the best set without it, that set's label), and K: the middle one."""
-    evaluated = data.report("evaluate")
-    ks = evaluated.get("k") or [0]
-    k = ks[len(ks) // 2]
-    found = {s["name"]: s["metrics"]["recall"][str(k)] for s in evaluated.get("sets", [])}
-    found = {name: value["value"] for name, value in found.items() if value}
-    others = {name: value for name, value in found.items() if "alure" not in name.split("+")}
-    if "alure" not in found or not others:
-        return None, k
-    rival = max(others, key=lambda name: others[name])
-    return (found["alure"], others[rival], label(rival)), k
-
-
-# ---- sections, in the page's order
-
-
-def funnel(data: ReportData) -> Section:
-    """What each stage made of what it got, and how long it took."""
-    log, stages = data.log or {}, data.stages
-    retrieved = data.report("retrieve")
-    largest = max(retrieved.values(), key=lambda r: r.get("candidates", 0), default={})
-    evaluated = data.report("evaluate")
-    edges = sum(graph["edges"] for graph in data.graphs.values())
-    rows = [
-        ("Events", log.get("num_events"), "ingest", f"from {_count(len(log.get('sources', [])))} sources"),
-        ("Users", log.get("num_users"), "train", f"in {_count(len(log.get('countries', [])))} countries"),
-        ("Embeddings", (data.embeddings or {}).get("users"), "refresh", "users with an event up to the snapshot"),
-        ("Edges", edges or None, "graph", f"in {len(data.graphs)} graphs"),
-        ("Candidates", largest.get("candidates"), "retrieve", f"largest set of {len(retrieved)}"),
-        ("Users evaluated", evaluated.get("users"), "evaluate", "who engaged after the snapshot"),
-    ]
-    known = [row for row in rows if row[1]]
-    if not known:
-        return Section("funnel", "From events to candidates", missing="No stage has run.")
-    widest = max(row[1] for row in known)
-    steps = []
-    for name, count, stage, note in known:
-        ran = stages.get(stage, {})
-        steps.append(
-            {
-                "name": name,
-                "count": _count(count),
-                "share": max(_log_share(count, widest), 0.02),
-                "stage": STAGES[stage],
-                "seconds": _duration(ran["seconds"]) if ran.get("seconds") else "not run here",
-                "note": note,
-            }
-        )
-    total = sum(stage.get("seconds", 0.0) for stage in stages.values())
-    peak = max((stage.get("peak_rss_bytes", 0) for stage in stages.values()), default=0)
-    lede = f"The chain took {_duration(total)}" + (f" and at most {peak / 2**30:.1f} GiB of memory." if peak else ".")
-    return Section("funnel", "From events to candidates", lede, extra=steps)
-
-
-def sequence_lengths(data: ReportData) -> Section:
-    title = "Sequence lengths"
-    sources = data.report("ingest").get("sources")
-    if not sources:
-        return Section("sequence-lengths", title, missing="Ingest did not run here, so lengths were not counted.")
-    longest = max(sources.values(), key=lambda s: s["longest"])
-    events = sum(s["events"] for s in sources.values())
-    lede = (
-        f"{_count(events)} events in {len(sources)} jagged sequences a user. Most users have few, some have many: "
-        f"the longest holds {_count(longest['longest'])}. Nothing is padded or cut."
+def headline(data: ReportData) -> str:
+    """The run in one sentence; empty where recall was not measured."""
+    best, k = headline_figures(data)
+    if best is None:
+        return ""
+    value, baseline, rival = best
+    others = [s for s in data.report("evaluate")["sets"] if s["name"] == "social+ppr"]
+    paper = (
+        f", {100 * others[0]['metrics']['recall'][str(k)]['value']:.1f}% with BFF + PPR"
+        if others and rival != label("social+ppr")
+        else ""
     )
-    head = ["Source", "Events", "Users with any", "Mean", "Median", "p90", "p99", "Longest"]
-    rows = [
-        [name, _count(s["events"]), _count(s["users"]), f"{s['mean']:.1f}", *(_count(s[k]) for k in ("p50", "p90", "p99", "longest"))]
-        for name, s in sources.items()
-    ]
-    drawn = figures.sequence_lengths(sources)
-    caption = "Users by number of events of a source. Grey: none."
-    return Section("sequence-lengths", title, lede, [(drawn, caption)], [Table(head, rows)])
-
-
-def training(data: ReportData) -> Section:
-    title = "Training"
-    report = data.report("train")
-    curve = [p for p in report.get("curve", []) if "step" in p and "loss" in p]
-    if not curve:
-        return Section("training", title, missing="No training ran here: the model came from elsewhere.")
-    lede = f"{_count(report.get('steps', curve[-1]['step']))} steps on {_count(report.get('users', 0))} users"
-    if report.get("parameters"):
-        lede += f", {_count(report['parameters'])} parameters"
-    lede += f". The loss went from {curve[0]['loss']:.2f} to {curve[-1]['loss']:.2f}."
-    drawn = [(figures.training_curve(curve), "Means since the point before.")]
-    groups, rows = _validation(report.get("validation") or {})
-    if groups:
-        text = "On the newest part of the training time, which the model had not seen at that point. Recall: higher is better; NE: lower."
-        drawn.append((figures.validation_bars(groups), text))
-    tables = [Table(["Validation", "Model", "Baseline", "Measured on"], rows)] if rows else []
-    return Section("training", title, lede, drawn, tables)
-
-
-def _validation(found: Mapping[str, Any]) -> tuple[list[tuple[str, float, float, str]], list[list[str]]]:
-    """(bars, table rows) of the training's own validation figures."""
-    groups: list[tuple[str, float, float, str]] = []
-    rows = []
-    retrieval = found.get("retrieval") or {}
-    for k, value in (retrieval.get("recall") or {}).items():
-        base = retrieval["popularity_recall"][k]
-        groups.append((f"recall@{k}", value, base, "popularity"))
-        on = f"{_count(retrieval['users'])} users, {_count(retrieval['items'])} items"
-        rows.append([f"Two-tower recall@{k}", f"{value:.4f}", f"{base:.4f} (popularity)", on])
-    if retrieval.get("note"):
-        rows.append(["Two-tower recall", "not measured", "", retrieval["note"]])
-    for task, one in (found.get("tasks") or {}).items():
-        if one.get("ne") is not None and one.get("item_rate_ne") is not None:
-            groups.append((f"NE {task}", one["ne"], one["item_rate_ne"], "ad rate"))
-            on = f"{_count(one['exposures'])} exposures"
-            rows.append([f"NE of {task}", f"{one['ne']:.4f}", f"{one['item_rate_ne']:.4f} (smoothed rate of the ad)", on])
-        else:
-            rows.append([f"NE of {task}", "not measured", "", one.get("note", "")])
-    return groups, rows
-
-
-def embedding_map(data: ReportData) -> Section:
-    title = "Map of the embeddings"
-    found = data.embedding_map
-    if not found:
-        return Section("embedding-map", title, missing="The store holds no embeddings, or fewer than three.")
-    lede = (
-        f"{_count(len(found['points']))} of {_count(found['of'])} users, laid out so that users who are near each other "
-        f"in embedding space stay together. Colour is the {found['kind']}, which the model was never told."
-        if found["kind"] != "country"
-        else f"{_count(len(found['points']))} of {_count(found['of'])} users, laid out so that users who are near each "
-        "other in embedding space stay together."
+    return (
+        f"Of the ads that users engaged with after the snapshot, {100 * value:.1f}% are among the first {k} that "
+        f"ALURE's similar users bring, against {100 * baseline:.1f}% with {rival}{paper}."
     )
-    drawn = figures.embedding_map(found["points"], found["labels"], found["kind"])
-    return Section("embedding-map", title, lede, [(drawn, "Neighbourhoods are meaningful; distances between far groups are not.")])
-
-
-def similarity(data: ReportData) -> Section:
-    title = "Similarity of linked users"
-    graphs = _in_order({name: g for name, g in data.graphs.items() if g["edges"]})
-    if not graphs:
-        return Section("similarity", title, missing="No graph with edges has been built.")
-    first = next(iter(graphs))
-    lede = f"Median similarity of an edge in {label(first)}: {graphs[first]['similarity_median']:.3f}."
-    head = ["Graph", "Users", "With neighbours", "Edges", "Median similarity"]
-    rows = [
-        [label(name), _count(g["users"]), _count(g["users_with_neighbors"]), _count(g["edges"]), f"{g['similarity_median']:.3f}"]
-        for name, g in graphs.items()
-    ]
-    caption = "Each graph has its own scale: a cosine, a normalised count of shared follows, a visiting probability."
-    return Section("similarity", title, lede, [(figures.similarities(graphs), caption)], [Table(head, rows)])
-
-
-def degree(data: ReportData) -> Section:
-    title = "In-degree"
-    graphs = _in_order({name: g for name, g in data.graphs.items() if g["edges"]})
-    if not graphs:
-        return Section("degree", title, missing="No graph with edges has been built.")
-    first = next(iter(graphs))
-    counts = graphs[first]["in_degree_counts"]
-    share = counts[0] / max(sum(counts), 1)
-    lede = (
-        f"Edges go from a user to its neighbours. In {label(first)} the most popular neighbour serves {len(counts) - 1:,} "
-        f"users, and {share:.1%} of users are nobody's neighbour."
-    )
-    return Section("degree", title, lede, [(figures.degrees(graphs), "A steep line means that no few users dominate the graph.")])
-
-
-def candidates(data: ReportData) -> Section:
-    title = "Candidates a user"
-    reports = {name: r for name, r in data.report("retrieve").items() if isinstance(r, Mapping) and r.get("histogram")}
-    if not reports:
-        return Section("candidates", title, missing="No candidates were retrieved here.")
-    reports = _in_order(reports)
-    sets = {
-        name: {**r["histogram"], "mean": r["candidates_per_user"]["mean"]} for name, r in reports.items()
-    }
-    name = "alure" if "alure" in reports else next(iter(reports))
-    cap = (data.config.get("retrieval") or {}).get("cap")
-    lede = f"{label(name)} brings {sets[name]['mean']:,.0f} ads a user on average" + (f", at most {cap:,}." if cap else ".")
-    head = ["Set", "Users", "Without candidates", "At the cap", "Candidates", "Mean", "Reasons"]
-    rows = [
-        [
-            label(n), _count(r["users"]), _count(r["users_without_candidates"]), _count(r["users_at_cap"]),
-            _count(r["candidates"]), f"{r['candidates_per_user']['mean']:,.1f}",
-            ", ".join(f"{reason} {share:.0%}" for reason, share in r["reasons"].items() if share > 0),
-        ]
-        for n, r in reports.items()
-    ]  # fmt: skip
-    caption = "The paper's Figure 8. Dashed: mean."
-    return Section("candidates", title, lede, [(figures.candidates(sets), caption)], [Table(head, rows)])
-
-
-def recall(data: ReportData) -> Section:
-    title = "Recall of future engagements"
-    evaluated = data.report("evaluate")
-    if not evaluated:
-        return Section("recall", title, missing="Evaluation did not run.")
-    if "recall" in evaluated.get("reasons", {}):
-        return Section("recall", title, missing=f"Not measurable: {evaluated['reasons']['recall']}.")
-    sets, ks = _sorted_sets(evaluated["sets"]), evaluated["k"]
-    best, k = _headline(data)
-    lede = f"{_count(evaluated['users'])} users engaged with {_count(evaluated['truth']['pairs'])} ads after the snapshot. "
-    if best:
-        value, baseline, rival = best
-        lede += f"Within {k} ads, ALURE finds {100 * value:.1f} % of them; {rival}, the best without it, {100 * baseline:.1f} %."
-    drawn = [(figures.recall(sets, ks), f"Mean over users with 95 % intervals ({evaluated['bootstrap']} bootstrap samples of users).")]
-    if evaluated["differences"]:
-        text = "Differences over the same users, 95 % intervals. Grey: the interval holds zero."
-        drawn.append((figures.differences(evaluated["differences"], ks), text))
-    head = ["Set", *[f"{m}@{k}" for m in ("Recall", "NDCG", "Hit rate") for k in ks], *[f"Coverage@{k}" for k in ks], *[f"P90 cov.@{k}" for k in ks]]
-    rows = [
-        [
-            label(s["name"]),
-            *[_interval(s["metrics"][m][str(k)]) for m in ("recall", "ndcg", "hit_rate") for k in ks],
-            *[_percent(s[c][str(k)]) for c in ("coverage", "p90_coverage") for k in ks],
-        ]
-        for s in sets
-    ]  # fmt: skip
-    counts = [[name.replace("_", " "), _count(value)] for name, value in evaluated["truth"].items()]
-    caption = "Coverage: share of all ads in anybody's list. P90 coverage: share of ads that fills 90 % of all list entries."
-    tables = [Table(head, rows, caption), Table(["Truth", "Rows"], counts, "What the truth held, and what of it was used.")]
-    return Section("recall", title, lede, drawn, tables)
-
-
-def ranking(data: ReportData) -> Section:
-    title = "Ranking features: normalized entropy"
-    tasks = data.report("evaluate").get("ne") or {}
-    measured = {name: t for name, t in tasks.items() if "gain" in t}
-    reasons = "; ".join(f"{name.upper()}: {t['reason']}" for name, t in tasks.items() if "reason" in t)
-    if not measured:
-        why = f"Not measurable. {reasons}." if tasks else "Evaluation did not run."
-        return Section("ne", title, missing=why)
-    parts = []
-    for name, t in measured.items():
-        gain = t["gain"]
-        verdict = "significant" if t["significant"] else "not significant"
-        parts.append(f"{name.upper()} {100 * gain['value']:+.2f} % ({100 * gain['low']:+.2f} to {100 * gain['high']:+.2f}, {verdict})")
-    lede = f"NE gain of a logistic ranker when it gets ALURE's embeddings as features: {'; '.join(parts)}."
-    rows = [
-        [
-            name.upper(), _count(t["exposures"]), _count(t["positives"]), f"{t['ne_without']['value']:.4f}",
-            f"{t['ne_with']['value']:.4f}", f"{100 * t['gain']['value']:+.2f} % [{100 * t['gain']['low']:+.2f}, {100 * t['gain']['high']:+.2f}]",
-        ]
-        for name, t in measured.items()
-    ]  # fmt: skip
-    head = ["Task", "Exposures", "Positives", "NE without", "NE with", "Gain"]
-    features = [k for k in next(iter(measured.values()))["weights"] if k != "intercept"]
-    weights = [[f, *[f"{t['weights'][f]:+.3f}" for t in measured.values()]] for f in features]
-    tables = [
-        Table(head, rows, reasons and f"Not measurable: {reasons}."),
-        Table(["Standardised feature", *[n.upper() for n in measured]], weights, "Mean weights of the ranker with ALURE."),
-    ]
-    caption = "Each half of the users is scored by the ranker fitted on the other half. Intervals over users."
-    return Section("ne", title, lede, [(figures.ne_gains(measured), caption)], tables)
-
-
-def story(data: ReportData) -> Section:
-    title = "One user's story"
-    if not data.stories:
-        return Section("story", title, missing="Needs an event log, a graph and candidates; one of them is missing.")
-    longest = max((max(t["days"], default=0.0) for s in data.stories for t in s["timeline"]), default=1.0) or 1.0
-    lede = "What a user did, who is like that user, and which ads that brings, with the reason of each."
-    return Section("story", title, lede, extra={"stories": data.stories, "span": longest})
-
-
-def quarantine(data: ReportData) -> Section:
-    """Rows refused, and everything a reader should be warned of."""
-    title = "Quarantine and warnings"
-    ingest = data.report("ingest")
-    refused = (data.log or {}).get("quarantine") or ingest.get("quarantine") or {}
-    rows = [[reason, _count(count)] for reason, count in refused.items()]
-    warnings = [str(note) for note in ingest.get("notes", [])]
-    if ingest.get("ignored_columns"):
-        warnings.append(f"Columns not read: {', '.join(ingest['ignored_columns'])}.")
-    truth = data.report("evaluate").get("truth", {})
-    for key, text in (
-        ("unknown_users", "users of the truth have no embedding, so they are not part of the recall"),
-        ("unknown_items", "items of the truth are not in the log; they count as misses"),
-        ("not_after_as_of", "rows of the truth are not after the snapshot and were left out"),
-        ("not_an_ad_source", "rows of the truth are not of an ad source and were left out"),
-        ("null_id", "rows of the truth have no user or no item and were left out"),
-    ):
-        if truth.get(key):
-            warnings.append(f"{_count(truth[key])} {text}.")
-    for name, report in data.report("retrieve").items():
-        if isinstance(report, Mapping) and report.get("users_without_candidates"):
-            warnings.append(f"{label(name)}: {_count(report['users_without_candidates'])} users got no candidates.")
-    for task, found in (data.report("evaluate").get("ne") or {}).items():
-        if "reason" in found:
-            warnings.append(f"NE of {task} was not measured: {found['reason']}.")
-    total = sum(refused.values())
-    lede = f"{_count(total)} rows were refused." if total else "No row was refused."
-    table = Table(["Reason", "Rows"], rows or [["none", "0"]])
-    return Section("quarantine", title, lede, tables=[table], extra=warnings)
-
-
-# ---- how things are written
-
-
-def _in_order(named: Mapping[str, Any]) -> dict[str, Any]:
-    """ALURE first, blends of it last but before nothing; the same order everywhere."""
-    return {name: named[name] for name in sorted(named, key=_place)}
-
-
-def _place(name: str) -> tuple[int, int, str]:
-    first = {"alure": 0, "social": 2, "ppr": 3, "popularity": 9}
-    graphs = name.split("+")
-    if len(graphs) > 1:
-        return (1 if "alure" in graphs else 4, len(graphs), name)
-    return (first.get(name, 5), 0, name)
-
-
-def _sorted_sets(sets: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
-    return sorted(sets, key=lambda s: _place(s["name"]))
-
-
-def _count(value: Any) -> str:
-    """1234567 → 1 234 567 with thin spaces."""
-    return f"{int(value):,}".replace(",", "\u202f")
-
-
-def _percent(value: float | None) -> str:
-    return "–" if value is None else f"{100 * value:.1f} %"
-
-
-def _interval(found: Mapping[str, float] | None) -> str:
-    if found is None:
-        return "–"
-    return f"{100 * found['value']:.1f} % ± {50 * (found['high'] - found['low']):.1f}"
-
-
-def _duration(seconds: float) -> str:
-    if seconds < 90:
-        return f"{seconds:.1f} s"
-    minutes, rest = divmod(round(seconds), 60)
-    return f"{minutes} min {rest} s" if minutes < 60 else f"{minutes // 60} h {minutes % 60} min"
-
-
-def _log_share(count: float, widest: float) -> float:
-    """Length of a bar on a log scale from 1 to `widest`."""
-    import math
-
-    return math.log10(max(count, 1)) / max(math.log10(max(widest, 10)), 1e-9)
-
-
-def _when(timestamp: int | None) -> str:
-    return datetime.fromtimestamp(timestamp, UTC).strftime("%Y-%m-%d %H:%M UTC") if timestamp is not None else "unknown"

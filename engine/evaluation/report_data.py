@@ -142,7 +142,8 @@ def summary(data: ReportData) -> dict[str, Any]:
         "recall": recall,
         "gains": gains,
         "ne": {
-            task: found.get("gain") or {"reason": found.get("reason")} for task, found in evaluated.get("ne", {}).items()
+            task: found.get("gain") or {"reason": found.get("reason")}
+            for task, found in evaluated.get("ne", {}).items()
         },
         "seconds": {name: round(stage.get("seconds", 0.0), 2) for name, stage in data.stages.items()},
         "quarantine": (data.log or {}).get("quarantine", {}),
@@ -179,7 +180,9 @@ def _graph_figures(store: EmbeddingStore, graph: Generation) -> dict[str, Any]:
         similarities.append(pc.list_flatten(batch["similarities"]).to_numpy(zero_copy_only=False))
         neighbors.append(pc.list_flatten(batch["neighbor_ids"]))
     values = np.concatenate([np.empty(0, np.float32), *similarities])
-    counts, edges = np.histogram(values, bins=SIMILARITY_BINS) if len(values) else (np.zeros(1, int), np.array([0.0, 1.0]))
+    counts, edges = (
+        np.histogram(values, bins=SIMILARITY_BINS) if len(values) else (np.zeros(1, int), np.array([0.0, 1.0]))
+    )
     pointed = pc.value_counts(pa.chunked_array(neighbors)) if neighbors else []
     degrees = np.bincount(pointed.field("counts").to_numpy(zero_copy_only=False)) if len(pointed) else np.zeros(1, int)
     degrees[0] = max(users - int(degrees[1:].sum()), 0)  # nobody's neighbour
@@ -192,3 +195,13 @@ def _graph_figures(store: EmbeddingStore, graph: Generation) -> dict[str, Any]:
         "similarity_median": float(np.median(values)) if len(values) else 0.0,
         "in_degree_counts": degrees.tolist(),
     }
+
+
+def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Counts and edges over the middle 99.8 % of `values`; what lies beyond is counted in the outermost bins."""
+    if not len(values):
+        return np.zeros(1, np.int64), np.array([0.0, 1.0])
+    low, high = np.quantile(values, [0.001, 0.999])
+    if high - low < 1e-9:
+        low, high = low - 0.5, high + 0.5
+    return np.histogram(np.clip(values, low, high), bins=SIMILARITY_BINS, range=(low, high))

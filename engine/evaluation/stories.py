@@ -5,7 +5,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alure.engine.config import Config
@@ -88,7 +87,9 @@ def _take_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[place] for _, place in sorted(turns)]
 
 
-def _later_engagements(truth: Path | None, as_of: int, config: Config, ids: pa.ChunkedArray) -> dict[Any, dict[Any, str]]:
+def _later_engagements(
+    truth: Path | None, as_of: int, config: Config, ids: pa.ChunkedArray
+) -> dict[Any, dict[Any, str]]:
     """{user: {item: event type}} of what was done after the snapshot."""
     if truth is None:
         return {}
@@ -148,7 +149,11 @@ def _similar(
         shared = items[np.isin(items, ad_index)]
         shown = list(dict.fromkeys([*shared[::-1].tolist(), *items[::-1].tolist()]))[:2]
         neighbors.append(
-            {"user_id": user_id, "similarity": round(float(similarity), 4), "titles": [_title(events, i) for i in shown]}
+            {
+                "user_id": user_id,
+                "similarity": round(float(similarity), 4),
+                "titles": [_title(events, i) for i in shown],
+            }
         )
     told = []
     for place, item in enumerate(ads):
