@@ -74,12 +74,11 @@ def backward(
     dq = torch.zeros(q.shape, dtype=torch.float32)
     dk, dv = (torch.empty(x.shape, dtype=torch.float32) for x in (k, v))
     optional = [None if x is None else torch.zeros(x.shape) for x in (time_table, position_table, q_cyclic, k_cyclic)]
-    by_head = None if k_cyclic is None else torch.empty(k_cyclic.shape[0], k.shape[1], k_cyclic.shape[1])
     _native.attention_backward(
         _native.Attention(*attention, causal, window_left, window_right, scale),
         *(_array(x, torch.float32) for x in (grad_out, out, lse)),
         *(x.numpy() for x in (dq, dk, dv)),
-        *(None if x is None else x.numpy() for x in (*optional, by_head)),
+        *(None if x is None else x.numpy() for x in optional),
         INSTRUCTION_SET,
         torch.get_num_threads(),
     )

@@ -11,13 +11,13 @@ namespace alure {
 void attention_forward(const AttentionInputs& in, const AttentionOutputs& outputs, std::int64_t total_k,
                        InstructionSet set, int num_threads);
 
-// d_k_cyclic [total_k, num_cyclic], d_time and d_position [heads, buckets] may be null. Sums are in one fixed order, so
-// the gradients do not depend on the threads.
+// float32 [heads, buckets]; null without the table.
 struct TableGradients {
-    float* d_k_cyclic;
     float* d_time;
     float* d_position;
 };
+
+// Sums are in one fixed order, so the gradients do not depend on the threads.
 void attention_backward(const AttentionInputs& in, const AttentionGradients& gradients, const TableGradients& tables,
                         std::int64_t total_k, InstructionSet set, int num_threads);
 

@@ -7,45 +7,50 @@ namespace alure {
 namespace {
 
 constexpr std::int64_t kBackwardKeys = 128;
-constexpr std::int64_t kBackwardTile = 48;  // divisible by kRows; everything a pair of blocks needs stays in the second cache
+constexpr std::int64_t kBackwardTile = 48;  // divisible by kRows; what a pair of blocks needs stays in the second cache
 constexpr std::int64_t kWeightStride = kBackwardKeys + kLanes;
-static_assert(kBackwardKeys <= kMostKeys && kBackwardKeys % kLanes == 0);
+static_assert(kBackwardKeys % kLanes == 0);
 
-struct BackwardScratch {
-    BackwardScratch(const AttentionInputs& in, void* base) : arena(base) {
-        const std::int64_t channels = in.head_dim + in.num_cyclic;
-        channel_stride = round_up(channels, kLanes);
-        value_stride = round_up(in.head_dim, kLanes);
-        keys = arena.floats(kBackwardKeys * channels);
-        key_rows = arena.floats(kBackwardKeys * channel_stride);
-        values = arena.floats(kBackwardKeys * in.head_dim);
-        dk = arena.floats(kBackwardKeys * channel_stride);
-        dv = arena.floats(kBackwardKeys * value_stride);
-        queries = arena.floats(kBackwardTile * channels);
-        query_rows = arena.floats(kBackwardTile * channel_stride);
-        grad_out_rows = arena.floats(kBackwardTile * value_stride);
-        weights = arena.floats(kBackwardTile * kWeightStride + kLanes);
-        d_logits = arena.floats(kBackwardTile * kWeightStride + kLanes);
-        dq = arena.floats(kBackwardTile * channel_stride);
-        biases = arena.bytes(BiasWalker::scratch_bytes(in));
-        runs = static_cast<Run*>(arena.bytes(sizeof(Run) * kRows * kBackwardKeys));
-    }
-    Arena arena;
-    std::int64_t channel_stride, value_stride;
-    float *keys, *values;                                // transposed
-    float *key_rows, *query_rows, *grad_out_rows;        // panels of their columns
-    float *dk, *dv, *dq;                                 // sums of this block and tile
-    float *queries, *weights, *d_logits;                 // row-major
-    void* biases;
-    Run* runs;  // of a panel of queries
+// One head's keys of the block, and the sums of their gradients.
+struct KeyPack {
+    float* keys;      // transposed
+    float* values;    // transposed
+    float* key_rows;  // panels of channels
+    float* dk;        // [keys, channel_stride]
+    float* dv;        // [keys, value_stride]
 };
 
-inline float sum_of(const float* values, std::int32_t begin, std::int32_t end) {
-    Floats sum{};
-    for (; begin + kLanes <= end; begin += kLanes) sum += load(values + begin);
-    if (begin < end) sum += lane_numbers() < end - begin ? load(values + begin) : Floats{};
-    return sum_of_lanes(sum);
-}
+struct BackwardScratch {
+    BackwardScratch(const AttentionInputs& in, void* base)
+        : arena(base), channels(in.head_dim + in.num_cyclic), channel_stride(round_up(channels, kLanes)),
+          value_stride(round_up(in.head_dim, kLanes)), packs(arena.array<float>(in.heads * pack_size(in.head_dim))),
+          queries(arena.array<float>(kBackwardTile * channels)),
+          query_rows(arena.array<float>(kBackwardTile * channel_stride)),
+          grad_out_rows(arena.array<float>(kBackwardTile * value_stride)),
+          weights(arena.array<float>(kBackwardTile * kWeightStride + kLanes)),
+          d_logits(arena.array<float>(kBackwardTile * kWeightStride + kLanes)),
+          dq(arena.array<float>(kBackwardTile * channel_stride)), bias(in, kBackwardTile, kBackwardKeys, arena) {}
+
+    [[nodiscard]] std::int64_t pack_size(std::int64_t head_dim) const {
+        return kBackwardKeys * (channels + head_dim + 2 * channel_stride + value_stride);
+    }
+    [[nodiscard]] KeyPack pack_of(std::int64_t head, std::int64_t head_dim) const {
+        float* keys = packs + head * pack_size(head_dim);
+        float* values = keys + kBackwardKeys * channels;
+        float* key_rows = values + kBackwardKeys * head_dim;
+        float* dk = key_rows + kBackwardKeys * channel_stride;
+        return {keys, values, key_rows, dk, dk + kBackwardKeys * channel_stride};
+    }
+
+    Arena arena;
+    std::int64_t channels, channel_stride, value_stride;
+    float* packs;
+    float* queries;                       // [tile, channels], scaled
+    float *query_rows, *grad_out_rows;    // panels of channels
+    float *weights, *d_logits;            // [tile, kWeightStride]
+    float* dq;                            // [tile, channel_stride]
+    TileBias bias;
+};
 
 inline float dot(const float* a, const float* b, std::int64_t size) {
     Floats sums{};
@@ -58,95 +63,108 @@ inline float dot(const float* a, const float* b, std::int64_t size) {
 
 class BackwardBlock {
 public:
-    BackwardBlock(const AttentionInputs& in, const AttentionGradients& gradients, const Part& part, double* d_time,
-                  double* d_position, void* base)
-        : in_(in), g_(gradients), part_(part), s_(in, base), sequence_(sequence_at(in, part.sequence)),
-          channels_(in.head_dim + in.num_cyclic), num_keys_(part.end - part.begin), row_stride_(in.heads * in.head_dim),
-          d_time_(d_time), d_position_(d_position) {
-        const std::int64_t k_row = sequence_.k_row + part.begin;
-        const float* k = in.k + (k_row * in.heads + part.head) * in.head_dim;
-        const float* v = in.v + (k_row * in.heads + part.head) * in.head_dim;
-        pack_keys_transposed(in, k_row, num_keys_, part.head, s_.keys);
-        pack_transposed(v, row_stride_, num_keys_, in.head_dim, 0, in.head_dim, s_.values);
-        // dk is not needed yet: it lends its space to the keys in rows
-        pack_channels(k, row_stride_, in.head_dim, 1.0f, in.num_cyclic ? in.k_cyclic + k_row * in.num_cyclic : nullptr,
-                      in.num_cyclic, in.num_cyclic, num_keys_, s_.dk);
-        pack_rows(s_.dk, channels_, num_keys_, channels_, s_.key_rows);
-        fill(s_.dk, 0, num_keys_ * s_.channel_stride, Floats{});
-        fill(s_.dv, 0, num_keys_ * s_.value_stride, Floats{});
-        biases_.start(in, part.head, sequence_.k_row, part.begin, num_keys_, s_.biases);
+    BackwardBlock(const AttentionInputs& in, const AttentionGradients& gradients, const Part& part, void* base)
+        : in_(in), g_(gradients), sequence_(sequence_at(in, part.sequence)), first_key_(part.begin),
+          num_keys_(part.end - part.begin), k_row_(sequence_.k_row + part.begin), row_stride_(in.heads * in.head_dim),
+          s_(in, base) {
+        for (std::int64_t head = 0; head < in.heads; ++head) pack_keys(head, s_.pack_of(head, in.head_dim));
+        s_.bias.start_block(k_row_, first_key_, num_keys_);
     }
 
-    // Adds the part of queries [begin, begin + rows) to dk, dv and the tables, and leaves their dq in scratch.
-    // False where they see no key of the block.
-    bool add_tile(std::int64_t begin, std::int64_t rows) {
-        const std::int64_t position = begin + sequence_.shift, q_row = sequence_.q_row + begin;
-        const Range seen = within_block(visible_keys(in_, position, position + rows - 1, sequence_.num_keys), part_.begin, num_keys_);
-        if (seen.empty()) return false;
-        const float* grad_out = g_.grad_out + (q_row * in_.heads + part_.head) * in_.head_dim;
-        pack_queries(in_, q_row, rows, part_.head, s_.queries);
-        pack_rows(s_.queries, channels_, rows, channels_, s_.query_rows);
-        pack_rows(grad_out, row_stride_, rows, in_.head_dim, s_.grad_out_rows);
-        for (std::int64_t r = 0; r < rows; r += kRows)
-            weigh(begin + r, smaller<std::int64_t>(kRows, rows - r), s_.weights + r * kWeightStride,
-                  s_.d_logits + r * kWeightStride, s_.queries + r * channels_);
-        multiply<Left::kColumnMajor>(num_keys_, s_.weights, kWeightStride, s_.grad_out_rows, rows * kLanes, in_.head_dim,
-                                     rows, s_.dv, s_.value_stride);
-        multiply<Left::kColumnMajor>(num_keys_, s_.d_logits, kWeightStride, s_.query_rows, rows * kLanes, channels_, rows,
-                                     s_.dk, s_.channel_stride);
-        fill(s_.dq, 0, rows * s_.channel_stride, Floats{});
-        multiply<Left::kRowMajor>(rows, s_.d_logits, kWeightStride, s_.key_rows, num_keys_ * kLanes, channels_, num_keys_,
-                                  s_.dq, s_.channel_stride);
+    [[nodiscard]] std::int64_t num_queries() const { return sequence_.num_queries; }
+
+    // Queries [begin, begin + rows) come next. False where none of them sees a key of the block.
+    bool start_tile(std::int64_t begin, std::int64_t rows) {
+        tile_ = begin;
+        rows_ = rows;
+        q_row_ = sequence_.q_row + begin;
+        const std::int64_t position = begin + sequence_.shift;
+        if (within_block(visible_keys(in_, position, position + rows - 1, sequence_.num_keys), first_key_, num_keys_).empty())
+            return false;
+        s_.bias.start_tile(q_row_, position, rows);
         return true;
     }
 
-    void add_dq(std::int64_t begin, std::int64_t rows) const {
-        for (std::int64_t r = 0; r < rows; ++r) {
-            const std::int64_t row = (sequence_.q_row + begin + r) * in_.heads + part_.head;
+    // Adds the tile's part to dk, dv and the tables, and leaves its dq in scratch.
+    void add_head(std::int64_t head, double* d_time, double* d_position) {
+        const KeyPack pack = s_.pack_of(head, in_.head_dim);
+        pack_queries(in_, q_row_, rows_, head, s_.queries);
+        pack_rows(s_.queries, s_.channels, rows_, s_.channels, s_.query_rows);
+        pack_rows(g_.grad_out + q_offset(head), row_stride_, rows_, in_.head_dim, s_.grad_out_rows);
+        s_.bias.start_head(head);
+        for (std::int64_t r = 0; r < rows_; r += kRows)
+            weigh(head, r, smaller<std::int64_t>(kRows, rows_ - r), pack, d_time);
+        s_.bias.finish_head(d_position);
+        multiply<Left::kColumnMajor>(num_keys_, s_.weights, kWeightStride, s_.grad_out_rows, rows_ * kLanes, in_.head_dim,
+                                     rows_, pack.dv, s_.value_stride);
+        multiply<Left::kColumnMajor>(num_keys_, s_.d_logits, kWeightStride, s_.query_rows, rows_ * kLanes, s_.channels,
+                                     rows_, pack.dk, s_.channel_stride);
+        fill(s_.dq, {0, rows_ * s_.channel_stride}, Floats{});
+        multiply<Left::kRowMajor>(rows_, s_.d_logits, kWeightStride, pack.key_rows, num_keys_ * kLanes, s_.channels,
+                                  num_keys_, s_.dq, s_.channel_stride);
+    }
+
+    void add_dq(std::int64_t head) const {
+        for (std::int64_t r = 0; r < rows_; ++r) {
             const float* sums = s_.dq + r * s_.channel_stride;
-            float* dq = g_.dq + row * in_.head_dim;
+            float* dq = g_.dq + q_offset(head) + r * row_stride_;
             for (std::int64_t d = 0; d < in_.head_dim; ++d) dq[d] += in_.scale * sums[d];
             if (in_.num_cyclic == 0) continue;
-            float* d_cyclic = g_.d_q_cyclic + row * in_.num_cyclic;
+            float* d_cyclic = g_.d_q_cyclic + ((q_row_ + r) * in_.heads + head) * in_.num_cyclic;
             for (std::int64_t c = 0; c < in_.num_cyclic; ++c) d_cyclic[c] += sums[in_.head_dim + c];
         }
     }
 
     void write_dk_dv() const {
-        for (std::int64_t j = 0; j < num_keys_; ++j) {
-            const std::int64_t row = (sequence_.k_row + part_.begin + j) * in_.heads + part_.head;
-            for (std::int64_t d = 0; d < in_.head_dim; ++d) {
-                g_.dk[row * in_.head_dim + d] = s_.dk[j * s_.channel_stride + d];  // the queries carry the scale
-                g_.dv[row * in_.head_dim + d] = s_.dv[j * s_.value_stride + d];
+        for (std::int64_t head = 0; head < in_.heads; ++head) {
+            const KeyPack pack = s_.pack_of(head, in_.head_dim);
+            for (std::int64_t j = 0; j < num_keys_; ++j) {
+                const std::int64_t offset = ((k_row_ + j) * in_.heads + head) * in_.head_dim;
+                for (std::int64_t d = 0; d < in_.head_dim; ++d) {
+                    g_.dk[offset + d] = pack.dk[j * s_.channel_stride + d];  // the queries carry the scale
+                    g_.dv[offset + d] = pack.dv[j * s_.value_stride + d];
+                }
+                for (std::int64_t c = 0; c < in_.num_cyclic; ++c)
+                    g_.d_k_cyclic[(k_row_ + j) * in_.num_cyclic + c] += pack.dk[j * s_.channel_stride + in_.head_dim + c];
             }
-            for (std::int64_t c = 0; c < in_.num_cyclic; ++c)
-                g_.d_k_cyclic[row * in_.num_cyclic + c] = s_.dk[j * s_.channel_stride + in_.head_dim + c];
         }
     }
 
-    [[nodiscard]] const Sequence& sequence() const { return sequence_; }
-
 private:
-    // Weights and gradients of logits of a few queries, and the sums of the latter by bucket.
-    void weigh(std::int64_t query, std::int64_t rows, float* weights, float* d_logits, const float* queries) {
-        const std::int64_t position = query + sequence_.shift, q_row = sequence_.q_row + query;
+    [[nodiscard]] std::int64_t q_offset(std::int64_t head) const { return (q_row_ * in_.heads + head) * in_.head_dim; }
+
+    void pack_keys(std::int64_t head, const KeyPack& pack) {
+        const std::int64_t offset = (k_row_ * in_.heads + head) * in_.head_dim;
+        pack_keys_transposed(in_, k_row_, num_keys_, head, pack.keys);
+        pack_transposed(in_.v + offset, row_stride_, num_keys_, in_.head_dim, 0, in_.head_dim, pack.values);
+        // dk is not needed yet: it lends its space to the keys in rows
+        pack_channels(in_.k + offset, row_stride_, in_.head_dim, 1.0f,
+                      in_.num_cyclic ? in_.k_cyclic + k_row_ * in_.num_cyclic : nullptr, in_.num_cyclic, in_.num_cyclic,
+                      num_keys_, pack.dk);
+        pack_rows(pack.dk, s_.channels, num_keys_, s_.channels, pack.key_rows);
+        fill(pack.dk, {0, num_keys_ * s_.channel_stride}, Floats{});
+        fill(pack.dv, {0, num_keys_ * s_.value_stride}, Floats{});
+    }
+
+    // Weights and gradients of the logits of queries [r, r + rows) of the tile, and the sums of the latter by bucket.
+    void weigh(std::int64_t head, std::int64_t r, std::int64_t rows, const KeyPack& pack, double* d_time) {
         const Range whole{0, round_up(num_keys_, kLanes)};
-        std::int64_t num_runs[kRows];
+        float* weights = s_.weights + r * kWeightStride;
+        float* d_logits = s_.d_logits + r * kWeightStride;
+        const float* grad_out = g_.grad_out + q_offset(head) + r * row_stride_;
+        const float* out = g_.out + q_offset(head) + r * row_stride_;
         for (std::int64_t i = 0; i < rows; ++i) {
-            biases_.move_to(in_.q_times ? in_.q_times[q_row + i] : 0, position + i);
-            const Range visible = within_block(visible_keys(in_, position + i, position + i, sequence_.num_keys), part_.begin, num_keys_);
-            Run* runs = s_.runs + i * kBackwardKeys;
-            write_biases(biases_, visible, whole, weights + i * kWeightStride, [&](const Run& run) { *runs++ = run; });
-            num_runs[i] = runs - (s_.runs + i * kBackwardKeys);
-            fill(d_logits + i * kWeightStride, 0, whole.end, Floats{});
+            const std::int64_t position = tile_ + r + i + sequence_.shift;
+            const Range visible = within_block(visible_keys(in_, position, position, sequence_.num_keys), first_key_, num_keys_);
+            s_.bias.write(r + i, visible, whole, weights + i * kWeightStride);
+            fill(d_logits + i * kWeightStride, whole, Floats{});
         }
-        const float* grad_out = g_.grad_out + (q_row * in_.heads + part_.head) * in_.head_dim;
-        const float* out = g_.out + (q_row * in_.heads + part_.head) * in_.head_dim;
-        multiply<Left::kRowMajor>(rows, queries, channels_, s_.keys, channels_ * kLanes, num_keys_, channels_, weights, kWeightStride);
-        multiply<Left::kRowMajor>(rows, grad_out, row_stride_, s_.values, in_.head_dim * kLanes, num_keys_, in_.head_dim,
+        multiply<Left::kRowMajor>(rows, s_.queries + r * s_.channels, s_.channels, pack.keys, s_.channels * kLanes,
+                                  num_keys_, s_.channels, weights, kWeightStride);
+        multiply<Left::kRowMajor>(rows, grad_out, row_stride_, pack.values, in_.head_dim * kLanes, num_keys_, in_.head_dim,
                                   d_logits, kWeightStride);
         for (std::int64_t i = 0; i < rows; ++i, weights += kWeightStride, d_logits += kWeightStride) {
-            const float lse = g_.lse[part_.head * g_.total_q + q_row + i];
+            const float lse = g_.lse[head * g_.total_q + q_row_ + r + i];
             const float reference = lse == -kInfinity ? 0.0f : lse;  // a query that sees nothing: weights 0, not NaN
             const float delta = dot(grad_out + i * row_stride_, out + i * row_stride_, in_.head_dim);
             for (std::int64_t j = 0; j < num_keys_; j += kLanes) {
@@ -154,39 +172,34 @@ private:
                 store(weights + j, weight);
                 store(d_logits + j, weight * (load(d_logits + j) - delta));
             }
-            if (d_time_ || d_position_) add_to_tables(s_.runs + i * kBackwardKeys, num_runs[i], d_logits);
-        }
-    }
-
-    void add_to_tables(const Run* runs, std::int64_t num_runs, const float* d_logits) {
-        for (std::int64_t i = 0; i < num_runs; ++i) {
-            const double sum = sum_of(d_logits, runs[i].begin, runs[i].end);
-            if (d_time_) d_time_[runs[i].time_bucket] += sum;
-            if (d_position_) d_position_[runs[i].position_bucket] += sum;
+            s_.bias.add_gradients(r + i, d_logits, d_time);
         }
     }
 
     const AttentionInputs& in_;
     const AttentionGradients& g_;
-    const Part part_;
-    BackwardScratch s_;
     const Sequence sequence_;
-    const std::int64_t channels_, num_keys_, row_stride_;
-    double *d_time_, *d_position_;
-    BiasWalker biases_;
+    const std::int64_t first_key_, num_keys_, k_row_, row_stride_;
+    BackwardScratch s_;
+    std::int64_t tile_ = 0, rows_ = 0, q_row_ = 0;  // the tile at hand
 };
 
 void backward(const AttentionInputs& in, const AttentionGradients& gradients, const Part& part, const Turn& turn,
               double* d_time, double* d_position, void* scratch) {
-    BackwardBlock block(in, gradients, part, d_time, d_position, scratch);
-    const std::int64_t num_queries = block.sequence().num_queries;
-    for (std::int64_t tile = 0; tile * kBackwardTile < num_queries; ++tile) {
-        const std::int64_t begin = tile * kBackwardTile, rows = smaller(kBackwardTile, num_queries - begin);
-        const bool sees_keys = block.add_tile(begin, rows);
-        const std::int64_t order = part.begin / kBackwardKeys;
-        if (turn.counters) turn.wait(turn.counters, tile, order);
-        if (sees_keys) block.add_dq(begin, rows);
-        if (turn.counters) turn.pass(turn.counters, tile, order);
+    BackwardBlock block(in, gradients, part, scratch);
+    const std::int64_t num_tiles = (block.num_queries() + kBackwardTile - 1) / kBackwardTile;
+    const std::int64_t order = part.begin / kBackwardKeys;
+    for (std::int64_t tile = 0; tile < num_tiles; ++tile) {
+        const std::int64_t begin = tile * kBackwardTile;
+        const bool sees_keys = block.start_tile(begin, smaller(kBackwardTile, block.num_queries() - begin));
+        for (std::int64_t head = 0; head < in.heads; ++head) {
+            if (sees_keys)
+                block.add_head(head, d_time + head * (in.time.num_thresholds + 1),
+                               d_position + head * (in.position.num_thresholds + 1));
+            if (turn.counters) turn.wait(turn.counters, head * num_tiles + tile, order);
+            if (sees_keys) block.add_dq(head);
+            if (turn.counters) turn.pass(turn.counters, head * num_tiles + tile, order);
+        }
     }
     block.write_dk_dv();
 }

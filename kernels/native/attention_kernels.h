@@ -48,15 +48,16 @@ struct AttentionGradients {
     float* dk;          // [total_k, heads, head_dim]
     float* dv;          // [total_k, heads, head_dim]
     float* d_q_cyclic;  // [total_q, heads, num_cyclic], zeros before
-    float* d_k_cyclic;  // [total_k, heads, num_cyclic], still to be summed over heads
+    float* d_k_cyclic;  // [total_k, num_cyclic], zeros before
 };
 
-// One (sequence, head) and the part of it to be worked on: rows of the queries (forward) or of the keys (backward).
+// Rows [begin, end) of a sequence: of its queries (forward) or of its keys (backward); all heads.
 struct Part {
-    std::int64_t sequence, head, begin, end;
+    std::int64_t sequence, begin, end;
 };
 
-// Lets the units that add to the same rows of dq do so in the order of their keys.
+// Lets the parts that add to the same rows of dq do so in the order of their keys. `tile` counts tiles of queries of
+// one head, head after head.
 struct Turn {
     void (*wait)(void* counters, std::int64_t tile, std::int64_t turn);
     void (*pass)(void* counters, std::int64_t tile, std::int64_t turn);
@@ -69,7 +70,7 @@ struct AttentionKernels {
     std::int64_t backward_tile;   // queries a turn
     std::size_t (*scratch_bytes)(const AttentionInputs&);  // for one thread
     void (*forward)(const AttentionInputs&, const AttentionOutputs&, const Part&, void* scratch);
-    // d_time and d_position: float64 sums of this head's buckets, added to; null without the table.
+    // d_time and d_position: sums by bucket [heads, num_thresholds + 1], added to; not read without the table.
     void (*backward)(const AttentionInputs&, const AttentionGradients&, const Part&, const Turn&, double* d_time,
                      double* d_position, void* scratch);
 };

@@ -1,29 +1,12 @@
-// What the forward and the backward kernel share: scratch, the visible keys of a row, logits of a panel of rows.
+// What the forward and the backward kernel share: which keys a query sees, and packing.
 #pragma once
 
 #include "attention_kernels.h"
-#include "bias_runs.h"
+#include "bias.h"
 #include "panels.h"
 
 namespace alure {
 namespace {
-
-// Cuts one allocation of scratch into 64-byte aligned arrays; with a null base it measures.
-class Arena {
-public:
-    explicit Arena(void* base) : base_(static_cast<char*>(base)) {}
-    void* bytes(std::size_t size) {
-        char* p = base_ ? base_ + used_ : nullptr;
-        used_ += (size + 63) / 64 * 64;
-        return p;
-    }
-    float* floats(std::int64_t count) { return static_cast<float*>(bytes(sizeof(float) * static_cast<std::size_t>(count))); }
-    [[nodiscard]] std::size_t used() const { return used_; }
-
-private:
-    char* base_;
-    std::size_t used_ = 0;
-};
 
 struct Sequence {
     std::int64_t q_row, num_queries, k_row, num_keys;  // first rows and lengths
@@ -36,11 +19,6 @@ inline Sequence sequence_at(const AttentionInputs& in, std::int64_t index) {
     return {q_row, num_queries, k_row, num_keys, num_keys - num_queries};
 }
 
-struct Range {
-    std::int64_t begin, end;
-    [[nodiscard]] bool empty() const { return begin >= end; }
-};
-
 // The keys among [0, num_keys) that at least one query at positions [first, last] sees.
 inline Range visible_keys(const AttentionInputs& in, std::int64_t first, std::int64_t last, std::int64_t num_keys) {
     Range range{0, num_keys};
@@ -48,6 +26,10 @@ inline Range visible_keys(const AttentionInputs& in, std::int64_t first, std::in
     if (in.window_right >= 0 && in.window_right < num_keys) range.end = smaller(range.end, last + in.window_right + 1);
     if (in.causal) range.end = smaller(range.end, last + 1);
     return range;
+}
+
+inline Range within_block(Range keys, std::int64_t block, std::int64_t num_keys) {
+    return {larger<std::int64_t>(keys.begin - block, 0), smaller(keys.end - block, num_keys)};
 }
 
 // Channels of q or k times `factor`, then the cyclic channels as they are: rows of head_dim + num_cyclic floats.
@@ -71,28 +53,6 @@ inline void pack_keys_transposed(const AttentionInputs& in, std::int64_t row, st
     pack_transposed(in.k + (row * in.heads + head) * in.head_dim, in.heads * in.head_dim, rows, in.head_dim, 0, channels, panels);
     if (in.num_cyclic > 0)
         pack_transposed(in.k_cyclic + row * in.num_cyclic, in.num_cyclic, rows, in.num_cyclic, in.head_dim, channels, panels);
-}
-
-inline void fill(float* row, std::int64_t begin, std::int64_t end, Floats value) {
-    for (; begin < end; begin += kLanes) store(row + begin, value);  // may run over the end by a vector less one
-}
-
-// The row of logits of a query before q·k is added: its biases, −inf where it sees nothing. Block keys [begin, end) of
-// `logits` are written, whole vectors; visible keys lie within. on_run(run) is told every run.
-template <class OnRun>
-inline void write_biases(const BiasWalker& biases, Range visible, Range written, float* logits, OnRun on_run) {
-    if (visible.empty()) return fill(logits, written.begin, written.end, splat(-kInfinity));
-    fill(logits, written.begin, visible.begin, splat(-kInfinity));
-    biases.runs(static_cast<std::int32_t>(visible.begin), static_cast<std::int32_t>(visible.end),
-                [&](const Run& run, float bias) {
-                    fill(logits, run.begin, run.end, splat(bias));
-                    on_run(run);
-                });
-    fill(logits, visible.end, written.end, splat(-kInfinity));
-}
-
-inline Range within_block(Range keys, std::int64_t block, std::int64_t num_keys) {
-    return {larger<std::int64_t>(keys.begin - block, 0), smaller(keys.end - block, num_keys)};
 }
 
 }  // namespace

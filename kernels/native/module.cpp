@@ -147,13 +147,12 @@ void attention_forward(const Attention& attention, Output<float, 3> out, Output<
                              num_threads);
 }
 
-// Everything but dk and dv must hold zeros. d_k_cyclic_by_head is scratch, [total_k, heads, C].
+// dq, d_q_cyclic and d_k_cyclic must hold zeros.
 void attention_backward(const Attention& attention, Array<float, 3> grad_out, Array<float, 3> out, Array<float, 2> lse,
                         Output<float, 3> dq, Output<float, 3> dk, Output<float, 3> dv,
                         std::optional<Output<float, 2>> d_time_table, std::optional<Output<float, 2>> d_position_table,
                         std::optional<Output<float, 3>> d_q_cyclic, std::optional<Output<float, 2>> d_k_cyclic,
-                        std::optional<Output<float, 3>> d_k_cyclic_by_head, const std::string& instruction_set,
-                        int num_threads) {
+                        const std::string& instruction_set, int num_threads) {
     const alure::AttentionInputs in = attention.inputs();
     const auto& q = attention.q;
     const auto& k = attention.k;
@@ -164,15 +163,13 @@ void attention_backward(const Attention& attention, Array<float, 3> grad_out, Ar
     require((d_time_table ? d_time_table->size() : 0) == (in.time.table ? attention.time_table->size() : 0) &&
                 (d_position_table ? d_position_table->size() : 0) == (in.position.table ? attention.position_table->size() : 0),
             "d_time_table, d_position_table: expected the shapes of the tables");
-    require(!attention.k_cyclic || (d_q_cyclic && d_k_cyclic && d_k_cyclic_by_head &&
-                                    d_q_cyclic->size() == attention.q_cyclic->size() &&
-                                    d_k_cyclic->size() == attention.k_cyclic->size() &&
-                                    d_k_cyclic_by_head->size() == attention.k_cyclic->size() * q.shape(1)),
+    require(!attention.k_cyclic || (d_q_cyclic && d_k_cyclic && d_q_cyclic->size() == attention.q_cyclic->size() &&
+                                    d_k_cyclic->size() == attention.k_cyclic->size()),
             "d_q_cyclic, d_k_cyclic: expected the shapes of the channels");
     const alure::AttentionGradients gradients{grad_out.data(),      out.data(), lse.data(), static_cast<std::int64_t>(q.shape(0)),
                                               dq.data(),            dk.data(),  dv.data(),  or_null(d_q_cyclic),
-                                              or_null(d_k_cyclic_by_head)};
-    const alure::TableGradients tables{or_null(d_k_cyclic), or_null(d_time_table), or_null(d_position_table)};
+                                              or_null(d_k_cyclic)};
+    const alure::TableGradients tables{or_null(d_time_table), or_null(d_position_table)};
     const alure::InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;
     alure::attention_backward(in, gradients, tables, static_cast<std::int64_t>(k.shape(0)), set, num_threads);
@@ -206,5 +203,5 @@ NB_MODULE(_native, m) {
     m.def("attention_forward", &attention_forward, "attention"_a, "out"_a, "lse"_a, "instruction_set"_a, "num_threads"_a);
     m.def("attention_backward", &attention_backward, "attention"_a, "grad_out"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a,
           "d_time_table"_a.none(), "d_position_table"_a.none(), "d_q_cyclic"_a.none(), "d_k_cyclic"_a.none(),
-          "d_k_cyclic_by_head"_a.none(), "instruction_set"_a, "num_threads"_a);
+          "instruction_set"_a, "num_threads"_a);
 }

@@ -36,6 +36,15 @@ template <class T>
 constexpr T larger(T a, T b) { return a < b ? b : a; }
 constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) { return (x + step - 1) / step * step; }
 
+struct Range {
+    std::int64_t begin, end;
+    [[nodiscard]] bool empty() const { return begin >= end; }
+};
+
+inline void fill(float* row, Range range, Floats value) {
+    for (std::int64_t i = range.begin; i < range.end; i += kLanes) store(row + i, value);  // may overrun by a vector less one
+}
+
 inline Floats larger_lanes(Floats a, Floats b) { return a > b ? a : b; }
 
 template <int... I>
