@@ -68,7 +68,7 @@ def _read(path: Path) -> pa.Table:
     if not path.exists():
         raise InputError(f"social: {path} does not exist; expected Parquet or Delta with user_id and followed_id")
     try:
-        if DeltaTable.is_deltatable(str(path)):
+        if path.is_dir() and DeltaTable.is_deltatable(str(path)):
             data = DeltaTable(str(path)).to_pyarrow_dataset()
         else:
             data = ds.dataset(path, format="parquet")
