@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save
 
 from alure.engine.config import RefreshConfig
-from alure.engine.errors import InputError
+from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
 from alure.engine.model import UserModel, model_digest
 from alure.engine.progress import say, track
@@ -78,6 +78,7 @@ class RefreshJob:
         left = [unit for unit in units if unit.name not in done]
         with stop_flag("refresh") as flag:
             work = self._embed(snapshot, left, len(done), flag)
+            self._check_complete(snapshot, units)
             published = self.store.publish(self._generation(snapshot))
         return self._report(snapshot, published, (units, len(done)), work, started)
 
@@ -140,6 +141,15 @@ class RefreshJob:
             started = time.monotonic()
             embedder.embed(users[chosen], tokens[chosen], lambda users: None)
         return (time.monotonic() - started) / max(int(tokens[chosen].sum()), 1)
+
+    def _check_complete(self, snapshot: Snapshot, units: list[Unit]) -> None:
+        names = {unit.name for unit in units}
+        missing = names - self.store.written_units(snapshot.generation, sorted(names))
+        if missing:
+            raise AlureError(
+                f"refresh: generation {snapshot.generation}: units {', '.join(sorted(missing)[:5])} are not in "
+                f"{self.store.path} after they were written; nothing was published. Run again"
+            )
 
     def _generation(self, snapshot: Snapshot) -> Generation:
         config = self.model.config

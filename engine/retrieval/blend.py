@@ -27,6 +27,9 @@ def blend(found: Sequence[Candidates], weights: Sequence[float], cap: int) -> Ca
 
     The blend is a join too: row r's "neighbours" are its lists in each graph, and their similarities the weights.
     """
+    if len(found) == 1 and weights[0] > 0:  # nothing to add up
+        alone = found[0]
+        return Candidates(alone.offsets, alone.items, normalised(alone) * weights[0], alone.reasons | 1 << REASON_BITS)
     rows, graphs = len(found[0].offsets) - 1, len(found)
     lists = Engagements(
         offsets=torch.cat([torch.zeros(1, dtype=torch.int64), *_shifted([c.offsets for c in found])]),

@@ -159,7 +159,7 @@ def retrieve(
                 flag.check()
                 last = min(first + step, len(users))
                 found = retriever.join(lists, index, first, last)
-                tally.add(found, sum(np.diff(graph.offsets[first : last + 1]) for graph in lists))
+                tally.add(found, np.sum([np.diff(graph.offsets[first : last + 1]) for graph in lists], axis=0))
                 yield retriever.to_table(users.slice(first, last - first), found)
                 bar.advance(last - first)
 
