@@ -111,6 +111,7 @@ def style(palette: Palette) -> Iterator[None]:
         "legend.fontsize": 9.0,
         "legend.labelcolor": palette.ink,
         "svg.hashsalt": "alure",
+        "text.parse_math": False,  # names come from the input: a "$" is a dollar
     }
     with matplotlib.rc_context(settings):
         yield

@@ -1,4 +1,4 @@
-"""The sections of the page, in its order: each from a run's figures, or with the reason why there is nothing to show."""
+"""The sections of the page, in its order: each from a run's figures, or with the reason why nothing is shown."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
