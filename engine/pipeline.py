@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphConfig, TrainingConfig
 from alure.engine.errors import InputError
-from alure.engine.evaluation import evaluate
+from alure.engine.evaluation import evaluate, gather_report_data, summary, write_report
 from alure.engine.events import Events, ingest
 from alure.engine.graph import build_graphs
 from alure.engine.progress import say
@@ -108,7 +108,7 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
         [chain.key("retrieve"), config.evaluation, identity(truth), config.seed],
         lambda: evaluate(store, truth, config.evaluation, events=events, seed=config.seed),
     )
-    return publish_report(chain, world)
+    return publish_report(chain, events, store, truth, world)
 
 
 def run_demo(out: Path, num_users: int, seed: int) -> dict[str, Any]:
@@ -144,14 +144,39 @@ def run_evaluation(
 ) -> dict[str, Any]:
     """Evaluate a store against a truth file, and write a report of that alone."""
     log = Events.open(events) if events else None
-    report = evaluate(EmbeddingStore(store), truth, config, events=log, seed=seed)
-    chain = Chain(Config(output=out or store.parent, name=f"Evaluation of {store.name}", evaluation=config))
-    chain.stages["evaluate"] = {"seconds": 0.0, "report": to_dict(report)}
-    return publish_report(chain, None)
+    opened = EmbeddingStore(store)
+    chain = Chain(Config(output=out or store.parent, name=f"Evaluation of {store.name}", seed=seed, evaluation=config))
+    started = time.monotonic()
+    report = to_dict(evaluate(opened, truth, config, events=log, seed=seed))
+    chain.stages["evaluate"] = {"seconds": time.monotonic() - started, "report": report}
+    return publish_report(chain, log, opened, truth)
 
 
-def publish_report(chain: Chain, world: dict[str, Any] | None) -> dict[str, Any]:
-    raise NotImplementedError
+def publish_report(
+    chain: Chain,
+    events: Events | None,
+    store: EmbeddingStore,
+    truth: Path,
+    world: dict[str, Any] | None = None,
+) -> dict[str, Any]:
+    """Write report.html and summary.json into the output folder; returns the summary."""
+    started = time.monotonic()
+    data = gather_report_data(
+        chain.config,
+        chain.stages,
+        events=events,
+        store=store,
+        world=world,
+        planted=chain.path("world/users.parquet") if world else None,
+        truth=truth,
+    )
+    report = write_report(chain.config.output, data)
+    found = summary(data)
+    found["seconds"]["report"] = round(time.monotonic() - started, 2)
+    found |= {"peak_rss_bytes": peak_rss(), "report": str(report)}
+    chain.path("summary.json").write_text(json.dumps(found, indent=2) + "\n")
+    say(f"report: {report}")
+    return found
 
 
 def snapshot_time(config: Config, events: Events) -> int:
