@@ -112,14 +112,11 @@ def check_values(num_rows: int, events: EventColumns, periods: Tensor) -> None:
         "utc_offsets": (events.utc_offsets, -FARTHEST, FARTHEST, "use seconds east of UTC"),
         "periods": (periods, 1, FARTHEST, "use whole seconds > 0"),
     }
-    given = {name: rule for name, rule in ranges.items() if rule[0] is not None and rule[0].numel()}
+    given = {name: torch.aminmax(x) for name, (x, _, _, _) in ranges.items() if x is not None and x.numel()}
     if not given:
         return
-    # one transfer for all bounds
-    bounds = torch.stack([bound for rule in given.values() for bound in torch.aminmax(rule[0])]).tolist()
-    for index, (name, (_, lowest, highest, remedy)) in enumerate(given.items()):
-        found = bounds[2 * index : 2 * index + 2]
-        if found[0] < lowest or found[1] > highest:
-            raise ValueError(
-                f"{name}: expected values from {lowest} to {highest}, got {found[0]} to {found[1]}; {remedy}"
-            )
+    bounds = torch.stack([bound for pair in given.values() for bound in pair]).tolist()  # one transfer for all
+    for name, least, most in zip(given, bounds[::2], bounds[1::2]):
+        _, lowest, highest, remedy = ranges[name]
+        if least < lowest or most > highest:
+            raise ValueError(f"{name}: expected values from {lowest} to {highest}, got {least} to {most}; {remedy}")

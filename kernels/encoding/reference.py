@@ -82,8 +82,8 @@ def encode_events_backward(
         torch.mm(g, weight[:d_ids].T, out=grad_rows[block.rows])
         if wants_dense:
             torch.mm(g, weight[d_ids : d_ids + d_dense].T, out=grad_dense[block.rows])
-        sines, cosines = block.features[:, d_ids + d_dense + 2 :].split(num_periods, dim=1)
-        grad_sines, grad_cosines = (g @ weight[d_ids + d_dense + 2 :].T).split(num_periods, dim=1)
+        sines, cosines = block.features[:, d_ids + d_dense + 2 :].tensor_split(2, dim=1)
+        grad_sines, grad_cosines = (g @ weight[d_ids + d_dense + 2 :].T).tensor_split(2, dim=1)
         grad_phases += (grad_sines * cosines - grad_cosines * sines).sum(0)
         grad_position += sum_rows(g, block.positions, grad_position.shape[0])
         if block.frequencies is not None:

@@ -12,11 +12,11 @@ def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     residual, books = x.to(compute, copy=True), codebooks.to(compute)
     codes = torch.zeros(x.shape[0], books.shape[0], dtype=torch.int64, device=x.device)
     for level, book in enumerate(books):
-        half_norms = book.square().sum(1) / 2
+        minus_half_norms = book.square().sum(1) / -2
         step = max(1, BLOCK_SCORES // book.shape[0])
         for start in range(0, x.shape[0], step):
             rows = slice(start, start + step)
             # ‖r − c‖² is smallest where r·c − ‖c‖²/2 is largest
-            codes[rows, level] = (residual[rows] @ book.T - half_norms).argmax(1)
+            codes[rows, level] = torch.addmm(minus_half_norms, residual[rows], book.T).max(1).indices
         residual -= book[codes[:, level]]
     return codes, residual.to(x.dtype)
