@@ -1,7 +1,7 @@
 """Event logs: ingested once from Parquet or Delta, then read through memory maps as batches of users."""
 
 from alure.engine.events.batch import EventBatch, EventSequence
-from alure.engine.events.ingest import ingest
+from alure.engine.events.ingestion import ingest
 from alure.engine.events.items import ItemTable
 from alure.engine.events.keys import stable_keys
 from alure.engine.events.manifest import Country, Manifest

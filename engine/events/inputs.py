@@ -118,11 +118,18 @@ def find_files(path: Path) -> Iterator[InputFile]:
             yield describe_file(file, dict.fromkeys(keys, pa.string()))
 
 
+def check_delta_path(path: Path) -> None:
+    """delta-rs panics on these two characters; say so instead."""
+    if set("[]") & set(str(path.resolve())):
+        raise InputError(f"{path}: a Delta table cannot lie under a path with [ or ] in it; rename the folder")
+
+
 def find_delta_files(path: Path) -> Iterator[InputFile]:
+    check_delta_path(path)
     try:
         table = DeltaTable(path)
         foreign = FOREIGN_FEATURES & set(table.protocol().reader_features or [])
-        uris = sorted(table.file_uris())
+        listed = sorted(pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist())
         fields = {field.name: field.type for field in table.schema().fields}
         keys = table.metadata().partition_columns
     except DeltaError as error:
@@ -132,12 +139,12 @@ def find_delta_files(path: Path) -> Iterator[InputFile]:
             f"input: the Delta table {path} uses {', '.join(sorted(foreign))}, which is not supported; "
             "rewrite it without (for deletion vectors: REORG TABLE ... APPLY (PURGE), then drop the feature)"
         )
-    if not uris:
+    if not listed:
         raise InputError(f"input: the Delta table {path} has no rows")
     whole = ("long", "integer", "short", "byte")
     types = {k: pa.int64() if getattr(fields[k], "type", "") in whole else pa.string() for k in keys}
-    for uri in uris:
-        yield describe_file(Path(unquote(uri.removeprefix("file://")) if uri.startswith("file://") else uri), types)
+    for stored in listed:  # relative to the table (or a file: URL), percent-encoded as Delta's protocol has it
+        yield describe_file(path / unquote(stored).removeprefix("file://"), types)
 
 
 def describe_file(path: Path, partitions: dict[str, pa.DataType]) -> InputFile:

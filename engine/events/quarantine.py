@@ -40,9 +40,8 @@ def write_quarantine(con: duckdb.DuckDBPyConnection, folder: Path, staged: dict[
                 f"SELECT b.origin, b.row_number, CAST(to_json({{{row}}}) AS VARCHAR) AS row, b.reason "
                 f"FROM {scan(group)} i JOIN {bad} b ON i.filename = b.origin AND i.file_row_number = b.row_number"
             )
-    empty = pa.RecordBatchReader.from_batches(SCHEMA, [])
     if not parts:
-        write_deltalake(folder, empty, mode="overwrite")
+        write_deltalake(folder, pa.RecordBatchReader.from_batches(SCHEMA, []), mode="overwrite")
         return
     rows = con.sql(f"SELECT * FROM ({' UNION ALL '.join(parts)}) ORDER BY origin, row_number")
     write_deltalake(folder, rows.to_arrow_reader(BATCH_ROWS).cast(SCHEMA), mode="overwrite")

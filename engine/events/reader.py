@@ -128,7 +128,10 @@ class Events:
         return EventBatch(torch.from_numpy(rows), torch.from_numpy(limit.copy()), sequences)
 
     def _rows(self, users: np.ndarray | range) -> np.ndarray:
-        rows = np.array(users, dtype=np.int64)
+        rows = np.asarray(users)
+        if rows.dtype.kind not in "iu" and rows.size:
+            raise ValueError(f"users: expected integer indices, got {rows.dtype}")
+        rows = rows.astype(np.int64)  # a copy: the batch keeps it
         if rows.ndim != 1:
             raise ValueError(f"users: expected shape [B], got {list(rows.shape)}")
         if len(rows) and (rows.min() < 0 or rows.max() >= self.num_users):

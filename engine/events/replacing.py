@@ -10,10 +10,12 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from alure.engine.errors import AlureError, InputError
+from alure.engine.events.inputs import check_delta_path
 from alure.engine.events.manifest import MANIFEST_FILE
 
 
 def check_replaceable(out: Path) -> None:
+    check_delta_path(out)  # the quarantine table lies in it
     if out.exists() and not out.is_dir():
         raise InputError(f"out: {out} is a file; expected a folder to make, or an event log to replace")
     if out.is_dir() and any(out.iterdir()) and not (out / MANIFEST_FILE).is_file():

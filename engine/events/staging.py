@@ -4,6 +4,7 @@ Makes the tables `event_rows` and `item_rows`: our columns, `reason` (null = goo
 it.
 """
 
+import glob
 from dataclasses import dataclass, field
 
 import duckdb
@@ -45,7 +46,7 @@ def name(value: str) -> str:
 def scan(group: FileGroup, files: tuple[InputFile, ...] | None = None) -> str:
     """read_parquet(...) of the group, with `filename` and `file_row_number`."""
     members = group.files if files is None else files
-    paths = ", ".join(text(str(file.path)) for file in members)
+    paths = ", ".join(text(glob.escape(str(file.path))) for file in members)
     partitions = "hive_partitioning = false"
     if keys := members[0].partitions:
         types = dict(group.columns)

@@ -660,6 +660,20 @@ def test_delta_tables_and_partitions(tmp_path: Path) -> None:
     assert all(log == logs["file.parquet"] for log in logs.values())
 
 
+def test_paths_and_partitions_of_odd_names(tmp_path: Path) -> None:
+    table = pa.Table.from_pylist([row(source=s, item_id=i) for i, s in enumerate(["a/b", "ü =%2F", "c d"])])
+    folder = tmp_path / "odd *? é"
+    write_deltalake(folder / "delta", table, partition_by=["source"])
+    file = write_rows(folder / "it's [1]*.parquet", table)
+    for inputs in (folder / "delta", file):
+        ingest(EventsConfig(inputs=[inputs]), folder / "log")
+        events = Events.open(folder / "log")
+        assert events.manifest.sources == ["a/b", "c d", "ü =%2F"]
+        assert [events.source(s).item.tolist() for s in events.manifest.sources] == [[0], [2], [1]]
+    with pytest.raises(InputError, match="cannot lie under a path with"):
+        ingest(EventsConfig(inputs=[file]), folder / "log [1]")
+
+
 def test_delta_features_that_hide_rows_are_refused(tmp_path: Path) -> None:
     write_deltalake(tmp_path / "table", random_table(num_events=10))
     log = tmp_path / "table" / "_delta_log" / "00000000000000000000.json"
