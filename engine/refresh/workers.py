@@ -4,6 +4,7 @@ import multiprocessing
 import os
 import queue
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -89,9 +90,17 @@ def run_workers(
         for process in processes:
             if process.is_alive() and finished < len(processes):
                 process.terminate()
-        for process in processes:
-            process.join()
+        _drain(processes, messages)
     return done
+
+
+def _drain(processes: Sequence[Any], messages: Any) -> None:
+    """Wait for all to end; a process ends only once its messages are read."""
+    while any(process.is_alive() for process in processes):
+        try:
+            messages.get(timeout=0.1)
+        except queue.Empty:
+            continue
 
 
 _ERRORS: dict[str, type[AlureError]] = {kind.__name__: kind for kind in (AlureError, InputError, Interrupted)}
