@@ -19,8 +19,8 @@ def train_residual_codebooks(
 ) -> ResidualCodebooks:
     """Fit codebooks to x [n, d] (finite, float32 or float64) by Lloyd's algorithm on each level's residuals.
 
-    Every level starts from random residuals, distinct rows where there are enough; after each step a code that no
-    vector chose is set to a random residual. At most codes · max_points_per_code sampled rows are used. The same seed,
+    Every level starts from residuals drawn by k-means++; after each step a code that no vector chose is set to a
+    random residual. At most codes · max_points_per_code sampled rows are used. The same seed,
     input and device give the same codebooks.
     """
     if x.dim() != 2 or x.shape[0] == 0:
@@ -39,7 +39,7 @@ def train_residual_codebooks(
         residual = residual[chosen.sort().values.to(x.device)]
     books, perplexities = [], []
     for _ in range(levels):
-        book = _kmeans(residual, codes, niter, generator)
+        book = lloyd(residual, start_codes(residual, codes, generator), niter, generator)
         chosen, residual = residual_quantize(residual, book[None])
         books.append(book)
         perplexities.append(perplexity(chosen[:, 0], codes))
@@ -53,13 +53,32 @@ def perplexity(codes: Tensor, num_codes: int) -> Tensor:
     return torch.special.entr(share).sum().exp()
 
 
-def _kmeans(x: Tensor, codes: int, niter: int, generator: torch.Generator) -> Tensor:
-    book = x[_random_rows(x.shape[0], codes, generator).to(x.device)].clone()
+def start_codes(x: Tensor, codes: int, generator: torch.Generator) -> Tensor:
+    """[codes, d] rows of x by k-means++ (Arthur and Vassilvitskii 2007) on a sample of 16 rows a code.
+
+    It runs on the CPU, where the same seed draws the same rows whatever device x is on.
+    """
+    sample = x[_random_rows(x.shape[0], min(x.shape[0], 16 * codes), generator).to(x.device)].cpu().to(torch.float64)
+    draws = torch.rand(codes, generator=generator, dtype=torch.float64)
+    chosen = torch.zeros(codes, dtype=torch.int64)
+    distances = torch.ones(sample.shape[0], dtype=torch.float64)  # the first is drawn evenly
+    for code in range(codes):
+        if not bool(distances.any()):  # fewer distinct points than codes
+            distances = torch.ones_like(distances)
+        heights = distances.cumsum(0)
+        chosen[code] = torch.searchsorted(heights, draws[code] * heights[-1], right=True).clamp_max(len(heights) - 1)
+        to_chosen = (sample - sample[chosen[code]]).square().sum(1)
+        distances = to_chosen if code == 0 else torch.minimum(distances, to_chosen)
+    return sample[chosen].to(x)
+
+
+def lloyd(x: Tensor, book: Tensor, niter: int, generator: torch.Generator) -> Tensor:
+    """[codes, d]: `book` after niter steps of k-means; a code that no row of x chose becomes a random row."""
     for _ in range(niter):
         chosen = residual_quantize(x, book[None])[0][:, 0]
-        counts = torch.bincount(chosen, minlength=codes)
-        means = sum_rows(x, chosen, codes) / counts.clamp_min(1)[:, None].to(x.dtype)
-        replacements = x[_random_rows(x.shape[0], codes, generator).to(x.device)]
+        counts = torch.bincount(chosen, minlength=book.shape[0])
+        means = sum_rows(x, chosen, book.shape[0]) / counts.clamp_min(1)[:, None].to(x.dtype)
+        replacements = x[_random_rows(x.shape[0], book.shape[0], generator).to(x.device)]
         book = torch.where((counts == 0)[:, None], replacements, means)
     return book
 
