@@ -1,0 +1,75 @@
+"""All-pairs neighbours inside the probed clusters, beside FAISS with the same centroids and probes."""
+
+from collections.abc import Callable
+from typing import Any
+
+import faiss
+import numpy as np
+import pytest
+import torch
+
+from alure.kernels import assign_clusters, grouped_topk, train_kmeans
+
+K = 15
+
+
+class Case:
+    """Overlapping clusters on the unit sphere (a mixture of 500, σ = 0.2)."""
+
+    def __init__(self, n: int, d: int, nlist: int, nprobe: int) -> None:
+        rng = np.random.default_rng(0)
+        centres = rng.standard_normal((500, d), dtype=np.float32)
+        centres /= np.linalg.norm(centres, axis=1, keepdims=True)
+        x = centres[rng.integers(0, 500, n)] + 0.2 * rng.standard_normal((n, d), dtype=np.float32)
+        self.x = x / np.linalg.norm(x, axis=1, keepdims=True)
+        self.name = f"{n:,} × {d}, {nlist}/{nprobe}/{K}"
+        self.nlist, self.nprobe, self.n, self.d = nlist, nprobe, n, d
+        self.centroids = train_kmeans(torch.from_numpy(self.x), nlist, seed=0)
+
+    def ours(self) -> np.ndarray:
+        x = torch.from_numpy(self.x)
+        _, probes = assign_clusters(x, self.centroids, self.nprobe)
+        order = torch.argsort(probes[:, 0], stable=True)
+        counts = torch.bincount(probes[:, 0], minlength=self.nlist)
+        offsets = torch.cat([torch.zeros(1, dtype=torch.int64), counts.cumsum(0)])
+        _, found = grouped_topk(x, x[order], offsets, probes, K, ids=order, exclude=torch.arange(self.n))
+        return found.numpy()
+
+    def faiss_ivf(self) -> np.ndarray:
+        quantizer = faiss.IndexFlatIP(self.d)
+        quantizer.add(self.centroids.numpy())
+        index = faiss.IndexIVFFlat(quantizer, self.d, self.nlist, faiss.METRIC_INNER_PRODUCT)
+        index.is_trained = True
+        index.add(self.x)
+        index.nprobe = self.nprobe
+        return without_self(index.search(self.x, K + 1)[1])
+
+    def faiss_exact(self) -> np.ndarray:
+        return without_self(faiss.knn(self.x, self.x, K + 1, metric=faiss.METRIC_INNER_PRODUCT)[1])
+
+
+def without_self(found: np.ndarray) -> np.ndarray:
+    other = found != np.arange(len(found))[:, None]
+    other[other.all(axis=1), -1] = False
+    return found[other].reshape(len(found), -1)
+
+
+@pytest.fixture(scope="module")
+def case(quick: bool) -> Case:
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return Case(5_000, 64, 64, 8) if quick else Case(50_000, 64, 400, 50)
+
+
+@pytest.mark.parametrize("implementation", ["alure grouped", "FAISS IVFFlat", "FAISS exact"])
+def bench_all_pairs(race: Callable[..., Any], case: Case, implementation: str) -> None:
+    runs: dict[str, Callable[[], np.ndarray]] = {
+        "alure grouped": case.ours,
+        "FAISS IVFFlat": case.faiss_ivf,
+        "FAISS exact": case.faiss_exact,
+    }
+    run = runs[implementation]
+    if implementation != "FAISS exact":
+        same = [len(np.intersect1d(a, b)) / K for a, b in zip(run()[:500], case.faiss_ivf()[:500])]
+        assert np.mean(same) > 0.999, "not the neighbours of the same centroids and probes"
+    flops = 2.0 * case.d * case.n * case.n * (case.nprobe / case.nlist if "exact" not in implementation else 1.0)
+    race("neighbors", case.name, implementation, run, ours=implementation.startswith("alure"), flops=flops)

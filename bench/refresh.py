@@ -1,0 +1,54 @@
+"""Embedding users: the pruned half that a refresh runs, beside the full forward pass with towers and heads."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from alure.engine.config import EventsConfig, ModelConfig
+from alure.engine.events import Events, ingest
+from alure.engine.model import AlureModel, EventSchema
+from alure.engine.world import build_world
+
+
+class Case:
+    """Users of the synthetic ads world and an untrained small model: the speed does not depend on the weights."""
+
+    def __init__(self, folder: Path, users: int, device: torch.device) -> None:
+        world = build_world(folder / "world", users, 0)
+        ads = ["ad_view", "ad_click", "ad_conversion"]
+        config = EventsConfig(inputs=[world.events], items=world.items, ad_sources=ads)
+        ingest(config, folder / "events")
+        self.events = Events.open(folder / "events")
+        torch.manual_seed(0)
+        self.model = AlureModel(ModelConfig(), EventSchema.of(self.events.manifest)).to(device).eval()
+        self.catalog = self.model.user.catalog(self.events)
+        self.batch = self.events.batch(range(self.events.num_users), world.as_of).to(device)
+        ads_seen = np.unique(self.events.source("ad_view").item)[:512]
+        self.ads = torch.from_numpy(ads_seen.astype(np.int64)).to(device)
+        self.name = f"{self.events.num_users:,} users, {self.batch.total:,} events, small preset"
+
+    @torch.inference_mode()
+    def pruned(self) -> torch.Tensor:
+        return self.model.user(self.batch, self.catalog)
+
+    @torch.inference_mode()
+    def full(self) -> torch.Tensor:
+        state = self.model.user.encode(self.batch, self.catalog)
+        self.model.embed_ads(self.ads, self.catalog)
+        return state.embeddings
+
+
+@pytest.fixture(scope="module")
+def case(quick: bool, device: torch.device, tmp_path_factory: pytest.TempPathFactory) -> Case:
+    return Case(tmp_path_factory.mktemp("refresh"), 200 if quick else 2_000, device)
+
+
+@pytest.mark.parametrize("implementation", ["alure, user half", "alure, user half and ad tower"])
+def bench_embed(race: Callable[..., Any], case: Case, implementation: str) -> None:
+    runs = {"alure, user half": case.pruned, "alure, user half and ad tower": case.full}
+    assert torch.isfinite(runs[implementation]()).all()
+    race("refresh", case.name, implementation, runs[implementation], ours=implementation == "alure, user half")
