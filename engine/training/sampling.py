@@ -135,4 +135,4 @@ class Sampler:
 def ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
     """starts[i], …, starts[i] + counts[i] − 1 of every i, end to end."""
     ends = np.cumsum(counts)
-    return np.arange(ends[-1]) + np.repeat(starts - (ends - counts), counts)
+    return np.arange(counts.sum()) + np.repeat(starts - (ends - counts), counts)
