@@ -97,6 +97,8 @@ def check_time_bias(bias: TimeBias, num_heads: int, device: torch.device) -> Non
         raise TypeError(
             f"time_bias.periods: expected int64 [P] seconds, got {bias.periods.dtype} {list(bias.periods.shape)}"
         )
+    if not torch.compiler.is_compiling() and bool((bias.periods <= 0).any()):
+        raise ValueError(f"time_bias.periods: expected seconds > 0, got {bias.periods.tolist()}")
     for name, part in (("cosine", bias.cosine), ("sine", bias.sine)):
         expected = (num_heads, bias.periods.numel())
         if part.shape != expected or not part.is_floating_point():

@@ -20,11 +20,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
+from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.backend import triton_interprets
 from alure.kernels.jagged import segment_ids, tile_list
-
-LOG2E = tl.constexpr(1.4426950408889634)
-LN2 = tl.constexpr(0.6931471805599453)
 
 
 class Config(NamedTuple):
@@ -34,492 +33,22 @@ class Config(NamedTuple):
     num_stages: int
 
 
-# By padded head_dim: (forward, dq, dk and dv). Untuned; chosen to compile without spills for sm_80, sm_90 and sm_100.
+# By padded head_dim: (forward, dq, dk and dv). Untuned: the largest tiles found that compile without spills for sm_80,
+# sm_90 and sm_100 with every bias. float32 multiplies in float32: three tf32 products need twice the registers.
 HALF_CONFIGS = {
-    16: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    32: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    64: (Config(64, 64, 4, 2), Config(64, 64, 4, 2), Config(64, 64, 4, 2)),
-    128: (Config(64, 64, 4, 2), Config(64, 64, 8, 1), Config(64, 64, 8, 1)),
-    256: (Config(64, 32, 8, 1), Config(64, 32, 8, 1), Config(32, 64, 8, 1)),
-}
-FLOAT_CONFIGS = {
-    16: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    32: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    64: (Config(64, 32, 4, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
-    128: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+    16: (Config(64, 64, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    32: (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    64: (Config(64, 32, 4, 2), Config(64, 32, 4, 2), Config(64, 32, 4, 2)),
+    128: (Config(64, 32, 8, 1), Config(32, 32, 4, 1), Config(32, 32, 4, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
 }
-
-
-@triton.jit
-def _load_rows(p_x, o_row, m_row, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr, DTYPE: tl.constexpr):
-    """Rows of one head, [rows, BLOCK], zeros where masked."""
-    o_d = tl.arange(0, BLOCK)
-    mask = m_row[:, None] & (o_d < WIDTH)[None, :]
-    return tl.load(p_x + o_row.to(tl.int64)[:, None] * stride + o_d[None, :], mask=mask, other=0.0).to(DTYPE)
-
-
-@triton.jit
-def _load_times(p_time, row, o_row, m_row, n, BLOCK: tl.constexpr):
-    """Times of a tile's rows, and its first and last time (they are sorted)."""
-    return (
-        tl.load(p_time + o_row, mask=m_row, other=0),
-        tl.load(p_time + row),
-        tl.load(p_time + tl.minimum(row + BLOCK, n) - 1),
-    )
-
-
-@triton.jit
-def _count(p_thresholds, delta, BUCKETS: tl.constexpr, BLOCK_B: tl.constexpr):
-    """The bucket of a scalar delta: how many of the BUCKETS − 1 thresholds are <= delta."""
-    o_b = tl.arange(0, BLOCK_B)
-    m_b = o_b < BUCKETS - 1
-    return tl.sum((m_b & (tl.load(p_thresholds + o_b, mask=m_b, other=0) <= delta)).to(tl.int32), axis=0)
-
-
-@triton.jit
-def _add_bias(logits, delta, p_thresholds, p_row, first, last):
-    """logits + log2(e)·row[bucket(delta)], where every bucket of the tile is in first … last."""
-    bias = tl.zeros_like(logits) + tl.load(p_row + first)
-    for bucket in range(first, last):
-        bias = tl.where(delta >= tl.load(p_thresholds + bucket), tl.load(p_row + bucket + 1), bias)
-    return logits + bias * LOG2E
-
-
-@triton.jit
-def _add_sums(sums, d_logits, delta, p_thresholds, first, last, BLOCK_B: tl.constexpr):
-    """sums [BLOCK_B] + the sum of d_logits in each bucket first … last of the tile."""
-    o_b = tl.arange(0, BLOCK_B)
-    rest = d_logits
-    for bucket in range(first, last):
-        above = delta >= tl.load(p_thresholds + bucket)
-        sums += tl.where(o_b == bucket, tl.sum(tl.sum(tl.where(above, 0.0, rest), axis=1), axis=0), 0.0)
-        rest = tl.where(above, rest, 0.0)
-    return sums + tl.where(o_b == last, tl.sum(tl.sum(rest, axis=1), axis=0), 0.0)
-
-
-@triton.jit
-def _sequence(p_q_offsets, p_k_offsets, i_sequence):
-    """(first row of q, rows of q, first row of k, rows of k) of a sequence."""
-    q_begin = tl.load(p_q_offsets + i_sequence).to(tl.int64)
-    k_begin = tl.load(p_k_offsets + i_sequence).to(tl.int64)
-    n_q = (tl.load(p_q_offsets + i_sequence + 1).to(tl.int64) - q_begin).to(tl.int32)
-    n_k = (tl.load(p_k_offsets + i_sequence + 1).to(tl.int64) - k_begin).to(tl.int32)
-    return q_begin, n_q, k_begin, n_k
-
-
-@triton.jit
-def _visible(distance, m_q, m_k, window_left, window_right, LEFT: tl.constexpr, RIGHT: tl.constexpr):
-    """Pairs within both sequences and the window; distance = i − j. Causal is a right window of 0."""
-    visible = m_q[:, None] & m_k[None, :]
-    if LEFT:
-        visible = visible & (distance <= window_left)
-    if RIGHT:
-        visible = visible & (distance >= -window_right)
-    return visible
-
-
-@triton.jit
-def _store_rows(p_x, x, o_row, m_row, stride, WIDTH: tl.constexpr, BLOCK: tl.constexpr):
-    o_d = tl.arange(0, BLOCK)
-    mask = m_row[:, None] & (o_d < WIDTH)[None, :]
-    p = p_x + o_row.to(tl.int64)[:, None] * stride + o_d[None, :]
-    tl.store(p, x.to(p_x.dtype.element_ty), mask=mask)
-
-
-@triton.jit
-def _forward_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_out,
-    p_lse,
-    p_q_offsets,
-    p_k_offsets,
-    p_tile_sequence,
-    p_tile_start,
-    p_q_time,
-    p_k_time,
-    p_time_thresholds,
-    p_time_table,
-    p_position_thresholds,
-    p_position_table,
-    p_q_cyclic,
-    p_k_cyclic,
-    stride_q,
-    stride_qh,
-    stride_k,
-    stride_kh,
-    stride_v,
-    stride_vh,
-    total_q,
-    scale,
-    window_left,
-    window_right,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TIME_BUCKETS: tl.constexpr,
-    POSITION_BUCKETS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    q_begin, n_q, k_begin, n_k = _sequence(p_q_offsets, p_k_offsets, tl.load(p_tile_sequence + i_tile))
-    shift = n_k - n_q
-    p_q += q_begin * stride_q + i_head * stride_qh
-    p_k += k_begin * stride_k + i_head * stride_kh
-    p_v += k_begin * stride_v + i_head * stride_vh
-    p_lse += i_head * total_q + q_begin
-    if TIME_BUCKETS > 0:
-        p_q_time += q_begin
-        p_k_time += k_begin
-        p_time_table += i_head * TIME_BUCKETS
-    if POSITION_BUCKETS > 0:
-        p_position_table += i_head * POSITION_BUCKETS
-    if CHANNELS > 0:
-        p_q_cyclic += (q_begin * HEADS + i_head) * CHANNELS
-        p_k_cyclic += k_begin * CHANNELS
-    p_out += (q_begin * HEADS + i_head) * HEAD_DIM
-
-    row = tl.load(p_tile_start + i_tile)
-    o_m = row + tl.arange(0, BLOCK_M)
-    m_m = o_m < n_q
-    b_q = _load_rows(p_q, o_m, m_m, stride_q, HEAD_DIM, BLOCK_D, DOT)
-    if CHANNELS > 0:
-        b_qc = _load_rows(p_q_cyclic, o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-    if TIME_BUCKETS > 0:
-        b_qt, qt_first, qt_last = _load_times(p_q_time, row, o_m, m_m, n_q, BLOCK_M)
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = 0
-    end = n_k
-    if LEFT:
-        begin = tl.maximum(0, row + shift - window_left)
-    if RIGHT:
-        end = tl.minimum(n_k, row + BLOCK_M + shift + window_right)
-    for start in range(begin, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < n_k
-        b_k = _load_rows(p_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, DOT)
-        b_v = _load_rows(p_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, DOT)
-        if CHANNELS > 0:
-            b_kc = _load_rows(p_k_cyclic, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-        if TIME_BUCKETS > 0:
-            b_kt, kt_first, kt_last = _load_times(p_k_time, start, o_n, m_n, n_k, BLOCK_N)
-        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        if CHANNELS > 0:
-            logits += tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION) * LOG2E
-        if TIME_BUCKETS > 0:
-            elapsed = b_qt[:, None] - b_kt[None, :]
-            t_first = _count(p_time_thresholds, qt_first - kt_last, TIME_BUCKETS, BLOCK_T)
-            t_last = _count(p_time_thresholds, qt_last - kt_first, TIME_BUCKETS, BLOCK_T)
-            logits = _add_bias(logits, elapsed, p_time_thresholds, p_time_table, t_first, t_last)
-        distance = (o_m + shift)[:, None] - o_n[None, :]
-        if POSITION_BUCKETS > 0:
-            p_first = _count(p_position_thresholds, row + shift - start - BLOCK_N + 1, POSITION_BUCKETS, BLOCK_P)
-            p_last = _count(p_position_thresholds, row + BLOCK_M - 1 + shift - start, POSITION_BUCKETS, BLOCK_P)
-            logits = _add_bias(logits, distance, p_position_thresholds, p_position_table, p_first, p_last)
-        visible = _visible(distance, m_m, m_n, window_left, window_right, LEFT, RIGHT)
-        logits = tl.where(visible, logits, float("-inf"))
-        new = tl.maximum(maximum, tl.max(logits, axis=1))
-        finite = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet: 0, not −inf − (−inf)
-        weights = tl.exp2(logits - finite[:, None])
-        decay = tl.exp2(maximum - finite)
-        total = total * decay + tl.sum(weights, axis=1)
-        acc = acc * decay[:, None] + tl.dot(weights.to(DOT), b_v, input_precision=PRECISION)
-        maximum = new
-
-    seen = total > 0
-    total = tl.where(seen, total, 1.0)
-    _store_rows(p_out, acc / total[:, None], o_m, m_m, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    lse = tl.where(seen, (maximum + tl.log2(total)) * LN2, float("-inf"))
-    tl.store(p_lse + o_m, lse, mask=m_m)
-
-
-@triton.jit
-def _backward_q_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_grad_out,
-    p_lse,
-    p_delta,
-    p_dq,
-    p_d_q_cyclic,
-    p_time_sums,
-    p_position_sums,
-    p_q_offsets,
-    p_k_offsets,
-    p_tile_sequence,
-    p_tile_start,
-    p_q_time,
-    p_k_time,
-    p_time_thresholds,
-    p_time_table,
-    p_position_thresholds,
-    p_position_table,
-    p_q_cyclic,
-    p_k_cyclic,
-    stride_q,
-    stride_qh,
-    stride_k,
-    stride_kh,
-    stride_v,
-    stride_vh,
-    stride_g,
-    stride_gh,
-    total_q,
-    scale,
-    window_left,
-    window_right,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TIME_BUCKETS: tl.constexpr,
-    POSITION_BUCKETS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    q_begin, n_q, k_begin, n_k = _sequence(p_q_offsets, p_k_offsets, tl.load(p_tile_sequence + i_tile))
-    shift = n_k - n_q
-    p_q += q_begin * stride_q + i_head * stride_qh
-    p_k += k_begin * stride_k + i_head * stride_kh
-    p_v += k_begin * stride_v + i_head * stride_vh
-    p_lse += i_head * total_q + q_begin
-    p_delta += i_head * total_q + q_begin
-    p_grad_out += q_begin * stride_g + i_head * stride_gh
-    if TIME_BUCKETS > 0:
-        p_q_time += q_begin
-        p_k_time += k_begin
-        p_time_table += i_head * TIME_BUCKETS
-    if POSITION_BUCKETS > 0:
-        p_position_table += i_head * POSITION_BUCKETS
-    if CHANNELS > 0:
-        p_q_cyclic += (q_begin * HEADS + i_head) * CHANNELS
-        p_k_cyclic += k_begin * CHANNELS
-    p_dq += (q_begin * HEADS + i_head) * HEAD_DIM
-
-    row = tl.load(p_tile_start + i_tile)
-    o_m = row + tl.arange(0, BLOCK_M)
-    m_m = o_m < n_q
-    b_q = _load_rows(p_q, o_m, m_m, stride_q, HEAD_DIM, BLOCK_D, DOT)
-    if CHANNELS > 0:
-        b_qc = _load_rows(p_q_cyclic, o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-    if TIME_BUCKETS > 0:
-        b_qt, qt_first, qt_last = _load_times(p_q_time, row, o_m, m_m, n_q, BLOCK_M)
-    b_do = _load_rows(p_grad_out, o_m, m_m, stride_g, HEAD_DIM, BLOCK_D, DOT)
-    lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2E
-    delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if CHANNELS > 0:
-        d_qc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    if TIME_BUCKETS > 0:
-        time_sums = tl.zeros([BLOCK_T], tl.float32)
-    if POSITION_BUCKETS > 0:
-        position_sums = tl.zeros([BLOCK_P], tl.float32)
-    begin = 0
-    end = n_k
-    if LEFT:
-        begin = tl.maximum(0, row + shift - window_left)
-    if RIGHT:
-        end = tl.minimum(n_k, row + BLOCK_M + shift + window_right)
-    for start in range(begin, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < n_k
-        b_k = _load_rows(p_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, DOT)
-        b_v = _load_rows(p_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, DOT)
-        if CHANNELS > 0:
-            b_kc = _load_rows(p_k_cyclic, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-        if TIME_BUCKETS > 0:
-            b_kt, kt_first, kt_last = _load_times(p_k_time, start, o_n, m_n, n_k, BLOCK_N)
-        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        if CHANNELS > 0:
-            logits += tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION) * LOG2E
-        if TIME_BUCKETS > 0:
-            elapsed = b_qt[:, None] - b_kt[None, :]
-            t_first = _count(p_time_thresholds, qt_first - kt_last, TIME_BUCKETS, BLOCK_T)
-            t_last = _count(p_time_thresholds, qt_last - kt_first, TIME_BUCKETS, BLOCK_T)
-            logits = _add_bias(logits, elapsed, p_time_thresholds, p_time_table, t_first, t_last)
-        distance = (o_m + shift)[:, None] - o_n[None, :]
-        if POSITION_BUCKETS > 0:
-            p_first = _count(p_position_thresholds, row + shift - start - BLOCK_N + 1, POSITION_BUCKETS, BLOCK_P)
-            p_last = _count(p_position_thresholds, row + BLOCK_M - 1 + shift - start, POSITION_BUCKETS, BLOCK_P)
-            logits = _add_bias(logits, distance, p_position_thresholds, p_position_table, p_first, p_last)
-        visible = _visible(distance, m_m, m_n, window_left, window_right, LEFT, RIGHT)
-        weights = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
-        d_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        d_logits = weights * (d_weights - delta[:, None])
-        if TIME_BUCKETS > 0:
-            time_sums = _add_sums(time_sums, d_logits, elapsed, p_time_thresholds, t_first, t_last, BLOCK_T)
-        if POSITION_BUCKETS > 0:
-            position_sums = _add_sums(
-                position_sums, d_logits, distance, p_position_thresholds, p_first, p_last, BLOCK_P
-            )
-        if CHANNELS > 0:
-            d_qc += tl.dot(d_logits, b_kc, input_precision=PRECISION)
-        dq += tl.dot(d_logits.to(DOT), b_k, input_precision=PRECISION)
-
-    _store_rows(p_dq, dq * scale, o_m, m_m, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    if CHANNELS > 0:
-        p_d_q_cyclic += (q_begin * HEADS + i_head) * CHANNELS
-        _store_rows(p_d_q_cyclic, d_qc, o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C)
-    i_program = i_tile.to(tl.int64) * HEADS + i_head
-    if TIME_BUCKETS > 0:
-        o_b = tl.arange(0, BLOCK_T)
-        tl.store(p_time_sums + i_program * TIME_BUCKETS + o_b, time_sums, mask=o_b < TIME_BUCKETS)
-    if POSITION_BUCKETS > 0:
-        o_b = tl.arange(0, BLOCK_P)
-        tl.store(p_position_sums + i_program * POSITION_BUCKETS + o_b, position_sums, mask=o_b < POSITION_BUCKETS)
-
-
-@triton.jit
-def _backward_kv_kernel(
-    p_q,
-    p_k,
-    p_v,
-    p_grad_out,
-    p_lse,
-    p_delta,
-    p_dk,
-    p_dv,
-    p_d_k_cyclic,
-    p_q_offsets,
-    p_k_offsets,
-    p_tile_sequence,
-    p_tile_start,
-    p_q_time,
-    p_k_time,
-    p_time_thresholds,
-    p_time_table,
-    p_position_thresholds,
-    p_position_table,
-    p_q_cyclic,
-    p_k_cyclic,
-    stride_q,
-    stride_qh,
-    stride_k,
-    stride_kh,
-    stride_v,
-    stride_vh,
-    stride_g,
-    stride_gh,
-    total_q,
-    scale,
-    window_left,
-    window_right,
-    HEADS: tl.constexpr,
-    HEAD_DIM: tl.constexpr,
-    TIME_BUCKETS: tl.constexpr,
-    POSITION_BUCKETS: tl.constexpr,
-    CHANNELS: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
-    DOT: tl.constexpr,
-    PRECISION: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
-):
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    q_begin, n_q, k_begin, n_k = _sequence(p_q_offsets, p_k_offsets, tl.load(p_tile_sequence + i_tile))
-    shift = n_k - n_q
-    p_q += q_begin * stride_q + i_head * stride_qh
-    p_k += k_begin * stride_k + i_head * stride_kh
-    p_v += k_begin * stride_v + i_head * stride_vh
-    p_lse += i_head * total_q + q_begin
-    p_delta += i_head * total_q + q_begin
-    p_grad_out += q_begin * stride_g + i_head * stride_gh
-    if TIME_BUCKETS > 0:
-        p_q_time += q_begin
-        p_k_time += k_begin
-        p_time_table += i_head * TIME_BUCKETS
-    if POSITION_BUCKETS > 0:
-        p_position_table += i_head * POSITION_BUCKETS
-    if CHANNELS > 0:
-        p_q_cyclic += (q_begin * HEADS + i_head) * CHANNELS
-        p_k_cyclic += k_begin * CHANNELS
-    p_dk += (k_begin * HEADS + i_head) * HEAD_DIM
-    p_dv += (k_begin * HEADS + i_head) * HEAD_DIM
-
-    start = tl.load(p_tile_start + i_tile)
-    o_n = start + tl.arange(0, BLOCK_N)
-    m_n = o_n < n_k
-    b_k = _load_rows(p_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, DOT)
-    b_v = _load_rows(p_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, DOT)
-    if CHANNELS > 0:
-        b_kc = _load_rows(p_k_cyclic, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-    if TIME_BUCKETS > 0:
-        b_kt, kt_first, kt_last = _load_times(p_k_time, start, o_n, m_n, n_k, BLOCK_N)
-    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if CHANNELS > 0:
-        d_kc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    begin = 0
-    end = n_q
-    if RIGHT:
-        begin = tl.maximum(0, start - shift - window_right)
-    if LEFT:
-        end = tl.minimum(n_q, start + BLOCK_N - shift + window_left)
-    for row in range(begin, end, BLOCK_M):
-        o_m = row + tl.arange(0, BLOCK_M)
-        m_m = o_m < n_q
-        b_q = _load_rows(p_q, o_m, m_m, stride_q, HEAD_DIM, BLOCK_D, DOT)
-        if CHANNELS > 0:
-            b_qc = _load_rows(p_q_cyclic, o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-        if TIME_BUCKETS > 0:
-            b_qt, qt_first, qt_last = _load_times(p_q_time, row, o_m, m_m, n_q, BLOCK_M)
-        b_do = _load_rows(p_grad_out, o_m, m_m, stride_g, HEAD_DIM, BLOCK_D, DOT)
-        lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2E
-        delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        if CHANNELS > 0:
-            logits += tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION) * LOG2E
-        if TIME_BUCKETS > 0:
-            elapsed = b_qt[:, None] - b_kt[None, :]
-            t_first = _count(p_time_thresholds, qt_first - kt_last, TIME_BUCKETS, BLOCK_T)
-            t_last = _count(p_time_thresholds, qt_last - kt_first, TIME_BUCKETS, BLOCK_T)
-            logits = _add_bias(logits, elapsed, p_time_thresholds, p_time_table, t_first, t_last)
-        distance = (o_m + shift)[:, None] - o_n[None, :]
-        if POSITION_BUCKETS > 0:
-            p_first = _count(p_position_thresholds, row + shift - start - BLOCK_N + 1, POSITION_BUCKETS, BLOCK_P)
-            p_last = _count(p_position_thresholds, row + BLOCK_M - 1 + shift - start, POSITION_BUCKETS, BLOCK_P)
-            logits = _add_bias(logits, distance, p_position_thresholds, p_position_table, p_first, p_last)
-        visible = _visible(distance, m_m, m_n, window_left, window_right, LEFT, RIGHT)
-        weights = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
-        d_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        d_logits = weights * (d_weights - delta[:, None])
-        dv += tl.dot(tl.trans(weights.to(DOT)), b_do, input_precision=PRECISION)
-        if CHANNELS > 0:
-            d_kc += tl.dot(tl.trans(d_logits), b_qc, input_precision=PRECISION)
-        dk += tl.dot(tl.trans(d_logits.to(DOT)), b_q, input_precision=PRECISION)
-
-    _store_rows(p_dk, dk * scale, o_n, m_n, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    _store_rows(p_dv, dv, o_n, m_n, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    if CHANNELS > 0:  # k_cyclic is shared by the heads: [Tk, H, C], added up by the launcher
-        p_d_k_cyclic += (k_begin * HEADS + i_head) * CHANNELS
-        _store_rows(p_d_k_cyclic, d_kc, o_n, m_n, HEADS * CHANNELS, CHANNELS, BLOCK_C)
+FLOAT_CONFIGS = {
+    16: (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
+    32: (Config(32, 16, 4, 1), Config(32, 16, 4, 1), Config(32, 32, 8, 1)),
+    64: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 16, 4, 1)),
+    128: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 4, 1)),
+    256: (Config(32, 16, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
+}
 
 
 def forward(
@@ -552,7 +81,7 @@ def forward(
     times = _rebase(q_timestamps, k_timestamps, q_offsets, k_offsets, time_thresholds)
     sequences, starts = tile_list(q_offsets, config.block_m)
     with _device(q):
-        _forward_kernel[(sequences.numel(), num_heads)](
+        forward_kernel[(sequences.numel(), num_heads)](
             q,
             k,
             v,
@@ -615,7 +144,7 @@ def backward(
     constants = _constants(q, time_table, position_table, q_cyclic, causal, window_left, window_right)
     with _device(q):
         if q_sequences.numel():
-            _backward_q_kernel[(q_sequences.numel(), num_heads)](
+            backward_q_kernel[(q_sequences.numel(), num_heads)](
                 q,
                 k,
                 v,
@@ -636,7 +165,7 @@ def backward(
                 **_launch(config_q),
             )
         if k_sequences.numel():
-            _backward_kv_kernel[(k_sequences.numel(), num_heads)](
+            backward_kv_kernel[(k_sequences.numel(), num_heads)](
                 q,
                 k,
                 v,
@@ -755,7 +284,7 @@ def _constants(
         "LEFT": window_left >= 0,
         "RIGHT": causal or window_right >= 0,
         "DOT": tl.float32 if triton_interprets() else dtypes[q.dtype],  # the interpreter's bfloat16 dot is wrong
-        "PRECISION": "tf32x3" if q.dtype == torch.float32 else "tf32",
+        "PRECISION": "ieee" if q.dtype == torch.float32 else "tf32",
         "BLOCK_D": _block(q.shape[2], 16),
         "BLOCK_T": _block(time_buckets, 16),
         "BLOCK_P": _block(position_buckets, 16),
@@ -781,30 +310,13 @@ def _launch(config: Config) -> dict[str, int]:
     }
 
 
-def _ahead_of_time() -> list[tuple[object, dict[str, str], dict[str, object], dict[str, int]]]:
-    """Full bias at every padded head_dim in bf16, the middle ones in fp32, and one case without bias."""
-    cases = []
-    for dtype, head_dims in (("bf16", HALF_CONFIGS), ("fp32", FLOAT_CONFIGS)):
-        configs = HALF_CONFIGS if dtype == "bf16" else FLOAT_CONFIGS
-        for head_dim in head_dims:
-            for kernel, config in zip((_forward_kernel, _backward_q_kernel, _backward_kv_kernel), configs[head_dim]):
-                cases.append(_case(kernel, config, dtype, head_dim))
-    return cases
-
-
 def _case(kernel, config: Config, dtype: str, head_dim: int):
-    pointers = {
-        "p_q_offsets": "*i64:16",
-        "p_k_offsets": "*i64:16",
-        "p_tile_sequence": "*i32:16",
-        "p_tile_start": "*i32:16",
-        "p_q_time": "*i32:16",
-        "p_k_time": "*i32:16",
-        "p_time_thresholds": "*i32:16",
-        "p_position_thresholds": "*i32:16",
-    }
-    low = {"p_q", "p_k", "p_v", "p_out", "p_grad_out", "p_dq", "p_dk", "p_dv"}
-    constants = {
+    """(kernel, signature, constexprs, options) with every bias, a window and times that fit int32."""
+    integers = {"p_q_offsets": "*i64:16", "p_k_offsets": "*i64:16", "scale": "fp32"}
+    integers |= dict.fromkeys(("p_tile_sequence", "p_tile_start", "p_q_time", "p_k_time"), "*i32:16")
+    integers |= dict.fromkeys(("p_time_thresholds", "p_position_thresholds"), "*i32:16")
+    values = {"p_q", "p_k", "p_v", "p_out", "p_grad_out", "p_dq", "p_dk", "p_dv"}
+    constexprs = {
         "HEADS": 4,
         "HEAD_DIM": head_dim,
         "TIME_BUCKETS": 107,
@@ -813,7 +325,7 @@ def _case(kernel, config: Config, dtype: str, head_dim: int):
         "LEFT": True,
         "RIGHT": True,
         "DOT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
-        "PRECISION": "tf32x3" if dtype == "fp32" else "tf32",
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "BLOCK_D": head_dim,
         "BLOCK_T": 128,
         "BLOCK_P": 64,
@@ -823,15 +335,27 @@ def _case(kernel, config: Config, dtype: str, head_dim: int):
     }
     signature = {}
     for name in kernel.arg_names:
-        if name in pointers:
-            signature[name] = pointers[name]
+        if name in integers:
+            signature[name] = integers[name]
         elif name.startswith("p_"):
-            signature[name] = f"*{dtype if name in low else 'fp32'}:16"
-        elif name == "scale":
-            signature[name] = "fp32"
-        elif name not in constants:
+            signature[name] = f"*{dtype if name in values else 'fp32'}:16"
+        elif name not in constexprs:
             signature[name] = "i32:16" if name.startswith("stride") else "i32"
-    return kernel, signature, constants, {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    return kernel, signature, constexprs, {"num_warps": config.num_warps, "num_stages": config.num_stages}
 
 
-AHEAD_OF_TIME = _ahead_of_time()
+_KERNELS = (forward_kernel, backward_q_kernel, backward_kv_kernel)
+_COMMON = (("bf16", 64, _KERNELS), ("bf16", 128, _KERNELS[:1]), ("fp32", 64, _KERNELS[:1]))
+_ALL = [(dtype, head_dim, _KERNELS) for dtype in ("bf16", "fp32") for head_dim in HALF_CONFIGS]
+
+
+def _cases(shipped):
+    return [
+        _case(kernel, config, dtype, head_dim)
+        for dtype, head_dim, kernels in shipped
+        for kernel, config in zip(kernels, (HALF_CONFIGS if dtype == "bf16" else FLOAT_CONFIGS)[head_dim])
+    ]
+
+
+AHEAD_OF_TIME = _cases(_COMMON)
+AHEAD_OF_TIME_SLOW = _cases(_ALL)

@@ -23,7 +23,6 @@ A query that sees no key gives a row of zeros and lse = −inf. The float32 abov
 """
 
 import importlib
-import importlib.util
 from types import ModuleType
 
 import torch
@@ -185,7 +184,7 @@ def _backend(backend: str, q: Tensor) -> str:
             f"backend: 'triton' takes float16, bfloat16 and float32 with head_dim <= {_LARGEST_TRITON_HEAD}, "
             f"got {q.dtype} with head_dim {q.shape[2]}; use backend='reference'"
         )
-    if q.dtype == torch.float32 and importlib.util.find_spec("alure.kernels.attention.native") is not None:
+    if q.dtype == torch.float32:
         supported.append("native")
     elif backend == "native" and q.dtype != torch.float32:
         raise ValueError(f"backend: 'native' takes float32, got {q.dtype}; use backend='reference'")

@@ -3,7 +3,7 @@
 from pathlib import Path
 
 import pytest
-from support.ahead_of_time import SHARED_MEMORY, compile_cases, kernel_modules
+from support.ahead_of_time import SHARED_MEMORY, Compiled, compile_cases, kernel_modules
 
 pytest.importorskip("triton")
 MODULES = kernel_modules(Path(__file__).parents[2])
@@ -13,6 +13,16 @@ MODULES = kernel_modules(Path(__file__).parents[2])
 def test_compiles_without_spills(module: str) -> None:
     compiled = compile_cases(module)
     assert compiled, f"{module}.AHEAD_OF_TIME is empty"
+    check(compiled)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("module", MODULES, ids=lambda module: module.split(".")[2])
+def test_every_configuration_compiles_without_spills(module: str) -> None:
+    check(compile_cases(module, "AHEAD_OF_TIME_SLOW"))
+
+
+def check(compiled: list[Compiled]) -> None:
     faults = []
     for case in compiled:
         where = f"sm_{case.architecture} {case.name}"

@@ -2,10 +2,11 @@
 
 A kernel.py lists what it ships in `AHEAD_OF_TIME`: tuples (kernel, signature, constexprs) or, with launch options,
 (kernel, signature, constexprs, {"num_warps": 4, "num_stages": 2}). `signature` maps every argument that is not a
-constexpr to its type: "*bf16", "*i64", "i32", "fp32"; ":16" after it says that the value (for a pointer, the address) is
+constexpr to its type: "*bf16", "*i64", "i32", "fp32"; ":16" after it says that the value (the address of a pointer) is
 a multiple of 16, which is what the launcher sees for torch tensors.
+What would take minutes goes into a second list, `AHEAD_OF_TIME_SLOW`, compiled by the tests marked slow.
 
-`compile_cases(path)` runs in a fresh process, because kernels imported under TRITON_INTERPRET=1 cannot be compiled.
+`compile_cases(module)` runs in a fresh process, because kernels imported under TRITON_INTERPRET=1 cannot be compiled.
 """
 
 import importlib
@@ -41,10 +42,10 @@ def kernel_modules(root: Path) -> list[str]:
     return sorted(f"alure.kernels.{path.parent.name}.kernel" for path in root.glob("kernels/*/kernel.py"))
 
 
-def compile_cases(module: str, architectures: tuple[int, ...] = ARCHITECTURES) -> list[Compiled]:
-    """Compiles every case of `module.AHEAD_OF_TIME` for every architecture."""
+def compile_cases(module: str, cases: str = "AHEAD_OF_TIME") -> list[Compiled]:
+    """Compiles every case in the list `cases` of `module` for every architecture."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    command = [sys.executable, __file__, module, *map(str, architectures)]
+    command = [sys.executable, __file__, module, cases]
     with tempfile.TemporaryDirectory() as elsewhere:  # not the repository: its folder `kernels` would shadow others
         done = subprocess.run(command, env=environment, cwd=elsewhere, capture_output=True, text=True, check=False)
     if done.returncode:
@@ -52,12 +53,12 @@ def compile_cases(module: str, architectures: tuple[int, ...] = ARCHITECTURES) -
     return [Compiled(**json.loads(line)) for line in done.stdout.splitlines() if line.startswith("{")]
 
 
-def _compile(module: str, index: int, architecture: int) -> Compiled:
+def _compile(module: str, cases: str, index: int, architecture: int) -> Compiled:
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
 
-    kernel, signature, constexprs, *rest = importlib.import_module(module).AHEAD_OF_TIME[index]
+    kernel, signature, constexprs, *rest = getattr(importlib.import_module(module), cases)[index]
     options = rest[0] if rest else {}
     values = " ".join(f"{name}={value}" for name, value in {**constexprs, **options}.items())
     name = f"{kernel.fn.__name__}[{values}]"
@@ -100,9 +101,9 @@ def _resources(cubin: bytes) -> tuple[int, int]:
 
 
 def _main() -> None:
-    module, *architectures = sys.argv[1:]
-    cases = range(len(importlib.import_module(module).AHEAD_OF_TIME))
-    jobs = [(module, index, int(architecture)) for index in cases for architecture in architectures]
+    module, cases = sys.argv[1:]
+    number = len(getattr(importlib.import_module(module), cases, ()))
+    jobs = [(module, cases, index, architecture) for index in range(number) for architecture in ARCHITECTURES]
     with ProcessPoolExecutor(max_workers=os.cpu_count(), mp_context=get_context("fork")) as workers:
         for result in workers.map(_compile, *zip(*jobs)):
             sys.stdout.write(json.dumps(asdict(result)) + "\n")

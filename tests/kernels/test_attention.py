@@ -1,0 +1,134 @@
+"""jagged_attention against the dense masked softmax in float64: values and every gradient, on every backend."""
+
+import pytest
+import torch
+from hypothesis import Phase, given, settings
+from hypothesis import strategies as st
+from support.attention import TARGETS, Problem, assert_as_exact_as_plain, random_problem, require, with_gradients
+
+LENGTHS = [0, 5, 1, 37, 0, 3]
+KEY_LENGTHS = [3, 5, 1, 70, 0, 0]
+OPTIONS = {
+    "bidirectional": (False, None),
+    "causal": (True, None),
+    "window": (False, (4, 3)),
+    "causal window": (True, (9, 2)),
+}
+
+
+def compare(problem: Problem, backend: str, device: str, dtype: torch.dtype) -> None:
+    """Backend against float64, both starting from the same values in `dtype`."""
+    given = problem.to(dtype)
+    grad_out = torch.randn(given.q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    exact, plain, actual = given.to(torch.float64), given.to(dtype), given.to(dtype, device)
+    assert_as_exact_as_plain(
+        with_gradients(actual.run(backend), actual.leaves(), grad_out),
+        with_gradients(exact.dense(torch.float64), exact.leaves(), grad_out),
+        with_gradients(plain.dense(dtype), plain.leaves(), grad_out),
+        dtype,
+    )
+
+
+def with_options(problem: Problem, option: str) -> Problem:
+    causal, window_size = OPTIONS[option]
+    return Problem(**{**problem.__dict__, "causal": causal, "window_size": window_size})
+
+
+@pytest.mark.parametrize("key_lengths", [None, KEY_LENGTHS], ids=["self", "cross"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_reference_is_the_definition(option: str, key_lengths: list[int] | None) -> None:
+    problem = with_options(random_problem(LENGTHS, key_lengths, num_heads=3, head_dim=7), option)
+    grad_out = torch.randn(problem.q.shape, dtype=torch.float64)
+    actual = with_gradients(problem.run("reference"), problem.leaves(), grad_out)
+    exact = with_gradients(problem.dense(torch.float64), problem.leaves(), grad_out)
+    for got, want in zip(actual, exact, strict=True):
+        torch.testing.assert_close(got, want, rtol=1e-11, atol=1e-11)
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+@pytest.mark.parametrize("key_lengths", [None, KEY_LENGTHS], ids=["self", "cross"])
+@pytest.mark.parametrize("option", OPTIONS)
+def test_float32(option: str, key_lengths: list[int] | None, backend: str, device: str) -> None:
+    require(backend, device)
+    compare(with_options(random_problem(LENGTHS, key_lengths, head_dim=12), option), backend, device, torch.float32)
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
+def test_half_precision(dtype: torch.dtype, backend: str, device: str) -> None:
+    require(backend, device)
+    if backend == "native":
+        pytest.skip("native is float32")
+    compare(with_options(random_problem([40, 1, 0]), "causal"), backend, device, dtype)
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+@pytest.mark.parametrize("head_dim", [1, 20, 96, 256])
+def test_head_dims(head_dim: int, backend: str, device: str) -> None:
+    require(backend, device)
+    compare(random_problem([17, 2], head_dim=head_dim), backend, device, torch.float32)
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_long_sequences_in_many_tiles(backend: str, device: str) -> None:
+    require(backend, device)
+    compare(with_options(random_problem([150], num_heads=1), "causal window"), backend, device, torch.float32)
+
+
+def test_reference_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("alure.kernels.attention.reference._PAIRS", 300)
+    for option in OPTIONS:
+        compare(with_options(random_problem(LENGTHS, KEY_LENGTHS), option), "reference", "cpu", torch.float32)
+
+
+@st.composite
+def problems(draw: st.DrawFn, longest_batch: int = 5) -> Problem:
+    batch = draw(st.integers(0, longest_batch))
+    lengths = st.lists(st.integers(0, 24), min_size=batch, max_size=batch)
+    q_lengths = draw(lengths)
+    k_lengths = q_lengths if draw(st.booleans()) else draw(lengths)
+    problem = random_problem(
+        q_lengths,
+        k_lengths,
+        num_heads=draw(st.integers(1, 2)),
+        head_dim=draw(st.integers(1, 12)),
+        seed=draw(st.integers(0, 1000)),
+        span=draw(st.sampled_from([1, 100, 86_400, 10**8, 2**33])),  # 2**33 s leave int32
+    )
+    limit = st.one_of(st.none(), st.tuples(st.integers(0, 12), st.integers(0, 12)))
+    index_dtype = draw(st.sampled_from([torch.int32, torch.int64]))
+    changes = {
+        "causal": draw(st.booleans()),
+        "window_size": draw(limit),
+        "q_offsets": problem.q_offsets.to(index_dtype),
+        "k_offsets": problem.k_offsets.to(index_dtype),
+    }
+    return Problem(**{**problem.__dict__, **changes})
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_any_batch_reference(problem: Problem) -> None:
+    compare(problem, "reference", "cpu", torch.float32)
+
+
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_any_batch_native(problem: Problem) -> None:
+    require("native", "cpu")
+    compare(problem, "native", "cpu", torch.float32)
+
+
+@settings(max_examples=6, deadline=None, database=None, phases=[Phase.generate])  # interpreted: no time to shrink
+@given(problem=problems(longest_batch=2))
+def test_any_batch_triton(problem: Problem) -> None:
+    require("triton", "cpu")
+    compare(problem, "triton", "cpu", torch.float32)
+
+
+@pytest.mark.gpu
+@settings(max_examples=60, deadline=None)
+@given(problem=problems())
+def test_any_batch_gpu(problem: Problem) -> None:
+    require("triton", "cuda")
+    compare(problem, "triton", "cuda", torch.float32)

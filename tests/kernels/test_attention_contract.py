@@ -1,0 +1,288 @@
+"""What jagged_attention promises beyond its values: refusals, isolation, registration, memory, determinism."""
+
+import gc
+import re
+from dataclasses import replace
+from typing import Any
+
+import pytest
+import torch
+from support.attention import DAY, NOW, TARGETS, Problem, random_problem, require, with_gradients
+
+from alure.kernels import PositionBias, TimeBias, jagged_attention, time_thresholds
+
+X = torch.zeros(4, 2, 8)
+OFFSETS = torch.tensor([0, 1, 4])
+TIMES = torch.tensor([5, 1, 2, 2])
+BIAS = TimeBias(time_thresholds(), torch.zeros(2, 107))
+
+
+def attend(**changes: Any) -> torch.Tensor:
+    arguments: dict[str, Any] = {"q": X, "k": X, "v": X, "q_offsets": OFFSETS, **changes}
+    return jagged_attention(**arguments)
+
+
+REFUSED = {
+    "negative": ({"q_offsets": torch.tensor([-1, 1, 4])}, ValueError, "first offset to be 0, got -1"),
+    "decreasing": ({"q_offsets": torch.tensor([0, 5, 4])}, ValueError, "q_offsets[1] = 5 > q_offsets[2] = 4"),
+    "beyond total": ({"q_offsets": torch.tensor([0, 1, 9])}, ValueError, "number of rows, 4, got 9"),
+    "short of total": ({"q_offsets": torch.tensor([0, 1, 3])}, ValueError, "number of rows, 4, got 3"),
+    "huge": ({"q_offsets": torch.tensor([0, 2**62, 4])}, ValueError, "never decrease"),
+    "float offsets": ({"q_offsets": OFFSETS.float()}, TypeError, "q_offsets: expected int32 or int64"),
+    "int16 offsets": ({"q_offsets": OFFSETS.short()}, TypeError, "q_offsets: expected int32 or int64"),
+    "list offsets": ({"q_offsets": [0, 1, 4]}, TypeError, "q_offsets: expected a torch.Tensor, got list"),
+    "2-d offsets": ({"q_offsets": OFFSETS[None]}, ValueError, "q_offsets: expected shape [batch + 1]"),
+    "no offsets": ({"q_offsets": OFFSETS[:0]}, ValueError, "q_offsets: expected shape [batch + 1]"),
+    "other device": ({"q_offsets": OFFSETS.to("meta")}, ValueError, "q_offsets: expected a tensor on cpu"),
+    "batch sizes": ({"k_offsets": torch.tensor([0, 4])}, ValueError, "as many sequences as q_offsets, 2, got 1"),
+    "bad k_offsets": ({"k_offsets": torch.tensor([0, 5, 4])}, ValueError, "k_offsets[1] = 5"),
+    "k without offsets": ({"k": X[:3], "v": X[:3]}, ValueError, "k_offsets: needed because q has 4 rows"),
+    "k and v differ": ({"v": X[:, :1]}, ValueError, "k and v: expected one shape"),
+    "heads differ": ({"k": X[:, :1], "v": X[:, :1]}, ValueError, "heads and head_dim of q, [2, 8]"),
+    "dtypes differ": ({"k": X.double()}, ValueError, "k: expected torch.float32"),
+    "int values": ({"q": X.int(), "k": X.int(), "v": X.int()}, TypeError, "q: expected float16"),
+    "2-d values": ({"q": X[0]}, ValueError, "q: expected shape [total, heads, head_dim]"),
+    "no times": ({"time_bias": BIAS}, ValueError, "q_timestamps: needed by time_bias"),
+    "unsorted": ({"time_bias": BIAS, "q_timestamps": TIMES.flip(0)}, ValueError, "never decrease within a sequence"),
+    "float times": ({"time_bias": BIAS, "q_timestamps": TIMES.float()}, TypeError, "int64 unix seconds"),
+    "int32 times": ({"time_bias": BIAS, "q_timestamps": TIMES.int()}, TypeError, "int64 unix seconds"),
+    "short times": ({"time_bias": BIAS, "q_timestamps": TIMES[:3]}, ValueError, "q_timestamps: expected shape [4]"),
+    "times overflow": ({"time_bias": BIAS, "q_timestamps": TIMES << 60}, ValueError, "|t| < 2**62"),
+    "table": (
+        {"time_bias": replace(BIAS, table=torch.zeros(2, 106)), "q_timestamps": TIMES},
+        ValueError,
+        "time_bias.table: expected floats [heads, thresholds + 1] = [2, 107]",
+    ),
+    "thresholds": (
+        {"time_bias": replace(BIAS, thresholds=BIAS.thresholds.flip(0)), "q_timestamps": TIMES},
+        ValueError,
+        "time_bias.thresholds: expected increasing integers",
+    ),
+    "float thresholds": (
+        {"position_bias": PositionBias(torch.zeros(3), torch.zeros(2, 4))},
+        TypeError,
+        "position_bias.thresholds: expected int64",
+    ),
+    "half a cycle": (
+        {"time_bias": replace(BIAS, periods=torch.tensor([DAY])), "q_timestamps": TIMES},
+        ValueError,
+        "periods, cosine and sine come together",
+    ),
+    "cycle shape": (
+        {
+            "time_bias": replace(BIAS, periods=torch.tensor([DAY]), cosine=torch.zeros(2, 2), sine=torch.zeros(2, 1)),
+            "q_timestamps": TIMES,
+        },
+        ValueError,
+        "time_bias.cosine: expected floats [heads, periods] = [2, 1]",
+    ),
+    "cycle of nothing": (
+        {
+            "time_bias": replace(BIAS, periods=torch.tensor([0]), cosine=torch.zeros(2, 1), sine=torch.zeros(2, 1)),
+            "q_timestamps": TIMES,
+        },
+        ValueError,
+        "time_bias.periods: expected seconds > 0, got [0]",
+    ),
+    "window": ({"window_size": (-2, 3)}, ValueError, "window_size: expected numbers of positions >= 0"),
+    "backend": ({"backend": "cuda"}, ValueError, "backend: expected one of auto"),
+    "native double": ({"q": X.double(), "k": X.double(), "v": X.double(), "backend": "native"}, ValueError, "float32"),
+    "triton double": ({"q": X.double(), "k": X.double(), "v": X.double(), "backend": "triton"}, ValueError, "float16"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refuses(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    def reached(*_: object) -> None:
+        pytest.fail("a kernel ran")
+
+    for module in ("reference", "native"):
+        monkeypatch.setattr(f"alure.kernels.attention.{module}.forward", reached)
+    changes, error, message = REFUSED[case]
+    with pytest.raises(error, match=re.escape(message)):
+        attend(**changes)
+
+
+def test_the_operator_itself_refuses_hostile_offsets() -> None:
+    nothing = [None] * 8
+    with pytest.raises(ValueError, match="never decrease"):
+        torch.ops.alure.jagged_attention(
+            X, X, X, torch.tensor([0, 9, 4]), OFFSETS, *nothing, False, -1, -1, 1.0, "reference"
+        )
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_a_user_does_not_see_another(backend: str, device: str) -> None:
+    """Everything of user 0 changes, its times and gradients too; the other users stay the same to the bit."""
+    require(backend, device)
+    before = random_problem([19, 9, 1], [5, 20, 1], dtype=torch.float32).to(torch.float32, device)
+    rows, columns = slice(0, 19), slice(0, 5)
+    changed = {name: getattr(before, name).detach().clone() for name in ("q", "k", "v", "q_timestamps", "k_timestamps")}
+    for name in ("q", "k", "v"):
+        part = changed[name][rows if name == "q" else columns]
+        part.mul_(-3).add_(100)
+    changed["q_timestamps"][rows] -= 10**7
+    changed["k_timestamps"][columns] //= 3
+    after = replace(before, **{n: x.requires_grad_() if x.is_floating_point() else x for n, x in changed.items()})
+    grad_out = torch.randn(29, 2, 16)
+    grad_changed = grad_out.clone()
+    grad_changed[rows] *= 5
+    first = with_gradients(before.run(backend), before.leaves()[:3], grad_out)
+    second = with_gradients(after.run(backend), after.leaves()[:3], grad_changed)
+    for x, y, own in zip(first, second, (rows, rows, columns, columns), strict=True):
+        assert torch.equal(x[own.stop :], y[own.stop :])
+        assert not torch.equal(x[own], y[own])
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_alone_or_in_a_batch(backend: str, device: str) -> None:
+    require(backend, device)
+    problem = random_problem([3, 33, 0, 8], dtype=torch.float32).to(torch.float32, device)
+    together = problem.run(backend)
+    for s in range(4):
+        rows = slice(int(problem.q_offsets[s]), int(problem.q_offsets[s + 1]))
+        alone = replace(
+            problem,
+            **{name: getattr(problem, name)[rows] for name in ("q", "k", "v", "q_timestamps", "k_timestamps")},
+            q_offsets=torch.tensor([0, rows.stop - rows.start], device=device),
+            k_offsets=torch.tensor([0, rows.stop - rows.start], device=device),
+        )
+        torch.testing.assert_close(alone.run(backend), together[rows], rtol=2e-6, atol=2e-6)
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_same_bits_every_time(backend: str, device: str) -> None:
+    require(backend, device)
+    problem = random_problem([20, 5], dtype=torch.float32).to(torch.float32, device)
+    grad_out = torch.randn(25, 2, 16)
+    runs = [with_gradients(problem.run(backend), problem.leaves(), grad_out) for _ in range(2)]
+    assert all(torch.equal(x, y) for x, y in zip(*runs, strict=True))
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_every_output_is_written(backend: str, device: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Outputs begin as NaN; queries without keys, rows at tile ends and unused buckets must still be written."""
+    require(backend, device)
+    problem = random_problem([0, 5, 0, 33, 2], [4, 0, 0, 20, 2], dtype=torch.float32).to(torch.float32, device)
+    problem = replace(problem, causal=True)
+
+    def poisoned(make: Any) -> Any:
+        def empty(*arguments: Any, **options: Any) -> torch.Tensor:
+            made = make(*arguments, **options)
+            return made.fill_(float("nan")) if made.is_floating_point() else made
+
+        return empty
+
+    for owner, name in ((torch, "empty"), (torch, "empty_like"), (torch.Tensor, "new_empty")):
+        monkeypatch.setattr(owner, name, poisoned(getattr(owner, name)))
+    results = with_gradients(problem.run(backend), problem.leaves(), torch.ones(40, 2, 16))
+    monkeypatch.undo()
+    for x in results:
+        assert x.isfinite().all()
+    assert (results[0][:5] == 0).all()  # five queries that see no key
+    assert (results[2][:4] == 0).all()  # four keys that no query sees
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_nothing(backend: str, device: str) -> None:
+    require(backend, device)
+    for lengths in ([], [0], [0, 0]):
+        problem = random_problem(lengths, dtype=torch.float32).to(torch.float32, device)
+        results = with_gradients(problem.run(backend), problem.leaves(), torch.zeros(0, 2, 16))
+        assert results[0].shape == (0, 2, 16)
+        assert all((x == 0).all() for x in results)
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_non_contiguous_input(backend: str, device: str) -> None:
+    require(backend, device)
+    problem = random_problem([9, 4], dtype=torch.float32).to(torch.float32, device)
+    packed = torch.stack([problem.q, problem.k, problem.v], dim=1).detach().requires_grad_()
+    q, k, v = packed.unbind(1)
+    views = replace(
+        problem,
+        q=q,
+        k=k,
+        v=v,
+        q_timestamps=problem.q_timestamps.repeat_interleave(2)[::2],
+        k_timestamps=problem.q_timestamps.repeat_interleave(2)[::2],
+        time_table=problem.time_table.t().contiguous().t().detach().requires_grad_(),
+    )
+    grad_out = torch.randn(16, 2, 13).transpose(0, 2).to(device)  # channels are not contiguous either
+    expected = with_gradients(problem.run(backend), problem.leaves(), grad_out)
+    actual = with_gradients(views.run(backend), [packed, views.time_table], grad_out)
+    torch.testing.assert_close(actual[0], expected[0])
+    torch.testing.assert_close(actual[1], torch.stack(expected[1:4], dim=1), rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(actual[2], expected[4], rtol=1e-5, atol=1e-5)
+
+
+def test_gradcheck() -> None:
+    problem = random_problem([4, 0, 1], [3, 2, 2], num_heads=2, head_dim=3)
+
+    def attention(*leaves: torch.Tensor) -> torch.Tensor:
+        names = ("q", "k", "v", "time_table", "cosine", "sine", "position_table")
+        return replace(problem, **dict(zip(names, leaves, strict=True))).run("reference")
+
+    assert torch.autograd.gradcheck(attention, problem.leaves(), fast_mode=True)
+
+
+def operator_arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
+    q_cyclic, k_cyclic = torch.randn(*problem.q.shape[:2], 4), torch.randn(problem.k.shape[0], 4)
+    return (
+        *(problem.q, problem.k, problem.v, problem.q_offsets, problem.k_offsets),
+        *(problem.q_timestamps, problem.k_timestamps, problem.time_thresholds, problem.time_table),
+        *(problem.position_thresholds, problem.position_table, q_cyclic.requires_grad_(), k_cyclic.requires_grad_()),
+        *(False, 3, -1, 0.25, backend),
+    )
+
+
+@pytest.mark.parametrize(("backend", "device"), [target for target in TARGETS if target.values[1] == "cpu"])
+def test_opcheck(backend: str, device: str) -> None:
+    require(backend, device)
+    problem = random_problem([4, 0, 2], dtype=torch.float32)
+    full = operator_arguments(problem, backend)
+    bare = (*full[:5], *[None] * 8, *full[13:])
+    for arguments in (full, bare):
+        torch.library.opcheck(torch.ops.alure.jagged_attention.default, arguments)
+    detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in full)
+    out, lse = torch.ops.alure.jagged_attention(*detached)
+    backward = (torch.randn_like(out), *detached[:3], out, lse, *detached[3:])
+    torch.library.opcheck(torch.ops.alure.jagged_attention_backward.default, backward)
+
+
+@pytest.mark.parametrize("backend", ["auto", "reference"])
+def test_compiles_into_one_graph(backend: str) -> None:
+    problem = random_problem([4, 7], dtype=torch.float32)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def twice(q: torch.Tensor) -> torch.Tensor:
+        return replace(problem, q=q * 2).run(backend)
+
+    out = twice(problem.q)
+    torch.testing.assert_close(out, replace(problem, q=problem.q * 2).run(backend))
+    out.sum().backward()
+    assert problem.q.grad is not None
+
+
+def test_memory_of_a_long_user_beside_many_short_ones() -> None:
+    """20,000 events beside 10,000 users of 5: no padding to the longest, and no square of it."""
+    lengths = torch.tensor([5] * 10_000 + [20_000])
+    offsets = torch.cat([lengths.new_zeros(1), lengths.cumsum(0)])
+    total = int(offsets[-1])
+    x = torch.randn(total, 1, 4)
+    times = NOW + torch.arange(total)
+    bias = TimeBias(time_thresholds(per_octave=1), torch.randn(1, 53 + 1))
+    bias = replace(bias, table=torch.randn(1, bias.thresholds.numel() + 1))
+    for backend in ("reference", "native"):
+        gc.collect()
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
+            jagged_attention(
+                x, x, x, offsets, q_timestamps=times, time_bias=bias, causal=True, window_size=(400, 0), backend=backend
+            )
+        live = peak = 0
+        for event in sorted(
+            (e for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"), key=lambda e: e.start_ns()
+        ):
+            live += event.nbytes()
+            peak = max(peak, live)
+        assert peak < 512 * 2**20, f"{backend}: {peak / 2**20:.0f} MiB"
