@@ -175,13 +175,16 @@ void attention_backward(const Attention& attention, Array<float, 3> grad_out, Ar
     alure::attention_backward(in, gradients, tables, static_cast<std::int64_t>(k.shape(0)), set, num_threads);
 }
 
+// An array argument that is taken as it is: a converted copy of an output would be written and thrown away.
+auto exact(const char* name) { return nb::arg(name).noconvert(); }
+
 }  // namespace
 
 NB_MODULE(_native, m) {
     m.doc() = "Native CPU kernels of alure.";
-    m.def("join_candidates", &join_candidates, "neighbor_offsets"_a, "neighbor_ids"_a, "similarities"_a,
-          "engagement_offsets"_a, "items"_a, "weights"_a, "reasons"_a, "exclude_offsets"_a.none(), "exclude_items"_a.none(),
-          "cap"_a, "num_items"_a, "num_threads"_a);
+    m.def("join_candidates", &join_candidates, exact("neighbor_offsets"), exact("neighbor_ids"), exact("similarities"),
+          exact("engagement_offsets"), exact("items"), exact("weights"), exact("reasons"),
+          exact("exclude_offsets").none(), exact("exclude_items").none(), "cap"_a, "num_items"_a, "num_threads"_a);
 
     m.def("instruction_set", [] { return std::string(alure::name_of(alure::instruction_sets().front())); },
           "The instruction set the kernels use on this machine.");
@@ -197,11 +200,13 @@ NB_MODULE(_native, m) {
                       std::optional<Vector<std::int64_t>>, std::optional<Array<float, 2>>,
                       std::optional<Vector<std::int64_t>>, std::optional<Array<float, 2>>, std::optional<Array<float, 3>>,
                       std::optional<Array<float, 2>>, bool, std::int64_t, std::int64_t, float>(),
-             "q"_a, "k"_a, "v"_a, "q_offsets"_a, "k_offsets"_a, "q_timestamps"_a.none(), "k_timestamps"_a.none(),
-             "time_thresholds"_a.none(), "time_table"_a.none(), "position_thresholds"_a.none(), "position_table"_a.none(),
-             "q_cyclic"_a.none(), "k_cyclic"_a.none(), "causal"_a, "window_left"_a, "window_right"_a, "scale"_a);
-    m.def("attention_forward", &attention_forward, "attention"_a, "out"_a, "lse"_a, "instruction_set"_a, "num_threads"_a);
-    m.def("attention_backward", &attention_backward, "attention"_a, "grad_out"_a, "out"_a, "lse"_a, "dq"_a, "dk"_a, "dv"_a,
-          "d_time_table"_a.none(), "d_position_table"_a.none(), "d_q_cyclic"_a.none(), "d_k_cyclic"_a.none(),
-          "instruction_set"_a, "num_threads"_a);
+             exact("q"), exact("k"), exact("v"), exact("q_offsets"), exact("k_offsets"), exact("q_timestamps").none(),
+             exact("k_timestamps").none(), exact("time_thresholds").none(), exact("time_table").none(),
+             exact("position_thresholds").none(), exact("position_table").none(), exact("q_cyclic").none(),
+             exact("k_cyclic").none(), "causal"_a, "window_left"_a, "window_right"_a, "scale"_a);
+    m.def("attention_forward", &attention_forward, "attention"_a, exact("out"), exact("lse"), "instruction_set"_a,
+          "num_threads"_a);
+    m.def("attention_backward", &attention_backward, "attention"_a, exact("grad_out"), exact("out"), exact("lse"),
+          exact("dq"), exact("dk"), exact("dv"), exact("d_time_table").none(), exact("d_position_table").none(),
+          exact("d_q_cyclic").none(), exact("d_k_cyclic").none(), "instruction_set"_a, "num_threads"_a);
 }
