@@ -112,6 +112,13 @@ def test_opcheck(backend: str) -> None:
     torch.library.opcheck(torch.ops.alure.gate_normalize.default, (z, update, leaves["gate"], backend))
 
 
+def test_compiles_without_graph_breaks() -> None:
+    leaves = cast(random_leaves(2, 5, 6, 3, 2, 3), torch.float32)
+    compiled = with_gradients(leaves, torch.compile(run, fullgraph=True, backend="aot_eager"))
+    for name, x in with_gradients(leaves, run).items():
+        torch.testing.assert_close(compiled[name], x)
+
+
 def test_starts_as_the_linear_compression() -> None:
     generator = torch.Generator().manual_seed(0)
     c = DotLinearCompression.initialize(n=30, d=8, k=2, r=4, hidden=16, generator=generator)

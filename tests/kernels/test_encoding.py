@@ -94,6 +94,14 @@ def test_opcheck(shape: str, backend: str) -> None:
         torch.library.opcheck(torch.ops.alure.encode_events_backward.default, (grad, *detached, wanted))
 
 
+def test_compiles_without_graph_breaks() -> None:
+    problem = random_problem([3, 0, 4]).to(torch.float32)
+    run = torch.compile(problem.run, fullgraph=True, backend="aot_eager")
+    compiled, eager = with_gradients(problem, run()), with_gradients(problem, problem.run())
+    for name, x in eager.items():
+        assert torch.equal(compiled[name], x), name
+
+
 @pytest.mark.parametrize("lengths", [[], [0], [0, 0, 0], [1], [0, 1, 0]])
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
 def test_few_events(lengths: list[int], backend: str, device: str) -> None:
