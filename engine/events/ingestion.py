@@ -48,6 +48,9 @@ def ingest(config: EventsConfig, out: Path | str) -> IngestReport:
     its rows are bad (they are then in the Delta table `out`.quarantine). Copies of a row that equal it in every column
     read, and rows of sources not asked for, are quarantined too but do not count towards that share.
     """
+    for name, given in (("sources", config.sources), ("ad_sources", config.ad_sources)):
+        if given == []:
+            raise InputError(f"events.{name}: expected at least one source, got []; leave it out to take all")
     out = Path(out)
     recover(out)
     check_replaceable(out)
@@ -122,6 +125,8 @@ def connect(config: EventsConfig, folder: Path) -> Iterator[duckdb.DuckDBPyConne
             yield con
     except duckdb.OutOfMemoryException as error:
         raise AlureError(f"ingest ran out of memory: {first_line(error)}; raise events.memory_limit") from None
+    except duckdb.Error as error:
+        raise AlureError(f"ingest failed in DuckDB: {first_line(error)}") from error
     finally:
         shutil.rmtree(work)
 
@@ -234,7 +239,7 @@ class Ingest:
             table = {"events": "event_rows", "items": "item_rows"}[what]
             write_quarantine(con, quarantine, {table: self.staged()[table]})
             raise
-        if quarantine.is_dir() and what == "events":
+        if (quarantine / "_delta_log").is_dir() and what == "events":
             shutil.rmtree(quarantine)  # of a run that stopped, now overtaken
 
     def find_sources(self, con: duckdb.DuckDBPyConnection) -> list[str]:

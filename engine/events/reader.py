@@ -187,7 +187,8 @@ class Events:
 
     def engagements(self, as_of: int, sources: list[str] | None = None) -> History:
         """All users' events up to `as_of` of `sources` (default: the ad sources), merged by time."""
-        parts = [self._events_between(name, None, as_of) for name in sources or self.manifest.ad_sources]
+        names = self.manifest.ad_sources if sources is None else sources
+        parts = [self._events_between(name, None, as_of) for name in names]
         user, timestamp, item, event_type, _, _ = merge(parts)
         offsets = np.zeros(self.num_users + 1, np.int64)
         np.cumsum(np.bincount(user, minlength=self.num_users), out=offsets[1:])
@@ -198,7 +199,7 @@ class Events:
 
         `sources`: default all. One row an event, by user index and time: the truth of a hold-out.
         """
-        names = sources or self.manifest.sources
+        names = self.manifest.sources if sources is None else sources
         user, timestamp, item, event_type, account, part = merge([self._events_between(n, as_of, until) for n in names])
         return pa.table(
             {
@@ -286,12 +287,28 @@ def ranges(starts: np.ndarray, ends: np.ndarray, offsets: np.ndarray) -> np.ndar
 
 def merge(parts: list[list[np.ndarray]]) -> list[np.ndarray]:
     """Columns of several sources (user, timestamp, …) in order of (user, timestamp, source), and each row's source."""
+    if not parts:
+        raise ValueError("sources: expected at least one, got []")
     columns = [np.concatenate(column) for column in zip(*parts)]
     part = np.repeat(np.arange(len(parts), dtype=np.int32), [len(p[0]) for p in parts])
     if len(parts) > 1:
-        order = np.lexsort((columns[1], columns[0]))  # stable: equal times keep the order of the sources
+        order = order_by(columns[0], columns[1])
         columns, part = [c[order] for c in columns], part[order]
     return [*columns, part]
+
+
+def order_by(user: np.ndarray, timestamp: np.ndarray) -> np.ndarray:
+    """Stable order by (user, timestamp): equal times keep the order of the sources.
+
+    One key where it fits: the parts are sorted runs, which NumPy's timsort only merges (globo: 0.24 s; lexsort 1.4 s).
+    """
+    if not len(user):
+        return np.zeros(0, np.int64)
+    first, last = int(timestamp.min()), int(timestamp.max())
+    span = last - first + 1
+    if (int(user.max()) + 1) * span >= 2**63:
+        return np.lexsort((timestamp, user))
+    return np.argsort(user * span + (timestamp - first), kind="stable")
 
 
 def optional(index: np.ndarray) -> pa.Array:

@@ -38,12 +38,18 @@ def recover(out: Path) -> None:
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
     """A locked sibling folder of `out` to build in; what killed runs have left is removed first."""
-    out.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise InputError(f"out: {out.parent} cannot be made: {error.strerror}") from None
     for leftover in siblings(out, "building"):
         with locked(leftover, out):
             shutil.rmtree(leftover)
     folder = out.parent / f".{out.name}.building-{os.getpid()}-{time.time_ns():x}"
-    folder.mkdir()
+    try:
+        folder.mkdir()
+    except OSError as error:
+        raise InputError(f"out: {out.parent} cannot be written: {error.strerror}") from None
     try:
         with locked(folder, out):
             yield folder

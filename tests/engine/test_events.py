@@ -14,6 +14,7 @@ from support.events import DAY, START, make_events, random_events, random_table
 
 from alure.engine.errors import InputError
 from alure.engine.events import EventBatch, Events, stable_keys
+from alure.engine.events.reader import order_by
 
 
 @pytest.fixture(scope="module")
@@ -254,6 +255,14 @@ def test_engagements_are_of_ad_sources_unless_named(tmp_path: Path) -> None:
     assert len(events.engagements(0).items) == 0
     with pytest.raises(InputError, match="source: 'nope' is not in the log; it has ad_click"):
         events.engagements(0, ["nope"])
+
+
+@pytest.mark.parametrize("span", [3, 10**9, 2**62])
+def test_merging_sources_keeps_their_order_at_equal_times(span: int) -> None:
+    rng = np.random.default_rng(span % 97)
+    user, timestamp = rng.integers(0, 9, 500), rng.integers(0, span, 500)
+    assert order_by(user, timestamp).tolist() == np.lexsort((timestamp, user)).tolist()
+    assert order_by(user[:0], timestamp[:0]).tolist() == []
 
 
 def test_counts_of_events_a_user(events: Events) -> None:
