@@ -80,6 +80,8 @@ def to_jagged(x: Any) -> tuple[Tensor, Tensor]:
     elif callable(getattr(x, "values", None)) and callable(getattr(x, "offsets", None)):
         values, offsets = x.values(), x.offsets()
     elif hasattr(x, "flatten") and hasattr(x, "offsets") and hasattr(x, "type"):  # pyarrow.ListArray
+        if x.null_count or x.flatten().null_count:
+            raise ValueError("expected Arrow lists without nulls; fill them with empty lists and values first")
         values = torch.from_numpy(x.flatten().to_numpy(zero_copy_only=False).copy())
         bounds = x.offsets.to_numpy().astype("int64")
         offsets = torch.from_numpy(bounds - bounds[0])
