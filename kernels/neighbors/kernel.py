@@ -17,12 +17,13 @@ from torch import Tensor
 
 from alure.kernels.neighbors.scores import MISSING, Search, decode, encode, exact_scores
 
-MAX_K = 64  # the K keys of BLOCK_M queries live in registers; 128 spill
-BLOCK_N, BLOCK_D = 64, 32
-NUM_WARPS = 8  # with 4, every K spills on some of sm_80, sm_90, sm_100
+MAX_K = 256  # the K keys of BLOCK_M queries live in registers
+BLOCK_N = 64
+NUM_WARPS = 8  # 4 spill on sm_90
 SLOT_BYTES = 1 << 28  # keys written by one launch before they are merged
 
 _MISSING = tl.constexpr(MISSING)
+_NOTHING_BETTER = tl.constexpr(torch.iinfo(torch.int64).max)
 
 
 @triton.jit
@@ -37,12 +38,15 @@ def grouped_topk_kernel(
     o_pair = tl.load(p_block_first + i_block) + tl.arange(0, BLOCK_M)
     m_pair = o_pair < tl.load(p_block_last + i_block)
     i_query = tl.load(p_pair_query + o_pair, mask=m_pair, other=0)
-    b_kth = tl.load(p_floor + i_query, mask=m_pair, other=0)
+    b_kth = tl.load(p_floor + i_query, mask=m_pair, other=_NOTHING_BETTER)
     b_exclude = tl.load(p_exclude + i_query, mask=m_pair, other=-1)
     begin = tl.load(p_list_offsets + i_list)
     end = tl.load(p_list_offsets + i_list + 1)
 
-    b_best = tl.full([BLOCK_M, K], _MISSING, dtype=tl.int64)
+    # Free places hold MISSING, MISSING + 1, …: below every key and all different, so that its value names a place.
+    o_k = tl.arange(0, K)
+    b_best = tl.full([BLOCK_M, K], _MISSING, dtype=tl.int64) + o_k[None, :]
+    b_least = tl.min(b_best, axis=1)
     for start in range(begin, end, BLOCK_N):
         o_row = start + tl.arange(0, BLOCK_N)
         m_row = o_row < end
@@ -61,20 +65,26 @@ def grouped_topk_kernel(
         b_bits = tl.where(b_bits < 0, b_bits ^ 0x7FFFFFFF, b_bits)
         b_rank = tl.load(p_rank + o_row, mask=m_row, other=0)
         b_key = (b_bits.to(tl.int64) << 32) | (0x7FFFFFFF - b_rank)[None, :]
-        m_key = m_pair[:, None] & m_row[None, :] & (o_row[None, :] != b_exclude[:, None]) & (b_key > b_kth[:, None])
+        m_key = m_pair[:, None] & m_row[None, :] & (o_row[None, :] != b_exclude[:, None])
         b_key = tl.where(m_key, b_key, _MISSING)
-        if tl.max(tl.max(m_key.to(tl.int32), axis=1), axis=0) > 0:
-            b_both = tl.join(b_best, tl.topk(b_key, K))
-            b_best = tl.topk(tl.reshape(b_both, [BLOCK_M, 2 * K]), K)
-            b_kth = tl.maximum(b_kth, tl.min(b_best, axis=1))
+        b_top = tl.max(b_key, axis=1)
+        while tl.max((b_top > b_kth).to(tl.int32), axis=0) > 0:  # one key a query and pass; the K-th rises with each
+            m_better = (b_top > b_kth)[:, None]
+            b_best = tl.where(m_better & (b_best == b_least[:, None]), b_top[:, None], b_best)
+            b_least = tl.min(b_best, axis=1)
+            b_kth = tl.maximum(b_kth, b_least)
+            b_key = tl.where(b_key == b_top[:, None], _MISSING, b_key)
+            b_top = tl.max(b_key, axis=1)
 
     i_slot = tl.load(p_pair_slot + o_pair, mask=m_pair, other=0)
-    o_k = tl.arange(0, K)
+    b_best = tl.where(b_best < _MISSING + K, _MISSING, b_best)
     tl.store(p_out + i_slot[:, None] * K + o_k[None, :], b_best, mask=m_pair[:, None])
 
 
-def _block_m(keep: int) -> int:
-    return 32 if keep <= 32 else 16
+def _tile(keep: int) -> dict[str, int]:
+    """The largest blocks that do not spill on sm_80, sm_90 and sm_100."""
+    block_m, block_d = (32, 32) if keep <= 16 else (16, 16)
+    return {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d, "K": keep}
 
 
 def _aot_case(keep: int) -> tuple[Any, dict[str, str], dict[str, int], dict[str, int]]:
@@ -83,11 +93,10 @@ def _aot_case(keep: int) -> tuple[Any, dict[str, str], dict[str, int], dict[str,
         "p_pair_query": "*i64", "p_pair_slot": "*i64", "p_block_list": "*i64", "p_block_first": "*i64",
         "p_block_last": "*i64", "p_floor": "*i64", "p_exclude": "*i64", "p_out": "*i64", "D": "i32",
     }  # fmt: skip
-    constants = {"FACTOR": 1, "BLOCK_M": _block_m(keep), "BLOCK_N": BLOCK_N, "BLOCK_D": BLOCK_D, "K": keep}
-    return grouped_topk_kernel, signature, constants, {"num_warps": NUM_WARPS}
+    return grouped_topk_kernel, signature, {"FACTOR": 1, **_tile(keep)}, {"num_warps": NUM_WARPS}
 
 
-AHEAD_OF_TIME = [_aot_case(keep) for keep in (16, 64)]
+AHEAD_OF_TIME = [_aot_case(keep) for keep in (16, 32, 256)]
 
 
 def _check_k(keep: int, problem: str) -> None:
@@ -156,7 +165,8 @@ def _launch(task: Search, bias: Tensor, part: slice, probes: Tensor, best: Tenso
     slots = probes.reshape(-1).argsort(stable=True)  # (query, probe) pairs by list; the −1s come first
     counts = torch.bincount(probes.reshape(-1) + 1, minlength=nlist + 1)
     pair_begin = counts.cumsum(0) - counts
-    block_m = _block_m(keep)
+    tile = _tile(keep)
+    block_m = tile["BLOCK_M"]
     blocks = (counts[1:] + block_m - 1) // block_m
     block_list = torch.repeat_interleave(torch.arange(nlist, device=device), blocks)
     within = torch.arange(block_list.numel(), device=device) - (blocks.cumsum(0) - blocks)[block_list]
@@ -170,7 +180,6 @@ def _launch(task: Search, bias: Tensor, part: slice, probes: Tensor, best: Tenso
         queries, task.database, bias, task.rank, task.list_offsets,
         slots // width, slots, block_list, block_first, block_last,
         best[:, -1].contiguous(), task.exclude_row[part], out, queries.shape[1],
-        FACTOR=1 if task.metric == "ip" else 2,
-        BLOCK_M=block_m, BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, K=keep, num_warps=NUM_WARPS,
+        FACTOR=1 if task.metric == "ip" else 2, **tile, num_warps=NUM_WARPS,
     )  # fmt: skip
     return out

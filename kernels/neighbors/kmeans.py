@@ -25,7 +25,7 @@ def train_kmeans(
     spherical: points go to the centroid of largest inner product and centroids are L2-normalised, as FAISS does (pass
     normalised points for cosine clusters; zero rows have no direction and are left out); otherwise by squared distance.
     At most max_points_per_centroid · nlist points are used, sampled by `seed`. `start` [nlist, d] continues from given
-    centroids, such as yesterday's. A centroid without points takes half of the largest cluster.
+    centroids, such as yesterday's. A centroid without points takes half of the cluster of largest error.
     The result depends on x, start and seed only. Raises TypeError or ValueError for wrong shapes, NaN, n < nlist.
     """
     if not isinstance(x, Tensor) or x.dim() != 2 or not x.is_floating_point():
@@ -54,40 +54,43 @@ def train_kmeans(
     if spherical:
         centroids = _normalised(centroids)
     for _ in range(niter):
-        _, nearest = assign_clusters(points, centroids, 1, metric=metric)
-        centroids = _means(points, nearest.squeeze(1), centroids, spherical=spherical)
+        D, nearest = assign_clusters(points, centroids, 1, metric=metric)
+        error = torch.linalg.vector_norm(points, dim=1) - D.squeeze(1) if spherical else D.squeeze(1)
+        means, empty, errors = _means(points, nearest.squeeze(1), error, nlist)
+        if spherical:
+            means = _normalised(means)
+            empty = empty | (means == 0).all(dim=1)  # points that cancel leave no direction
+        if bool(empty.all()):
+            break
+        if bool(empty.any()):
+            _split(means, empty.tolist(), errors.tolist(), generator)
+        centroids = _normalised(means) if spherical else means
     return centroids
 
 
-def _means(points: Tensor, nearest: Tensor, previous: Tensor, *, spherical: bool) -> Tensor:
-    """Mean of every cluster's points; sums run in a fixed order, on a GPU too."""
-    nlist = previous.shape[0]
+def _means(points: Tensor, nearest: Tensor, error: Tensor, nlist: int) -> tuple[Tensor, Tensor, Tensor]:
+    """(mean, whether it has no points, summed error) of every cluster; sums run in a fixed order, on a GPU too."""
     order = nearest.argsort(stable=True)
     counts = torch.bincount(nearest, minlength=nlist)
     sums = torch.segment_reduce(points[order], "sum", lengths=counts, axis=0, initial=0.0)
-    centroids = sums / counts.clamp(min=1)[:, None].to(sums.dtype)
-    if spherical:
-        centroids = _normalised(centroids)
-        counts = torch.where((centroids == 0).all(dim=1), 0, counts)  # points that cancel leave no direction
-    _split_largest(centroids, counts.tolist())
-    return _normalised(centroids) if spherical else centroids
+    errors = torch.segment_reduce(error[order].to(points.dtype), "sum", lengths=counts, axis=0, initial=0.0)
+    return sums / counts.clamp(min=1)[:, None].to(sums.dtype), counts == 0, errors
 
 
-def _split_largest(centroids: Tensor, counts: list[int]) -> None:
-    """Give every empty cluster half of the then largest one, in place."""
-    empty = [index for index, count in enumerate(counts) if count == 0]
-    if not empty:
-        return
-    sign = torch.ones(centroids.shape[1], dtype=centroids.dtype, device=centroids.device)
-    sign[1::2] = -1
-    largest_first = [(-count, index) for index, count in enumerate(counts) if count]  # of equals the lower index
-    heapq.heapify(largest_first)
-    for index in empty:
-        count, donor = heapq.heappop(largest_first)
-        centroids[index] = centroids[donor] * (1 + SPLIT * sign)
-        centroids[donor] = centroids[donor] * (1 - SPLIT * sign)
-        heapq.heappush(largest_first, (count // 2, index))
-        heapq.heappush(largest_first, (count - count // 2, donor))
+def _split(centroids: Tensor, empty: list[bool], errors: list[float], generator: torch.Generator) -> None:
+    """Give every empty cluster half of the then worst fitted one, in place.
+
+    By error, not by size: a heap of copies of one point cannot be split, and has no error.
+    """
+    worst_first = [(-error, index) for index, error in enumerate(errors) if not empty[index]]  # of equals the lower
+    heapq.heapify(worst_first)
+    for index in (index for index, is_empty in enumerate(empty) if is_empty):
+        error, donor = heapq.heappop(worst_first)
+        signs = torch.randint(0, 2, (centroids.shape[1],), generator=generator).to(centroids) * 2 - 1
+        half = centroids[donor].clone()
+        centroids[index], centroids[donor] = half * (1 + SPLIT * signs), half * (1 - SPLIT * signs)
+        heapq.heappush(worst_first, (error / 2, index))
+        heapq.heappush(worst_first, (error / 2, donor))
 
 
 def _normalised(x: Tensor) -> Tensor:

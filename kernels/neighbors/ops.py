@@ -20,7 +20,7 @@ SUPPORTED = ("reference", "triton")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 MAX_ROWS = (1 << 31) - 1
-TRITON_KEEPS = 64
+TRITON_KEEPS = 256
 
 Metric = Literal["ip", "l2"]
 
