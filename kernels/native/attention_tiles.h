@@ -23,7 +23,7 @@ inline Sequence sequence_at(const AttentionInputs& in, std::int64_t index) {
 inline Range visible_keys(const AttentionInputs& in, std::int64_t first, std::int64_t last, std::int64_t num_keys) {
     Range range{0, num_keys};
     if (in.window_left >= 0 && in.window_left < first) range.begin = first - in.window_left;
-    if (in.window_right >= 0 && in.window_right < num_keys) range.end = smaller(range.end, last + in.window_right + 1);
+    if (in.window_right >= 0 && in.window_right < num_keys - last) range.end = smaller(range.end, last + in.window_right + 1);
     if (in.causal) range.end = smaller(range.end, last + 1);
     return range;
 }

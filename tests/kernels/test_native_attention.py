@@ -1,0 +1,297 @@
+"""The C++ attention: every instruction set this machine runs, tiles, threads, leaks, memory, hostile input."""
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from support.attention import NOW, Problem, assert_as_exact_as_plain, random_problem, with_gradients
+from support.memory import measured_memory
+from torch import Tensor
+
+from alure.kernels import _native, jagged_attention, time_thresholds
+from alure.kernels.attention import native, reference
+
+INSTRUCTION_SETS = _native.instruction_sets()
+OPTIONS = {
+    "bidirectional": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (70, 30)},
+    "causal window": {"causal": True, "window_size": (9, 9)},
+}
+
+
+@pytest.fixture(params=INSTRUCTION_SETS)
+def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(native, "INSTRUCTION_SET", request.param)
+    return request.param
+
+
+@pytest.fixture
+def poisoned() -> Iterator[None]:
+    """torch.empty gives NaN, so an output nobody wrote shows."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(before)
+
+
+def run(problem: Problem, grad_seed: int = 1) -> list[Tensor]:
+    """[out, gradients], float32, of the native backend."""
+    problem = problem.to(torch.float32)
+    grad_out = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(grad_seed))
+    out = problem.run("native")
+    return [out.detach(), *torch.autograd.grad(out, problem.leaves(), grad_out)]
+
+
+def assert_exact(problem: Problem) -> None:
+    grad_out = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(1))
+    start = problem.to(torch.float32)
+    actual, exact, plain = (start.to(dtype) for dtype in (torch.float32, torch.float64, torch.float32))
+    assert_as_exact_as_plain(
+        with_gradients(actual.run("native"), actual.leaves(), grad_out),
+        with_gradients(exact.run("reference"), exact.leaves(), grad_out),
+        with_gradients(plain.run("reference"), plain.leaves(), grad_out),
+        torch.float32,
+    )
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_many_tiles_and_blocks(option: str, instruction_set: str, poisoned: None) -> None:
+    """Around the edges of tiles (192 and 48 queries), blocks (256 and 128 keys) and vectors."""
+    lengths = [1, 47, 0, 49, 130, 193, 400]
+    assert_exact(replace(random_problem(lengths, num_heads=2, head_dim=20), **OPTIONS[option]))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_cross_attention(option: str, instruction_set: str, poisoned: None) -> None:
+    problem = random_problem([0, 3, 200, 1, 50, 7], [9, 0, 130, 700, 300, 2], head_dim=16)
+    assert_exact(replace(problem, **OPTIONS[option]))
+
+
+@settings(max_examples=20, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 300)), min_size=1, max_size=4),
+    head_dim=st.integers(1, 40),
+    num_heads=st.integers(1, 3),
+    window=st.none() | st.tuples(st.integers(0, 200), st.integers(0, 200)),
+    causal=st.booleans(),
+    seed=st.integers(0, 99),
+    span=st.sampled_from([1, 1000, 10**8, 2**40]),
+)
+@example([(3, 1)], 1, 1, (0, 1), False, 0, 1)  # queries before the first key, a window wider than the keys
+def test_any_batch(lengths, head_dim, num_heads, window, causal, seed, span) -> None:
+    q_lengths, k_lengths = zip(*lengths)
+    problem = random_problem(q_lengths, k_lengths, num_heads=num_heads, head_dim=head_dim, seed=seed, span=span)
+    assert_exact(replace(problem, causal=causal, window_size=window))
+
+
+def bias_of_bursts() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(4)
+    sessions = torch.randint(0, 20, (400,), generator=generator)
+    return [
+        torch.full((400,), NOW),  # all at once
+        torch.cat([torch.zeros(200, dtype=torch.int64), torch.full((200,), 2**61)]),  # ages apart
+        torch.tensor([-(2**61)] * 3 + [0] * 394 + [2**61] * 3),
+        (NOW + sessions * 10**6 + torch.randint(0, 30, (400,), generator=generator)).sort().values,
+        NOW + torch.arange(400),  # in 2026, one second apart: float32 could not tell
+    ]
+
+
+@pytest.mark.parametrize("case", range(5))
+def test_buckets_are_exact_for_any_times(case: int, instruction_set: str) -> None:
+    """v picks single keys and the table is the only logit, so a wrong bucket anywhere changes an output visibly."""
+    times = bias_of_bursts()[case]
+    thresholds = time_thresholds()
+    table = torch.linspace(-6, 6, thresholds.numel() + 1)[None]
+    n = times.numel()
+    values = torch.eye(n)[:, None]
+    nothing = torch.zeros(n, 1, n)
+    offsets = torch.tensor([0, n])
+    bias = (times, times, thresholds, table, None, None, None, None, False, -1, -1, 1.0)
+    _, lse = native.forward(nothing, nothing, values, offsets, offsets, *bias)
+    out, _ = native.forward(nothing, nothing, values, offsets, offsets, *bias)
+    elapsed = times[:, None] - times[None]
+    expected = table[0][(elapsed[..., None] >= thresholds).sum(-1)]
+    logits = out[:, 0].log() + lse[0][:, None]
+    torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_threads_do_not_change_a_bit(option: str, instruction_set: str) -> None:
+    problem = replace(random_problem([700, 3, 0, 300, 20, 1], head_dim=12), **OPTIONS[option])
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for num_threads in (1, 2, 3, 3):
+            torch.set_num_threads(num_threads)
+            results.append(run(problem))
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+
+
+def pick(problem: Problem, sequences: list[int]) -> Problem:
+    """The batch of these sequences, in this order."""
+    spans = list(zip(problem.q_offsets.tolist(), problem.q_offsets[1:].tolist()))
+    rows = torch.cat([torch.arange(*spans[s]) for s in sequences])
+    offsets = torch.tensor([0, *(spans[s][1] - spans[s][0] for s in sequences)]).cumsum(0)
+    per_row = {name: getattr(problem, name)[rows] for name in ("q", "k", "v", "q_timestamps", "k_timestamps")}
+    return replace(problem, **per_row, q_offsets=offsets, k_offsets=offsets)
+
+
+def test_a_user_is_the_same_in_any_batch(instruction_set: str) -> None:
+    lengths = [5, 300, 1, 17, 520, 0, 64]
+    problem = random_problem(lengths, head_dim=16).to(torch.float32)
+    grad = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(2))
+    problem = replace(problem, v=problem.v)
+    rows = problem.q_offsets.tolist()
+
+    def gradients(batch: Problem, grad_out: Tensor) -> list[Tensor]:
+        batch = batch.to(torch.float32)
+        out = batch.run("native")
+        return [out.detach(), *torch.autograd.grad(out, [batch.q, batch.k, batch.v], grad_out)]
+
+    whole = gradients(problem, grad)
+    for order in ([6, 5, 4, 3, 2, 1, 0], [4], [1, 4, 1], [2, 3]):
+        parts = [slice(rows[s], rows[s + 1]) for s in order]
+        expected = [torch.cat([x[part] for part in parts]) for x in whole]
+        got = gradients(pick(problem, order), torch.cat([grad[part] for part in parts]))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize("poison", [3.0, float("nan"), float("inf")])
+def test_nothing_leaks_from_one_user_to_another(poison: float, instruction_set: str) -> None:
+    problem = random_problem([40, 300, 7, 130], head_dim=12).to(torch.float32)
+    changed = replace(problem, **{name: getattr(problem, name).detach().clone() for name in ("q", "k", "v")})
+    begin, end = problem.q_offsets[1:3].tolist()
+    for x in (changed.q, changed.k, changed.v):
+        x[begin:end] = poison
+    before, after = run(problem), run(changed)
+    for a, b in zip(before[:4], after[:4]):  # out, dq, dk, dv
+        assert torch.equal(a[:begin], b[:begin])
+        assert torch.equal(a[end:], b[end:])
+        assert not torch.equal(a[begin:end], b[begin:end])
+
+
+def test_large_and_hidden_logits(instruction_set: str) -> None:
+    """Logits in the hundreds, and a table of −inf that hides whole rows: zeros, not NaN."""
+    generator = torch.Generator().manual_seed(6)
+    q, k, v = (torch.randn(90, 2, 16, generator=generator) for _ in range(3))
+    offsets = torch.tensor([0, 60, 90])
+    want = jagged_attention(q.double(), k.double(), v.double(), offsets, softmax_scale=30.0, backend="reference")
+    got = jagged_attention(q, k, v, offsets, softmax_scale=30.0, backend="native")
+    torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
+    table = torch.full((2, 2), -torch.inf)
+    bias = (torch.arange(90), torch.arange(90), torch.tensor([0]), table, None, None, None, None, False, -1, -1, 1.0)
+    for module in (native, reference):
+        out, lse = module.forward(q, k, v, offsets, offsets, *bias)
+        assert torch.equal(out, torch.zeros_like(out))
+        assert torch.equal(lse, torch.full_like(lse, -torch.inf))
+        gradients = module.backward(torch.ones_like(out), q, k, v, out, lse, offsets, offsets, *bias)
+        assert all(not x.any() for x in gradients if x is not None)
+
+
+def test_one_user_of_20_000_events_beside_many_of_5() -> None:
+    """Time and memory follow the long user's keys, not users × the longest: no matrix of pairs, no padding."""
+    lengths = [5] * 5000 + [20_000] + [5] * 5000
+    problem = random_problem(lengths, num_heads=1, head_dim=8, dtype=torch.float32)
+    with measured_memory() as peak, torch.no_grad():
+        out = problem.run("native")
+    assert out.isfinite().all()
+    tensors = 6 * out.numel() * out.element_size()  # out, and the copies of arguments in other layouts
+    assert peak.extra < tensors + 16 * 2**20, f"{peak.extra / 2**20:.0f} MiB"
+    alone = random_problem([5], num_heads=1, head_dim=8, dtype=torch.float32)
+    assert torch.equal(pick(problem, [0]).run("native"), out[:5].detach())
+    assert alone.run("native").isfinite().all()
+
+
+def test_no_rows_at_all(poisoned: None) -> None:
+    for lengths, key_lengths in (([], []), ([0, 0], [0, 0]), ([2], [0]), ([0], [3])):
+        problem = random_problem(lengths, key_lengths, num_heads=2, head_dim=4)
+        assert all(x.shape[0] == 0 or not x.any() for x in run(problem))
+
+
+def arrays(n: int = 6) -> dict[str, object]:
+    """Good arguments of _native.Attention by name, in order."""
+    rows = np.zeros((n, 2, 4), np.float32)
+    return {
+        "q": rows, "k": rows, "v": rows,
+        "q_offsets": np.array([0, 2, n]), "k_offsets": np.array([0, 2, n]),
+        "q_timestamps": np.arange(n), "k_timestamps": np.arange(n),
+        "time_thresholds": np.array([-5, 0, 7]), "time_table": np.zeros((2, 4), np.float32),
+        "position_thresholds": np.array([1]), "position_table": np.zeros((2, 2), np.float32),
+        "q_cyclic": np.zeros((n, 2, 3), np.float32), "k_cyclic": np.zeros((n, 3), np.float32),
+        "causal": False, "window_left": -1, "window_right": -1, "scale": 1.0,
+    }  # fmt: skip
+
+
+def call(arguments: dict[str, object]) -> np.ndarray:
+    out, lse = np.full((6, 2, 4), np.nan, np.float32), np.full((2, 6), np.nan, np.float32)
+    _native.attention_forward(_native.Attention(*arguments.values()), out, lse, native.INSTRUCTION_SET, 2)
+    return out
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("q_offsets", np.array([0, 2, 7])),
+        ("q_offsets", np.array([0, -2, 6])),
+        ("q_offsets", np.array([0, 2**62, 6])),
+        ("q_offsets", np.array([1, 2, 6])),
+        ("q_offsets", np.array([0, 6])),
+        ("q_offsets", np.array([], np.int64)),
+        ("k_offsets", np.array([0, 9, 6])),
+        ("k_offsets", np.array([0, 2, 5])),
+        ("q", np.zeros((6, 1, 4), np.float32)),
+        ("v", np.zeros((5, 2, 4), np.float32)),
+        ("q_timestamps", np.arange(5)),
+        ("k_timestamps", None),
+        ("time_table", np.zeros((2, 3), np.float32)),
+        ("position_table", np.zeros((1, 2), np.float32)),
+        ("q_cyclic", None),
+        ("k_cyclic", np.zeros((6, 2), np.float32)),
+    ],
+)
+def test_the_module_itself_refuses_what_it_would_read_beyond(name: str, value: object) -> None:
+    assert not call(arrays()).any()
+    with pytest.raises(ValueError, match="expected"):
+        call(arrays() | {name: value})
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("q", np.zeros((6, 2, 4))),
+        ("q", np.zeros((6, 4, 2), np.float32).swapaxes(1, 2)),
+        ("k_offsets", np.array([0, 2, 6], np.int32)),
+        ("time_thresholds", np.zeros(3, np.float32)),
+    ],
+)
+def test_the_module_itself_refuses_other_types_and_layouts(name: str, value: object) -> None:
+    with pytest.raises(TypeError):
+        call(arrays() | {name: value})
+
+
+def test_unsorted_times_read_no_memory_that_is_not_theirs(instruction_set: str) -> None:
+    """jagged_attention refuses them; the module gives some buckets, in bounds (the sanitizer build watches)."""
+    generator = np.random.default_rng(0)
+    extremes = np.array([-(2**62) + 1, 2**62 - 1, 0, 5])
+    for _ in range(50):
+        times = generator.choice(extremes, 6)
+        assert not call(arrays() | {"q_timestamps": times, "k_timestamps": generator.permutation(times)}).any()
+
+
+def test_instruction_sets_are_named() -> None:
+    assert _native.instruction_set() == INSTRUCTION_SETS[0]
+    assert INSTRUCTION_SETS[-1] == "portable"
+    with pytest.raises(ValueError, match="does not run 'avx1024'"):
+        _native.attention_forward(
+            _native.Attention(*arrays().values()), np.zeros((6, 2, 4), np.float32), np.zeros((2, 6), np.float32),
+            "avx1024", 1,
+        )  # fmt: skip
