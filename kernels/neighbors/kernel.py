@@ -17,7 +17,7 @@ from torch import Tensor
 
 from alure.kernels.neighbors.scores import MISSING, Search, decode, encode, exact_scores
 
-MAX_K = 256  # the K keys of BLOCK_M queries live in registers
+SIZES = (2, 16, 64, 256)  # K: how many keys a query may keep; those of BLOCK_M queries live in registers
 BLOCK_N = 64
 NUM_WARPS = 8  # 4 spill on sm_90
 SLOT_BYTES = 1 << 28  # keys written by one launch before they are merged
@@ -96,18 +96,19 @@ def _aot_case(keep: int) -> tuple[Any, dict[str, str], dict[str, int], dict[str,
     return grouped_topk_kernel, signature, {"FACTOR": 1, **_tile(keep)}, {"num_warps": NUM_WARPS}
 
 
-AHEAD_OF_TIME = [_aot_case(keep) for keep in (16, 32, 256)]
+AHEAD_OF_TIME = [_aot_case(keep) for keep in SIZES]
 
 
-def _check_k(keep: int, problem: str) -> None:
-    if keep > MAX_K:
+def _size(keep: int, problem: str) -> int:
+    if keep > SIZES[-1]:
         raise ValueError(f"{problem}; use backend='reference'")
+    return next(size for size in SIZES if size >= keep)
 
 
 def search(task: Search) -> Tensor:
     """The k best keys of every query, best first, [nq, k] int64 (MISSING where fewer were found)."""
-    _check_k(task.k + 1, f"k: backend 'triton' keeps at most {MAX_K - 1} neighbours, got {task.k}")
-    keep = triton.next_power_of_2(task.k + 1)  # one more than asked: a swap by rounding at the boundary is put right
+    # One more than asked: a swap by rounding at the boundary is put right.
+    keep = _size(task.k + 1, f"k: backend 'triton' keeps at most {SIZES[-1] - 1} neighbours, got {task.k}")
     kept = _search_approximately(task, keep)
     rank = decode(kept)[1]
     row_of_rank = torch.empty_like(task.rank)
@@ -121,8 +122,7 @@ def search(task: Search) -> Tensor:
 
 def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tensor, Tensor]:
     """(D, I) of the nprobe best centroids of every row: a search in one list that holds them all."""
-    _check_k(nprobe, f"nprobe: backend 'triton' keeps at most {MAX_K}, got {nprobe}")
-    keep = triton.next_power_of_2(max(2, nprobe))
+    keep = _size(nprobe, f"nprobe: backend 'triton' keeps at most {SIZES[-1]}, got {nprobe}")
     device, count = x.device, centroids.shape[0]
     none = torch.full((x.shape[0],), -1, dtype=torch.int64, device=device)
     task = Search(
