@@ -264,7 +264,7 @@ def _candidate_scores(shown: Exposures, inputs: Inputs) -> np.ndarray:
     keys = shown.embedding_rows * len(events.items) + shown.items
     order = np.argsort(keys, kind="stable")
     scores = np.zeros(len(keys))
-    for batch in store.iter_candidates(generation, "alure"):
+    for batch in store.iter_candidates(generation, "alure", ["user_id", "item_ids", "scores"]):
         rows = indices(batch["user_id"], inputs.embeddings.user_ids)
         mine = np.flatnonzero(np.isin(rows, shown.embedding_rows))
         if not len(mine):

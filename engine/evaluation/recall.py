@@ -86,7 +86,7 @@ def evaluate(
     for name in names:
         say(f"evaluate: {name}")
         tally = _Tally(name)
-        for batch in store.iter_candidates(chosen.generation, name):
+        for batch in store.iter_candidates(chosen.generation, name, ["user_id", "item_ids"]):
             users = indices(batch["user_id"], embeddings.user_ids)
             _count(tally, users, batch["item_ids"], wanted, catalogue, ks)
         tallies.append(tally)
@@ -133,8 +133,8 @@ def _catalogue(store: EmbeddingStore, generation: str, names: list[str], events:
         return events.items.item_ids.take(pa.array(np.unique(events.engagements(as_of).items))).combine_chunks()
     seen: list[pa.Array] = []
     for name in names:
-        parts = [pc.unique(pc.list_flatten(b["item_ids"])) for b in store.iter_candidates(generation, name)]
-        seen.extend(parts)
+        batches = store.iter_candidates(generation, name, ["item_ids"])
+        seen.extend(pc.unique(pc.list_flatten(batch["item_ids"])) for batch in batches)
     if _has_popularity(store, generation):
         seen.append(pc.unique(pc.list_flatten(store.read_popularity(generation)["item_ids"])))
     return pc.unique(pa.chunked_array(seen)) if seen else pa.array([], pa.int64())

@@ -7,9 +7,11 @@ import jinja2
 import yaml
 from markupsafe import Markup
 
+from alure.engine.errors import InputError
+from alure.engine.evaluation import figures
 from alure.engine.evaluation.charts import DARK, LIGHT, ROLES, label
 from alure.engine.evaluation.report_data import ReportData
-from alure.engine.evaluation.sections import headline_figures, make_sections
+from alure.engine.evaluation.sections import headline_figures, make_sections, sorted_sets
 from alure.engine.evaluation.wording import count, duration, when
 
 TEMPLATE = "report.html.j2"
@@ -22,6 +24,18 @@ def write_report(out: Path, data: ReportData) -> Path:
     temporary = path.with_suffix(".tmp")
     temporary.write_text(render(data), encoding="utf-8")
     temporary.replace(path)
+    return path
+
+
+def write_figure(path: Path, data: ReportData) -> Path:
+    """The README's figure, .svg or .png: recall of every candidate set, and the map of users.
+
+    Raises InputError where the run has no recall to show.
+    """
+    evaluated = data.report("evaluate")
+    if not evaluated.get("sets") or "recall" in evaluated.get("reasons", {}):
+        raise InputError(f"figure: {data.name} has no measured recall; run the chain with a truth first")
+    figures.readme(path, sorted_sets(evaluated["sets"]), evaluated["k"], data.embedding_map)
     return path
 
 

@@ -194,7 +194,9 @@ def similarity(data: ReportData) -> Section:
         ]
         for name, g in graphs.items()
     ]
-    caption = "Each graph has its own scale: a cosine, a normalised count of shared follows, a visiting probability."
+    caption = (
+        "Each graph has its own measure: cosine of embeddings, mutual and shared follows, how often a walk visits."
+    )
     return Section(
         "similarity", title, "Similarity", lede, [(figures.similarities(graphs), caption)], [Table(head, rows)]
     )
@@ -217,7 +219,7 @@ def degree(data: ReportData) -> Section:
         title,
         "Degree",
         lede,
-        [(figures.degrees(graphs), "A steep line means that no few users dominate the graph.")],
+        [(figures.degrees(graphs), "The steeper a line falls, the less a few users dominate the graph.")],
     )
 
 
@@ -253,7 +255,7 @@ def recall(data: ReportData) -> Section:
         return Section("recall", title, "Recall", missing="Evaluation did not run.")
     if "recall" in evaluated.get("reasons", {}):
         return Section("recall", title, "Recall", missing=f"Not measurable: {evaluated['reasons']['recall']}.")
-    sets, ks = _sorted_sets(evaluated["sets"]), evaluated["k"]
+    sets, ks = sorted_sets(evaluated["sets"]), evaluated["k"]
     best, k = headline_figures(data)
     pairs = evaluated["truth"]["pairs"]
     lede = f"{count(evaluated['users'])} users engaged with {count(pairs)} ads after the snapshot. "
@@ -397,5 +399,5 @@ def _place(name: str) -> tuple[int, int, str]:
     return (first.get(name, 5), 0, name)
 
 
-def _sorted_sets(sets: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
+def sorted_sets(sets: list[Mapping[str, Any]]) -> list[Mapping[str, Any]]:
     return sorted(sets, key=lambda s: _place(s["name"]))

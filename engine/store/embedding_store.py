@@ -285,9 +285,11 @@ class EmbeddingStore:
         """user_id, country, item_ids, scores, reasons, graphs, sorted by (country, user_id); `users`: only theirs."""
         return self._candidates.read(self.published(generation, "candidates", name), users)
 
-    def iter_candidates(self, generation: str | None = None, name: str = "alure") -> Iterator[pa.RecordBatch]:
-        """The same columns in batches of at most 1024 users, in no particular order."""
-        return self._candidates.scan(self.published(generation, "candidates", name), batch_rows=1024)
+    def iter_candidates(
+        self, generation: str | None = None, name: str = "alure", columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        """The same columns (or only `columns`) in batches of at most 1024 users, in no particular order."""
+        return self._candidates.scan(self.published(generation, "candidates", name), 1024, columns)
 
     def write_popularity(self, source: str | Generation, rows: Rows, properties: Mapping[str, Any]) -> Generation:
         """rows: country, item_ids, scores; one row a country, best first."""

@@ -90,8 +90,11 @@ class WholeTable:
         rows = self.data.table(where, COLUMNS[self.table])
         return in_order(rows) if "user_id" in rows.schema.names else rows.sort_by("country")
 
-    def scan(self, chosen: Generation, batch_rows: int) -> Iterator[pa.RecordBatch]:
-        return self.data.scan(_of(chosen), COLUMNS[self.table], batch_rows) if chosen.rows else iter(())
+    def scan(
+        self, chosen: Generation, batch_rows: int, columns: Sequence[str] | None = None
+    ) -> Iterator[pa.RecordBatch]:
+        wanted = list(columns) if columns is not None else COLUMNS[self.table]
+        return self.data.scan(_of(chosen), wanted, batch_rows) if chosen.rows else iter(())
 
     def _remove(self, write_id: str | None) -> None:
         self.data.delete(f"write_id = '{write_id}'")

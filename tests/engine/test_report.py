@@ -13,7 +13,15 @@ import scipy.sparse as sp
 from support.browser import dump_dom, probed, with_probe
 
 from alure.engine.config import Config, EvaluationConfig, EventsConfig
-from alure.engine.evaluation import ReportData, evaluate, figures, gather_report_data, summary, write_report
+from alure.engine.errors import InputError
+from alure.engine.evaluation import (
+    ReportData,
+    evaluate,
+    gather_report_data,
+    summary,
+    write_figure,
+    write_report,
+)
 from alure.engine.evaluation.charts import THEMED
 from alure.engine.evaluation.layout import neighbour_layout, pca
 from alure.engine.evaluation.sections import ranking
@@ -233,14 +241,16 @@ def test_degrees_add_up(data: ReportData) -> None:
 
 @pytest.mark.parametrize("suffix", ["svg", "png"])
 def test_readme_figure(data: ReportData, tmp_path: Path, suffix: str) -> None:
-    path = tmp_path / f"recall.{suffix}"
-    evaluated = data.report("evaluate")
-    figures.readme(path, evaluated["sets"], evaluated["k"], data.embedding_map)
-    first = path.read_bytes()
-    figures.readme(path, evaluated["sets"], evaluated["k"], data.embedding_map)
-    assert path.read_bytes() == first
+    first = write_figure(tmp_path / f"a.{suffix}", data).read_bytes()
+    assert write_figure(tmp_path / f"b.{suffix}", data).read_bytes() == first
     assert len(first) > 10_000
-    figures.readme(path, evaluated["sets"], evaluated["k"], None)
+    assert THEMED.ink.encode() not in first
+    write_figure(tmp_path / f"c.{suffix}", replace(data, embedding_map=None))
+
+
+def test_readme_figure_without_recall_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="no measured recall"):
+        write_figure(tmp_path / "a.svg", ReportData(name="Nothing", seed=0, as_of=None, config={}))
 
 
 def test_layout_keeps_groups_together() -> None:
