@@ -28,7 +28,7 @@ class Case:
         """products: X(XᵀY) [B, n, r], however it was made."""
         c = self.c
         flat = products.flatten(1)
-        hidden = F.silu(F.rms_norm(flat, flat.shape[1:]) @ c.hidden_weight + c.hidden_bias)
+        hidden = F.gelu(F.rms_norm(flat, flat.shape[1:]) @ c.hidden_weight + c.hidden_bias, approximate="tanh")
         mixed = (hidden @ c.output_weight + c.output_bias).view(-1, K, D)
         return F.normalize(F.rms_norm(c.linear @ self.x + c.gate * mixed, (D,)), dim=-1)
 

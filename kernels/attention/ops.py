@@ -38,6 +38,7 @@ from alure.kernels.attention.bias import (
 from alure.kernels.backend import resolve_backend
 from alure.kernels.jagged import check_offsets, check_timestamps
 
+BACKENDS = ("triton", "native", "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_TRITON_HEAD = 256
 

@@ -8,6 +8,7 @@ from alure.kernels.backend import resolve_backend
 from alure.kernels.candidates import reference
 from torch import Tensor
 
+BACKENDS = ("native", "reference")
 _MAX_ITEMS = 2**31  # item ids are int32
 
 
@@ -78,7 +79,7 @@ def join_candidates(
         raise ValueError(f"cap: expected at least 1, got {cap}")
     if num_items is not None and not 0 <= num_items <= _MAX_ITEMS:
         raise ValueError(f"num_items: expected 0 to 2**31, got {num_items}")
-    backend = resolve_backend(backend, neighbors.offsets.device, ("native", "reference"))
+    backend = resolve_backend(backend, neighbors.offsets.device, BACKENDS)
     return Candidates(
         *_join_candidates(
             neighbors.offsets,

@@ -16,7 +16,7 @@ from alure.kernels.compression.parameters import (
     check_interaction,
 )
 
-SUPPORTED = ("triton", "reference")
+BACKENDS = ("triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -56,7 +56,7 @@ def compress(x: Tensor, compression: DotLinearCompression | InteractionCompressi
 
 def _resolve(backend: str, x: Tensor, d: int, rows_of_w: int) -> str:
     """The backend of the two kernels here. "auto" takes the reference where the kernels have no such shape or dtype."""
-    chosen = resolve_backend(backend, x.device, SUPPORTED)
+    chosen = resolve_backend(backend, x.device, BACKENDS)
     if chosen == "reference":
         return chosen
     from alure.kernels.compression import kernel

@@ -9,7 +9,7 @@ from alure.kernels.backend import resolve_backend
 from alure.kernels.encoding import reference
 from alure.kernels.encoding.arguments import EventColumns, EventEncoder, check_arguments, check_values
 
-SUPPORTED = ("triton", "reference")
+BACKENDS = ("triton", "reference")
 
 
 def encode_events(
@@ -57,7 +57,7 @@ def encode_events(
     """
     events = EventColumns(ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
     check_arguments(table, events, encoder)
-    backend = resolve_backend(backend, table.device, SUPPORTED)
+    backend = resolve_backend(backend, table.device, BACKENDS)
     if backend == "triton" and table.dtype == torch.float64:
         raise ValueError("backend: 'triton' computes in float32, got a float64 table; use backend='reference'")
     return _encode(table, *_flatten(events, encoder), backend)

@@ -16,7 +16,7 @@ from alure.kernels.neighbors import reference
 from alure.kernels.neighbors.duplicates import first_copies
 from alure.kernels.neighbors.scores import Search, decode
 
-SUPPORTED = ("reference", "triton")
+BACKENDS = ("triton", "reference")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 MAX_ROWS = (1 << 31) - 1
@@ -158,7 +158,7 @@ def _resolve(backend: str, x: Tensor, keep: int) -> str:
     """Under "auto" the reference takes what Triton does not: float64, and more than TRITON_KEEPS best."""
     if backend == "auto" and (x.dtype == torch.float64 or keep > TRITON_KEEPS):
         return "reference"
-    return resolve_backend(backend, x.device, SUPPORTED)
+    return resolve_backend(backend, x.device, BACKENDS)
 
 
 def _implementation(backend: str) -> ModuleType:

@@ -9,7 +9,7 @@ from alure.kernels.backend import resolve_backend
 from alure.kernels.quantization import reference
 from alure.kernels.scatter import sum_rows
 
-SUPPORTED = ("triton", "reference")
+BACKENDS = ("triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -30,7 +30,7 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, backend: str = "auto") ->
         TypeError, ValueError: naming the tensor, what was expected, and what came.
     """
     _check(x, codebooks)
-    backend = resolve_backend(backend, x.device, SUPPORTED)
+    backend = resolve_backend(backend, x.device, BACKENDS)
     if backend == "triton" and x.dtype == torch.float64:
         raise ValueError("backend: 'triton' computes in float32, got float64 vectors; use backend='reference'")
     residual, codes = _quantize(x, codebooks, backend)
