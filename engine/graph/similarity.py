@@ -100,28 +100,19 @@ class SimilarityGraph:
 
     def check_integrity(self) -> None:
         """Raise AlureError unless the arrays are what the class says."""
-        n = self.num_users
-        out_degree = np.diff(self.offsets)
-        source = np.repeat(np.arange(n), np.maximum(out_degree, 0))
-        same_source = source[1:] == source[:-1] if len(source) == self.num_edges else np.zeros(0, dtype=bool)
-        problems = {
-            "a country for every user": len(self.countries) == n,
-            "offsets that tile the edges": len(self.offsets) == n + 1
-            and self.offsets[0] == 0
-            and bool((out_degree >= 0).all())
-            and self.offsets[-1] == self.num_edges == len(self.similarities),
-            "every user once": len(pc.unique(self.user_ids)) == n,
-            "neighbours among the users": self.num_edges == 0
-            or (int(self.neighbors.min()) >= 0 and int(self.neighbors.max()) < n),
-            "no user as its own neighbour": len(source) != self.num_edges or not bool((source == self.neighbors).any()),
-            "every neighbour once a user": len(source) != self.num_edges
-            or len(np.unique(source.astype(np.int64) * max(n, 1) + self.neighbors)) == self.num_edges,
-            "finite similarities": bool(np.isfinite(self.similarities).all()),
-            "best first": not bool((same_source & (np.diff(self.similarities) > 0)[: len(same_source)]).any()),
-        }
-        for expected, holds in problems.items():
-            if not holds:
-                raise AlureError(f"graph: expected {expected}; it is damaged, build it again (alure graph)")
+        n, edges = self.num_users, self.num_edges
+        _require("a country for every user", len(self.countries) == n)
+        _require("every user once", len(pc.unique(self.user_ids)) == n)
+        bounds = self.offsets
+        tiled = len(bounds) == n + 1 and bounds[0] == 0 and bounds[-1] == edges == len(self.similarities)
+        _require("offsets that tile the edges", tiled and not (np.diff(bounds) < 0).any())
+        source = np.repeat(np.arange(n, dtype=np.int64), np.diff(bounds))
+        _require("neighbours among the users", not ((self.neighbors < 0) | (self.neighbors >= n)).any())
+        _require("no user as its own neighbour", not (source == self.neighbors).any())
+        _require("every neighbour once a user", len(np.unique(source * n + self.neighbors)) == edges)
+        _require("finite similarities", np.isfinite(self.similarities).all())
+        rises = (np.diff(self.similarities) > 0) & (source[1:] == source[:-1])
+        _require("neighbours best first", not rises.any())
 
     def batches(self, rows: int = BATCH_ROWS) -> Iterator[pa.RecordBatch]:
         """The store's graph table: user_id, country, neighbor_ids, similarities; at least one batch."""
@@ -161,6 +152,11 @@ class SimilarityGraph:
         graph = cls(user_ids, countries, offsets, rows.to_numpy().astype(np.int32), values)
         graph.check_integrity()
         return graph
+
+
+def _require(expected: str, holds: bool | np.bool_) -> None:
+    if not holds:
+        raise AlureError(f"graph: expected {expected}; it is damaged, build it again (alure graph)")
 
 
 def _whole(column: pa.ChunkedArray) -> pa.Array:
