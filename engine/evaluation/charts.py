@@ -9,6 +9,7 @@ import re
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, fields
+from typing import Any, Literal
 
 import matplotlib
 from matplotlib.axes import Axes
@@ -80,7 +81,7 @@ def label(name: str) -> str:
 @contextmanager
 def style(palette: Palette) -> Iterator[None]:
     """Matplotlib settings of all charts."""
-    settings = {
+    settings: dict[Any, Any] = {
         "font.size": 10.0,
         "axes.titlesize": 10.5,
         "axes.titleweight": "bold",
@@ -159,7 +160,7 @@ COUNTS = FuncFormatter(thousands)
 PERCENT = FuncFormatter(lambda value, _position: f"{100 * value:.3g}%")
 
 
-def only_grid(axes: Axes, axis: str) -> None:
+def only_grid(axes: Axes, axis: Literal["x", "y"]) -> None:
     """Grid lines across `axis` ("x" or "y") only, and no tick marks."""
     axes.grid(False)
     axes.grid(True, axis=axis)

@@ -80,8 +80,8 @@ def training(curve: Sequence[Mapping[str, float]], validation: Sequence[tuple[st
         axes.set_title("Loss while training")
         only_grid(axes, "y")
         axes.legend(loc="upper right", ncols=2)
-        for axes, part in zip(panels[1:], beside):
-            _beside_baseline(axes, part)
+        for axes, pairs in zip(panels[1:], beside):
+            _beside_baseline(axes, pairs)
         return to_svg(drawn, "Training loss and validation")
 
 
@@ -90,7 +90,7 @@ def _beside_baseline(axes: Axes, pairs: Sequence[tuple[str, float, float, str]])
     place = np.arange(len(pairs))
     is_recall = pairs[0][0].startswith("recall")
     for shift, index, colour in ((-0.19, 1, THEMED.alure), (0.19, 2, THEMED.popularity)):
-        heights = [float(pair[index]) for pair in pairs]  # type: ignore[arg-type]
+        heights = [float(pair[index]) for pair in pairs]
         if is_recall:
             axes.bar(place + shift, heights, width=0.36, color=colour)
         else:

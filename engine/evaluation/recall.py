@@ -231,7 +231,7 @@ def _measure(
 ) -> list[dict[str, Any]]:
     """Fill in every set's metrics with intervals; returns the paired differences. All share the bootstrap samples."""
     columns: dict[tuple[str, str, int], int] = {}
-    values = []
+    values: list[np.ndarray] = []
     num_relevant = wanted.num_relevant
     empty = np.empty(0, np.int64)
     for tally in tallies:

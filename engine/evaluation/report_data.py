@@ -183,8 +183,8 @@ def _graph_figures(store: EmbeddingStore, graph: Generation) -> dict[str, Any]:
     counts, edges = (
         np.histogram(values, bins=SIMILARITY_BINS) if len(values) else (np.zeros(1, int), np.array([0.0, 1.0]))
     )
-    pointed = pc.value_counts(pa.chunked_array(neighbors)) if neighbors else []
-    degrees = np.bincount(pointed.field("counts").to_numpy(zero_copy_only=False)) if len(pointed) else np.zeros(1, int)
+    pointed = pc.value_counts(pa.chunked_array(neighbors)).field("counts") if neighbors else pa.array([], pa.int64())
+    degrees = np.bincount(pointed.to_numpy(zero_copy_only=False), minlength=1)
     degrees[0] = max(users - int(degrees[1:].sum()), 0)  # nobody's neighbour
     return {
         "users": users,

@@ -49,10 +49,10 @@ def funnel(data: ReportData) -> Section:
     """What each stage made of what it got, and how long it took."""
     log, stages = data.log or {}, data.stages
     retrieved = data.report("retrieve")
-    largest = max(retrieved.values(), key=lambda r: r.get("candidates", 0), default={})
+    largest: Mapping[str, Any] = max(retrieved.values(), key=lambda r: r.get("candidates", 0), default={})
     evaluated = data.report("evaluate")
     edges = sum(graph["edges"] for graph in data.graphs.values())
-    rows = [
+    rows: list[tuple[str, Any, str, str]] = [
         ("Events", log.get("num_events"), "ingest", f"from {count(len(log.get('sources', [])))} sources"),
         ("Users", log.get("num_users"), "train", f"in {count(len(log.get('countries', [])))} countries"),
         ("Embeddings", (data.embeddings or {}).get("users"), "refresh", "users with an event up to the snapshot"),
