@@ -41,16 +41,24 @@ class SourceStack(nn.Module):
     def forward(
         self, tokens: Tensor, sequence: EventSequence, reference_times: Tensor
     ) -> tuple[list[Tensor], SourceContext]:
-        """tokens [n, d] → (one [B, m, d] a tap, the last tap's keys and values)."""
+        """tokens [n, d] → (one [B, m, d] a tap, the last tap's keys and values). Absent users cost nothing."""
+        present = sequence.lengths.nonzero().squeeze(1)
+        offsets = torch.cat([sequence.offsets[present], sequence.offsets[-1:]])
+        snapshot_times = reference_times[present]
         pooled: list[Tensor] = []
         for depth, layer in enumerate(self.layers, start=1):
-            tokens = layer(tokens, sequence.offsets, sequence.timestamps)
+            tokens = layer(tokens, offsets, sequence.timestamps)
             if str(depth) in self.taps:
                 tap = self.taps[str(depth)]
                 assert isinstance(tap, Tap)
-                context = tap.context(tokens, sequence.offsets, sequence.timestamps)
-                pooled.append(tap(context, reference_times))
-        return pooled, context
+                context = tap.context(tokens, offsets, sequence.timestamps)
+                pooled.append(spread(tap(context, snapshot_times), present, reference_times.shape[0]))
+        return pooled, context._replace(offsets=sequence.offsets)
+
+
+def spread(x: Tensor, rows: Tensor, count: int) -> Tensor:
+    """[count, …] with x at `rows`, increasing, and zeros elsewhere."""
+    return x if rows.shape[0] == count else x.new_zeros(count, *x.shape[1:]).index_copy(0, rows, x)
 
 
 class UserModel(nn.Module):
