@@ -328,7 +328,7 @@ def test_bad_follows_are_named(tmp_path: Path) -> None:
     ):
         read_follows(path, ids)
     path = write(tmp_path / "c.parquet", user_id=[1], followed_id=[2])
-    with pytest.raises(InputError, match="expected ids of type string .* got int64"):
+    with pytest.raises(InputError, match=r"expected ids of type string .* got int64"):
         read_follows(path, pa.array(["1"]))
     path = write(tmp_path / "e.parquet", user_id=[1.5], followed_id=[2])
     with pytest.raises(InputError, match="got double"):
