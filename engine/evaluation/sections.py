@@ -54,7 +54,12 @@ def funnel(data: ReportData) -> Section:
     edges = sum(graph["edges"] for graph in data.graphs.values())
     rows: list[tuple[str, Any, str, str]] = [
         ("Events", log.get("num_events"), "ingest", f"from {count(len(log.get('sources', [])))} sources"),
-        ("Users", log.get("num_users"), "train", f"in {count(len(log.get('countries', [])))} countries"),
+        (
+            "Users",
+            log.get("num_users"),
+            "train",
+            f"in {count(len(log.get('countries', [])))} countries; training learns from them",
+        ),
         ("Embeddings", (data.embeddings or {}).get("users"), "refresh", "users with an event up to the snapshot"),
         ("Edges", edges or None, "graph", f"in {len(data.graphs)} graphs"),
         ("Candidates", largest.get("candidates"), "retrieve", f"largest set of {len(retrieved)}"),

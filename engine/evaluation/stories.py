@@ -43,7 +43,8 @@ def tell_stories(
     sample = np.sort(np.random.default_rng(config.seed).permutation(eligible)[:SAMPLE])
     ids = events.users["user_id"].take(pa.array(sample))
     lists = store.read_candidates(chosen.generation, blend, users=ids.to_pylist())
-    later = _later_engagements(truth, chosen.as_of, config, ids)
+    rows = read_truth(truth, chosen.as_of, events.manifest.ad_sources) if truth else None
+    later = _later_engagements(engagements(rows, config.evaluation.truth_types), ids) if rows else {}
     picked = _pick(lists, later)
     neighbors = store.read_graph(chosen.generation, graph, users=[row["user_id"] for row in picked])
     links = {row["user_id"]: row for row in neighbors.to_pylist()}
@@ -87,16 +88,10 @@ def _take_turns(rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
     return [rows[place] for _, place in sorted(turns)]
 
 
-def _later_engagements(
-    truth: Path | None, as_of: int, config: Config, ids: pa.ChunkedArray
-) -> dict[Any, dict[Any, str]]:
-    """{user: {item: event type}} of what was done after the snapshot."""
-    if truth is None:
-        return {}
-    rows = engagements(read_truth(truth, as_of, None), config.evaluation.truth_types)
-    rows = rows.filter(pa.array(indices(rows["user_id"], ids) >= 0))
+def _later_engagements(rows: pa.Table, ids: pa.ChunkedArray) -> dict[Any, dict[Any, str]]:
+    """{user: {item: event type}} of what users `ids` did after the snapshot."""
     found: dict[Any, dict[Any, str]] = {}
-    for row in rows.to_pylist():
+    for row in rows.filter(pa.array(indices(rows["user_id"], ids) >= 0)).to_pylist():
         found.setdefault(row["user_id"], {})[row["item_id"]] = row["event_type"] or "engaged"
     return found
 
