@@ -345,7 +345,7 @@ def _case(kernel, config: Config, dtype: str, head_dim: int):
 
 
 _KERNELS = (forward_kernel, backward_q_kernel, backward_kv_kernel)
-_COMMON = (("bf16", 64, _KERNELS), ("bf16", 128, _KERNELS[:1]), ("fp32", 64, _KERNELS[:1]))
+_COMMON = (("bf16", 64, _KERNELS), ("fp32", 64, _KERNELS[:1]))
 _ALL = [(dtype, head_dim, _KERNELS) for dtype in ("bf16", "fp32") for head_dim in HALF_CONFIGS]
 
 

@@ -6,8 +6,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from support.attention import TARGETS, Problem, assert_as_exact_as_plain, random_problem, require, with_gradients
 
-LENGTHS = [0, 5, 1, 37, 0, 3]
-KEY_LENGTHS = [3, 5, 1, 70, 0, 0]
+LENGTHS = [0, 5, 37, 0, 3]
+KEY_LENGTHS = [3, 5, 70, 0, 0]
 OPTIONS = {
     "bidirectional": (False, None),
     "causal": (True, None),
@@ -50,6 +50,8 @@ def test_reference_is_the_definition(option: str, key_lengths: list[int] | None)
 @pytest.mark.parametrize("option", OPTIONS)
 def test_float32(option: str, key_lengths: list[int] | None, backend: str, device: str) -> None:
     require(backend, device)
+    if (backend, device) == ("triton", "cpu") and key_lengths is None:
+        pytest.skip("interpreted: the cross case takes the same path")
     compare(with_options(random_problem(LENGTHS, key_lengths, head_dim=12), option), backend, device, torch.float32)
 
 
@@ -59,14 +61,14 @@ def test_half_precision(dtype: torch.dtype, backend: str, device: str) -> None:
     require(backend, device)
     if backend == "native":
         pytest.skip("native is float32")
-    compare(with_options(random_problem([40, 1, 0]), "causal"), backend, device, dtype)
+    compare(with_options(random_problem([40, 0, 1], num_heads=1), "causal"), backend, device, dtype)
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
 @pytest.mark.parametrize("head_dim", [1, 20, 96, 256])
 def test_head_dims(head_dim: int, backend: str, device: str) -> None:
     require(backend, device)
-    compare(random_problem([17, 2], head_dim=head_dim), backend, device, torch.float32)
+    compare(random_problem([17, 2], num_heads=1, head_dim=head_dim), backend, device, torch.float32)
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
@@ -119,7 +121,7 @@ def test_any_batch_native(problem: Problem) -> None:
     compare(problem, "native", "cpu", torch.float32)
 
 
-@settings(max_examples=6, deadline=None, database=None, phases=[Phase.generate])  # interpreted: no time to shrink
+@settings(max_examples=5, deadline=None, database=None, phases=[Phase.generate])  # interpreted: no time to shrink
 @given(problem=problems(longest_batch=2))
 def test_any_batch_triton(problem: Problem) -> None:
     require("triton", "cpu")
