@@ -42,7 +42,7 @@ def read_follows(path: str | Path, user_ids: pa.Array) -> Follows:
     columns = [_ids(table, name, user_ids.type, path) for name in COLUMNS]
     nulls = pc.or_(pc.is_null(columns[0]), pc.is_null(columns[1])).to_numpy(zero_copy_only=False)
     rows = [pc.fill_null(pc.index_in(column, value_set=user_ids), -1).to_numpy() for column in columns]
-    return follows_of(*(row[~nulls] for row in rows), len(user_ids), nulls=int(nulls.sum()))
+    return follows_of(rows[0][~nulls], rows[1][~nulls], len(user_ids), nulls=int(nulls.sum()))
 
 
 def follows_of(users: np.ndarray, followed: np.ndarray, num_users: int, *, nulls: int = 0) -> Follows:

@@ -101,7 +101,7 @@ def build_similarity_graph(
 def _by_country(countries: Countries, n: int) -> tuple[pa.Array, list[tuple[str, np.ndarray]]]:
     """(a label a user, [(country, its rows ascending)] by name)."""
     if isinstance(countries, Sequence) and len(countries) and isinstance(countries[0], tuple):
-        ranges = [(str(name), int(first), int(count)) for name, first, count in countries]
+        ranges = [(str(each[0]), int(each[1]), int(each[2])) for each in countries]
         ends = [0, *(first + count for _, first, count in ranges)]
         if [first for _, first, _ in ranges] != ends[:-1] or ends[-1] != n or any(count < 0 for *_, count in ranges):
             raise InputError(f"countries: expected ranges that tile the {n:,} users in order, got {ranges[:5]}")

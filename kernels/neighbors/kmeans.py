@@ -5,7 +5,7 @@ import heapq
 import torch
 from torch import Tensor
 
-from alure.kernels.neighbors.ops import assign_clusters
+from alure.kernels.neighbors.ops import Metric, assign_clusters
 
 SPLIT = 1.0 / 1024  # relative distance of the two halves of a split cluster (as in FAISS)
 
@@ -50,7 +50,7 @@ def train_kmeans(
     sampled = torch.randperm(x.shape[0], generator=generator)[: nlist * max_points_per_centroid].to(x.device)
     centroids = x[sampled[:nlist]] if start is None else start.to(x).clone()
     points = x[sampled.sort().values]
-    metric = "ip" if spherical else "l2"
+    metric: Metric = "ip" if spherical else "l2"
     if spherical:
         centroids = _normalised(centroids)
     for _ in range(niter):
