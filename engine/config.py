@@ -94,9 +94,9 @@ class TaskConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: int = Field(600, ge=0)
+    steps: int | None = Field(None, ge=0, description="default: 4 passes over the users, 150 to 600 steps")
     batch_users: int = Field(128, ge=1)
-    learning_rate: float = Field(2e-3, gt=0)
+    learning_rate: float = Field(5e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
     max_events: int = Field(128, ge=1, description="newest events a source that training reads")
     label_horizon: int = Field(7 * DAY, ge=1, description="seconds after the snapshot that hold its positives")

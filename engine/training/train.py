@@ -25,6 +25,7 @@ from alure.engine.training.validation import Validation
 
 SAVES = 4  # checkpoints on the way, beside the last
 CURVE_POINTS = 100
+PASSES, FEWEST_STEPS, MOST_STEPS = 4, 150, 600  # over the users, where the configuration gives no number of steps
 
 
 @dataclass
@@ -80,7 +81,7 @@ def train(
         report = TrainReport(
             model=str(out),
             as_of=as_of,
-            steps=config.steps,
+            steps=number_of_steps(config, len(sampler.users)),
             users=len(sampler.users),
             targets=int(sampler.count.sum()),
             parameters=sum(p.numel() for p in model.parameters()),
@@ -90,23 +91,23 @@ def train(
         if split < as_of:
             validation = Validation(events, sampler, config, split, as_of, seed)
             report.validation = validation.measure(model.eval(), catalog)
-        save(model, report, config.steps)
+        save(model, report, report.steps)
     return report
 
 
 def fit(
     model: AlureModel, events: Events, sampler: Sampler, config: TrainingConfig, catalog: Catalog, report: TrainReport
 ) -> None:
-    """Run config.steps steps; fills in the report's curve, rate and temperature."""
-    device = catalog.items.device
-    optimization = Optimization(model, model.user.table, config.learning_rate, config.weight_decay, config.steps)
-    curve = Curve(every=math.ceil(config.steps / CURVE_POINTS))
-    save_every = math.ceil(config.steps / (SAVES + 1))
+    """Run report.steps steps; fills in the report's curve, rate and temperature."""
+    device, steps = catalog.items.device, report.steps
+    optimization = Optimization(model, model.user.table, config.learning_rate, config.weight_decay, steps)
+    curve = Curve(every=math.ceil(steps / CURVE_POINTS))
+    save_every = math.ceil(steps / (SAVES + 1))
     saved = None
     started = time.monotonic()
     model.train()
-    with track("Training", config.steps, "steps") as bar:
-        for step in range(config.steps):
+    with track("Training", steps, "steps") as bar:
+        for step in range(steps):
             sample = sampler.draw()
             batch = events.batch(sample.users, sample.as_of, config.max_events).to(device)
             losses = compute_losses(model, batch, sample, sampler, config, catalog)
@@ -115,18 +116,24 @@ def fit(
             if not (math.isfinite(values["loss"]) and optimization.step(step)):
                 left = f"the checkpoint of step {saved} is in {report.model}" if saved else "no checkpoint was written"
                 raise AlureError(
-                    f"training: the loss or its gradient stopped being finite at step {step + 1} of {config.steps} "
+                    f"training: the loss or its gradient stopped being finite at step {step + 1} of {steps} "
                     f"({', '.join(f'{name} {value:.4g}' for name, value in values.items())}); {left}; "
                     f"try a training.learning_rate below {config.learning_rate:g}"
                 )
             curve.add(step + 1, values)
-            if (step + 1) % save_every == 0 and step + 1 < config.steps:
+            if (step + 1) % save_every == 0 and step + 1 < steps:
                 save(model, report, saved := step + 1)
             bar.advance(note=f"loss {curve.recent:.3f}")
     report.seconds = time.monotonic() - started
-    report.steps_per_second = config.steps / max(report.seconds, 1e-9)
+    report.steps_per_second = steps / max(report.seconds, 1e-9)
     report.curve = curve.points
     report.temperature = float(model.temperature.detach())
+
+
+def number_of_steps(config: TrainingConfig, num_users: int) -> int:
+    if config.steps is not None:
+        return config.steps
+    return min(max(math.ceil(PASSES * num_users / config.batch_users), FEWEST_STEPS), MOST_STEPS)
 
 
 class Curve:

@@ -19,7 +19,7 @@ from alure.engine.training import TrainReport, train
 from alure.engine.training.losses import CandidateItems, sampled_softmax
 from alure.engine.training.metrics import item_rates, normalized_entropy, recall_at, top_columns
 from alure.engine.training.optimizer import RowwiseAdagrad, schedule
-from alure.engine.training.train import split_time
+from alure.engine.training.train import number_of_steps, split_time
 
 
 def test_log_q_on_the_negatives_only_gives_the_gradient_of_the_full_softmax() -> None:
@@ -128,6 +128,13 @@ def test_schedule_warms_up_and_falls() -> None:
     assert rates[10:] == sorted(rates[10:], reverse=True)
     assert 0.05 <= rates[-1] < 0.06
     assert schedule(0, 1) == 1.0
+
+
+def test_steps_grow_with_the_users_within_bounds() -> None:
+    assert number_of_steps(TrainingConfig(steps=0), 10**9) == 0
+    assert number_of_steps(TrainingConfig(), 40) == 150
+    assert number_of_steps(TrainingConfig(batch_users=100), 10_001) == 401
+    assert number_of_steps(TrainingConfig(), 10**9) == 600
 
 
 def test_validation_time_ignores_a_few_outliers() -> None:
