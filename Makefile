@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find kernels en
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow test-gpu lint browser figures sanitize clean help
+.PHONY: demo test test-slow test-gpu lint browser figures bench-gpu sanitize clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -33,6 +33,18 @@ lint: $(VENV)/.alure-dev
 
 browser:  ## Chromium, which the report's test opens the report in (Debian, Ubuntu)
 	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
+
+figures: demo  ## the README's figure, from the demo
+	mkdir -p docs && cp $(OUT)/overview.svg docs/overview.svg
+
+bench-gpu: $(VENV)/.alure-dev  ## on a CUDA machine: the gpu tests, then every race, appended to bench/results/
+	$(BIN)/pytest -m gpu -q
+	$(BIN)/alure bench all --out bench/results/$$($(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())").jsonl
+
+sanitize: $(VENV)/.alure-dev  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
+	$(PIP) install --quiet -c constraints.txt --no-deps --force-reinstall --config-settings=cmake.define.ALURE_SANITIZE=ON .
+	LD_PRELOAD=$$(gcc -print-file-name=libasan.so) ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q tests/kernels/test_candidates.py tests/kernels/test_native_attention.py
+	rm $(VENV)/.alure-dev
 
 clean:  ## remove the environment and everything built
 	rm -rf $(VENV) build dist demo

@@ -131,7 +131,7 @@ class GraphConfig(Section):
 class RetrievalConfig(Section):
     cap: int = Field(1500, ge=1)
     graphs: dict[str, float] = Field(
-        default={"alure": 1.0, "social": 0.5, "ppr": 0.5}, description="graph: weight in the blend, where present"
+        default={"alure": 1.0, "social": 0.1, "ppr": 0.1}, description="graph: weight in the blend, where present"
     )
     engagement: dict[str, float] = Field(
         default={"view": 0.0, "click": 1.0, "conversion": 3.0}, description="event type: weight; others weigh 1"

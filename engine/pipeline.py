@@ -17,7 +17,7 @@ import pyarrow.parquet as pq
 
 from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphConfig, TrainingConfig
 from alure.engine.errors import InputError
-from alure.engine.evaluation import evaluate, gather_report_data, summary, write_report
+from alure.engine.evaluation import evaluate, gather_report_data, summary, write_figure, write_report
 from alure.engine.events import Events, ingest
 from alure.engine.graph import build_graphs
 from alure.engine.progress import say
@@ -171,6 +171,8 @@ def publish_report(
         truth=truth,
     )
     report = write_report(chain.config.output, data)
+    if data.report("evaluate"):
+        write_figure(chain.path("overview.svg"), data)
     found = summary(data)
     found["seconds"]["report"] = round(time.monotonic() - started, 2)
     found |= {"peak_rss_bytes": peak_rss(), "report": str(report)}
