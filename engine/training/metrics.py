@@ -32,8 +32,12 @@ def item_rates(items: np.ndarray, labels: np.ndarray, num_items: int) -> np.ndar
     return (positive + SMOOTHING * base) / (shown + SMOOTHING)
 
 
-def top_columns(users: Tensor, ads: Tensor, k: int, block: int = 256) -> Tensor:
-    """Columns of the k best ads of each user, best first: users [B, k', d], ads [N, k', d] → int64 [B, k]."""
+def top_columns(users: Tensor, ads: Tensor, k: int, scores_held: int = 1 << 24) -> Tensor:
+    """Columns of the k best ads of each user, best first: users [B, k', d], ads [N, k', d] → int64 [B, k].
+
+    At most about `scores_held` scores are held at once.
+    """
+    block = max(1, scores_held // max(1, ads.shape[0]))
     best = [two_tower_scores(part, ads).topk(min(k, ads.shape[0]), dim=1).indices for part in users.split(block)]
     return torch.cat(best) if best else torch.empty(0, k, dtype=torch.int64)
 

@@ -57,14 +57,17 @@ def train(
     as_of: int | None = None,
     seed: int = 0,
     warm_start: Path | None = None,
-    device: torch.device | str = "cpu",
+    device: torch.device | str | None = None,
 ) -> TrainReport:
     """Train on the events up to `as_of` (default: all) and write a checkpoint to the folder `out`.
 
     The same seed gives the same checkpoint, bit for bit, on one CPU with one number of threads. InputError where the
     log, the configuration or the checkpoint to start from do not fit; AlureError where the loss stops being finite,
-    with the last good checkpoint left in `out`.
+    with the last good checkpoint left in `out`. device: the GPU by default, where there is one.
     """
+    if out.is_file():
+        raise InputError(f"model: {out} is a file, expected a folder to write the checkpoint into")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     as_of = events.manifest.last_timestamp if as_of is None else as_of
     with threads(config.threads), torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
@@ -101,7 +104,7 @@ def fit(
     """Run report.steps steps; fills in the report's curve, rate and temperature."""
     device, steps = catalog.items.device, report.steps
     optimization = Optimization(model, model.user.table, config.learning_rate, config.weight_decay, steps)
-    curve = Curve(every=math.ceil(steps / CURVE_POINTS))
+    curve = Curve(steps)
     save_every = math.ceil(steps / (SAVES + 1))
     saved = None
     started = time.monotonic()
@@ -137,10 +140,10 @@ def number_of_steps(config: TrainingConfig, num_users: int) -> int:
 
 
 class Curve:
-    """Means of the losses over every `every` steps."""
+    """Means of the losses over stretches of steps, CURVE_POINTS of them or fewer."""
 
-    def __init__(self, every: int) -> None:
-        self.every = every
+    def __init__(self, steps: int) -> None:
+        self.steps, self.every = steps, math.ceil(steps / CURVE_POINTS)
         self.points: list[dict[str, float]] = []
         self.pending: dict[str, list[float]] = {}
         self.recent = math.nan
@@ -149,7 +152,7 @@ class Curve:
         for name, value in values.items():
             self.pending.setdefault(name, []).append(value)
         self.recent = values["loss"] if math.isnan(self.recent) else 0.95 * self.recent + 0.05 * values["loss"]
-        if step % self.every == 0:
+        if step % self.every == 0 or step == self.steps:
             self.points.append({"step": step, **{name: sum(v) / len(v) for name, v in self.pending.items()}})
             self.pending = {}
 

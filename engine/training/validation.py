@@ -1,17 +1,18 @@
 """Figures on the newest part of the training time: what the model, asleep since `split`, knows of what came after."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 import torch
 
 from alure.engine.config import TrainingConfig
-from alure.engine.events import Events
+from alure.engine.events import EventBatch, Events
 from alure.engine.model import AlureModel, Catalog
 from alure.engine.training.metrics import item_rates, normalized_entropy, recall_at, top_columns
 from alure.engine.training.sampling import Sampler, Shown, ranges
 from alure.engine.training.step import task_logits
-from alure.engine.training.targets import Exposures
+from alure.engine.training.targets import Exposures, Timeline
 
 USERS = 2_000  # at most, for each figure
 RECALL_AT = (10, 50)
@@ -36,7 +37,7 @@ class Validation:
         """Recall@K over all items engaged with up to as_of, beside that of the most popular items up to split."""
         targets = self.sampler.targets
         end = min(self.split + self.config.label_horizon, self.as_of)
-        users, start, count = self._users_between(targets.up_to, end)
+        users, start, count = self._users_between(targets, end)
         if not len(users):
             return {"note": "no user with events before the split has a target after it", "users": 0}
         candidates = np.unique(targets.items[targets.timestamps <= self.as_of])
@@ -67,7 +68,7 @@ class Validation:
         A window longer than half the validation time is cut to that half, so that every label is complete.
         """
         window = min(task.window, (self.as_of - self.split) // 2)
-        users, start, count = self._users_between(task.timeline.up_to, self.as_of - window)
+        users, start, count = self._users_between(task.timeline, self.as_of - window)
         figures: dict[str, Any] = {"exposures": int(count.sum()), "label_window": window}
         if not len(users):
             return {**figures, "note": "no user with events before the split has an exposure after it"}
@@ -92,17 +93,17 @@ class Validation:
             "item_rate_ne": normalized_entropy(rates[items], labels),
         }
 
-    def _users_between(self, up_to: Any, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    def _users_between(self, line: Timeline, end: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """At most USERS users with history at the split and events in (split, end]: (users, first place, count)."""
         known = np.flatnonzero(self.sampler.first_times <= self.split)
-        start = up_to(known, np.full(len(known), self.split))
-        count = up_to(known, np.full(len(known), end)) - start
+        start = line.up_to(known, np.full(len(known), self.split))
+        count = line.up_to(known, np.full(len(known), end)) - start
         present = np.flatnonzero(count > 0)
         if len(present) > USERS:
             present = np.sort(self.generator.choice(present, USERS, replace=False))
         return known[present], start[present], count[present]
 
-    def _batches(self, users: np.ndarray, catalog: Catalog) -> Any:
+    def _batches(self, users: np.ndarray, catalog: Catalog) -> Iterator[EventBatch]:
         for begin in range(0, len(users), BATCH):
             part = users[begin : begin + BATCH]
             yield self.events.batch(part, self.split, self.config.max_events).to(catalog.items.device)

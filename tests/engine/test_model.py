@@ -262,6 +262,15 @@ def test_context_queries_see_only_their_own_user(events: Events) -> None:
     torch.testing.assert_close(two_tower_scores(ads, ads)[1], cosines)
 
 
+@pytest.mark.gpu
+def test_a_gpu_gives_the_embeddings_of_the_cpu(events: Events) -> None:
+    model = make(events)
+    expected = embed(model, events, range(20))
+    model.to("cuda")
+    batch = events.batch(range(20), events.manifest.last_timestamp).to("cuda")
+    torch.testing.assert_close(model(batch, model.catalog(events)).cpu(), expected, atol=2e-3, rtol=1e-2)
+
+
 def test_what_is_not_tapped_is_not_built(events: Events) -> None:
     model = make(events, taps=[(1, "view")])
     assert [stack.source for stack in model.sources()] == ["view"]

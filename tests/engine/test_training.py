@@ -19,7 +19,7 @@ from alure.engine.training import TrainReport, train
 from alure.engine.training.losses import CandidateItems, sampled_softmax
 from alure.engine.training.metrics import item_rates, normalized_entropy, recall_at, top_columns
 from alure.engine.training.optimizer import RowwiseAdagrad, schedule
-from alure.engine.training.train import number_of_steps, split_time
+from alure.engine.training.train import Curve, number_of_steps, split_time
 
 
 def test_log_q_on_the_negatives_only_gives_the_gradient_of_the_full_softmax() -> None:
@@ -94,7 +94,7 @@ def test_item_rates_are_pulled_to_the_base_rate() -> None:
 def test_recall_over_all_items() -> None:
     users = torch.nn.functional.normalize(torch.randn(7, 2, 4), dim=-1)
     ads = torch.nn.functional.normalize(torch.randn(30, 2, 4), dim=-1)
-    top = top_columns(users, ads, 5, block=3)
+    top = top_columns(users, ads, 5, scores_held=100)
     cosines = torch.einsum("bkd,nkd->bn", users, ads)
     assert torch.equal(top, cosines.topk(5, dim=1).indices)
     assert top_columns(users, ads[:3], 5).shape == (7, 3)  # k > items
@@ -286,6 +286,21 @@ def test_warm_start_names_what_differs(events: Events, tmp_path: Path) -> None:
     assert not (tmp_path / "second").exists()
     with pytest.raises(InputError, match="does not exist"):
         train(events, tiny_model(), config, tmp_path / "second", warm_start=tmp_path / "nowhere")
+
+
+def test_the_curve_ends_with_the_last_step() -> None:
+    curve = Curve(steps=250)
+    for step in range(1, 251):
+        curve.add(step, {"loss": float(step), **({"ctr": 1.0} if step % 2 else {})})
+    assert [point["step"] for point in curve.points] == [*range(3, 250, 3), 250]
+    assert curve.points[0] == {"step": 3, "loss": 2.0, "ctr": 1.0}
+    assert curve.points[-1] == {"step": 250, "loss": 250.0}
+
+
+def test_a_file_in_place_of_the_models_folder(events: Events, tmp_path: Path) -> None:
+    (tmp_path / "model").write_text("not a folder")
+    with pytest.raises(InputError, match="is a file, expected a folder"):
+        run(events, tmp_path / "model")
 
 
 def test_a_log_that_ends_before_as_of_begins(events: Events, tmp_path: Path) -> None:
