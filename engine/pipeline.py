@@ -171,7 +171,8 @@ def publish_report(
         truth=truth,
     )
     report = write_report(chain.config.output, data)
-    if data.report("evaluate"):
+    evaluated = data.report("evaluate")
+    if evaluated.get("sets") and "recall" not in evaluated.get("reasons", {}):
         write_figure(chain.path("overview.svg"), data)
     found = summary(data)
     found["seconds"]["report"] = round(time.monotonic() - started, 2)
