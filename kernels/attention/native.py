@@ -4,6 +4,8 @@ A sequence's result depends neither on the rest of the batch nor on the number o
 fixed order. Extra memory: the outputs, and per thread a block of keys and a tile of queries.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -32,17 +34,12 @@ def forward(
     scale: float,
 ) -> tuple[Tensor, Tensor]:
     """out [Tq, H, D] and lse [H, Tq], float32."""
-    bias = (time_thresholds, time_table, position_thresholds, position_table, q_cyclic, k_cyclic)
-    attention = _arguments(q, k, v, q_offsets, k_offsets, q_timestamps, k_timestamps, *bias)
+    tensors = (q, k, v, q_offsets, k_offsets, q_timestamps, k_timestamps, time_thresholds, time_table)
+    bias = (position_thresholds, position_table, q_cyclic, k_cyclic)
+    attention = _attention(*tensors, *bias, (causal, window_left, window_right, scale))
     out = torch.empty(q.shape, dtype=torch.float32)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    _native.attention_forward(
-        _native.Attention(*attention, causal, window_left, window_right, scale),
-        out.numpy(),
-        lse.numpy(),
-        INSTRUCTION_SET,
-        torch.get_num_threads(),
-    )
+    _native.attention_forward(attention, out.numpy(), lse.numpy(), INSTRUCTION_SET, torch.get_num_threads())
     return out, lse
 
 
@@ -69,23 +66,34 @@ def backward(
     scale: float,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
     """Gradients of q, k, v, both tables and both cyclic channels; the weights are computed again from lse."""
-    bias = (time_thresholds, time_table, position_thresholds, position_table, q_cyclic, k_cyclic)
-    attention = _arguments(q, k, v, q_offsets, k_offsets, q_timestamps, k_timestamps, *bias)
+    tensors = (q, k, v, q_offsets, k_offsets, q_timestamps, k_timestamps, time_thresholds, time_table)
+    bias = (position_thresholds, position_table, q_cyclic, k_cyclic)
+    attention = _attention(*tensors, *bias, (causal, window_left, window_right, scale))
     dq = torch.zeros(q.shape, dtype=torch.float32)
     dk, dv = (torch.empty(x.shape, dtype=torch.float32) for x in (k, v))
-    optional = [None if x is None else torch.zeros(x.shape) for x in (time_table, position_table, q_cyclic, k_cyclic)]
+    d_time, d_position, d_q_cyclic, d_k_cyclic = (
+        None if x is None else torch.zeros(x.shape, dtype=torch.float32)
+        for x in (time_table, position_table, q_cyclic, k_cyclic)
+    )
     _native.attention_backward(
-        _native.Attention(*attention, causal, window_left, window_right, scale),
-        *(_array(x, torch.float32) for x in (grad_out, out, lse)),
-        *(x.numpy() for x in (dq, dk, dv)),
-        *(None if x is None else x.numpy() for x in optional),
+        attention,
+        _array(grad_out, torch.float32),
+        _array(out, torch.float32),
+        _array(lse, torch.float32),
+        dq.numpy(),
+        dk.numpy(),
+        dv.numpy(),
+        None if d_time is None else d_time.numpy(),
+        None if d_position is None else d_position.numpy(),
+        None if d_q_cyclic is None else d_q_cyclic.numpy(),
+        None if d_k_cyclic is None else d_k_cyclic.numpy(),
         INSTRUCTION_SET,
         torch.get_num_threads(),
     )
-    return dq, dk, dv, optional[0], optional[1], optional[2], optional[3]
+    return dq, dk, dv, d_time, d_position, d_q_cyclic, d_k_cyclic
 
 
-def _arguments(
+def _attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -99,20 +107,28 @@ def _arguments(
     position_table: Tensor | None,
     q_cyclic: Tensor | None,
     k_cyclic: Tensor | None,
-) -> list[object]:
-    """NumPy views in the order of `_native.Attention`, whose constructor refuses any other dtype or rank."""
-    integers, floats = torch.int64, torch.float32
-    return [
-        *(_array(x, floats) for x in (q, k, v)),
-        *(_array(x.to(integers), integers) for x in (q_offsets, k_offsets)),
-        *(_array(x, integers) for x in (q_timestamps, k_timestamps, time_thresholds)),
-        _array(time_table, floats),
-        _array(position_thresholds, integers),
-        *(_array(x, floats) for x in (position_table, q_cyclic, k_cyclic)),
-    ]
+    options: tuple[bool, int, int, float],
+) -> _native.Attention:
+    """NumPy views of the arguments; the module refuses shapes that do not fit together."""
+    return _native.Attention(
+        _array(q, torch.float32),
+        _array(k, torch.float32),
+        _array(v, torch.float32),
+        _array(q_offsets.to(torch.int64), torch.int64),
+        _array(k_offsets.to(torch.int64), torch.int64),
+        _array(q_timestamps, torch.int64),
+        _array(k_timestamps, torch.int64),
+        _array(time_thresholds, torch.int64),
+        _array(time_table, torch.float32),
+        _array(position_thresholds, torch.int64),
+        _array(position_table, torch.float32),
+        _array(q_cyclic, torch.float32),
+        _array(k_cyclic, torch.float32),
+        *options,
+    )
 
 
-def _array(x: Tensor | None, dtype: torch.dtype) -> object:
+def _array(x: Tensor | None, dtype: torch.dtype) -> Any:
     if x is None:
         return None
     if x.dtype != dtype or x.device.type != "cpu":

@@ -1,12 +1,13 @@
 """`join_candidates`: validation, registration as `torch.ops.alure.join_candidates`, and dispatch."""
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
+
 from alure.kernels.backend import resolve_backend
 from alure.kernels.candidates import reference
-from torch import Tensor
 
 BACKENDS = ("native", "reference")
 _MAX_ITEMS = 2**31  # item ids are int32
@@ -112,6 +113,10 @@ def _check_vector(values: Tensor, dtype: torch.dtype, name: str, size: int | Non
     return values.numel()
 
 
+def _array(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().contiguous().numpy()
+
+
 @torch.library.custom_op("alure::join_candidates", mutates_args=())
 def _join_candidates(
     neighbor_offsets: Tensor,
@@ -127,15 +132,25 @@ def _join_candidates(
     num_items: int,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    lists = [neighbor_offsets, neighbor_ids, similarities, engagement_offsets, items, weights, reasons]
-    arrays = [x.detach().contiguous().numpy() for x in lists]
-    exclusions = [None if x is None else x.contiguous().numpy() for x in (exclude_offsets, exclude_items)]
+    arguments = (
+        _array(neighbor_offsets),
+        _array(neighbor_ids),
+        _array(similarities),
+        _array(engagement_offsets),
+        _array(items),
+        _array(weights),
+        _array(reasons),
+        _array(exclude_offsets),
+        _array(exclude_items),
+        cap,
+        num_items,
+    )
     if backend == "native":
-        from alure.kernels import _native
+        from alure.kernels import _native  # only here: the reference runs where it is not built
 
-        joined = _native.join_candidates(*arrays, *exclusions, cap, num_items, torch.get_num_threads())
+        joined = _native.join_candidates(*arguments, torch.get_num_threads())
     else:
-        joined = reference.join_candidates(*arrays, *exclusions, cap, num_items)
+        joined = reference.join_candidates(*arguments)
     offsets, candidate_items, scores, candidate_reasons = (torch.from_numpy(x) for x in joined)
     return offsets, candidate_items, scores, candidate_reasons
 
