@@ -7,10 +7,11 @@ from itertools import pairwise
 import numpy as np
 import pytest
 import torch
-from alure.kernels import Candidates, Engagements, NeighborLists, join_candidates
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+
+from alure.kernels import Candidates, Engagements, NeighborLists, join_candidates
 
 BACKENDS = ("native", "reference")
 INT32, INT64, UINT8 = torch.int32, torch.int64, torch.uint8
