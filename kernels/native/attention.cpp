@@ -31,7 +31,8 @@ void check_offsets(const std::int64_t* offsets, std::int64_t num_sequences, std:
     bool sound = offsets[0] == 0 && offsets[num_sequences] == total;
     for (std::int64_t i = 0; i < num_sequences; ++i) sound = sound && offsets[i] <= offsets[i + 1];
     if (!sound)
-        throw std::invalid_argument(std::string(name) + ": expected offsets that begin at 0, never decrease and end at " +
+        throw std::invalid_argument(std::string(name) +
+                                    ": expected offsets that begin at 0, never decrease and end at " +
                                     std::to_string(total));
 }
 
@@ -64,8 +65,8 @@ Lengths lengths_of(const AttentionInputs& in, std::int64_t s) {
     return {in.q_offsets[s + 1] - in.q_offsets[s], in.k_offsets[s + 1] - in.k_offsets[s]};
 }
 
-// Units in an order that depends on the batch alone: large sequences first, largest first, each cut by `cut`; then groups
-// of small ones.
+// Units in an order that depends on the batch alone: large sequences first, largest first, each cut by `cut`; then
+// groups of small ones.
 template <class Cut>
 std::vector<Unit> units_of(const AttentionInputs& in, Cut cut) {
     std::vector<std::int64_t> large;
@@ -101,7 +102,8 @@ std::vector<Unit> units_of(const AttentionInputs& in, Cut cut) {
 // Cuts `length` rows of a sequence into parts of at most `most` rows.
 template <class Visit>
 void for_each_part(std::int64_t sequence, std::int64_t length, std::int64_t most, Visit visit) {
-    for (std::int64_t begin = 0; begin < length; begin += most) visit(Part{sequence, begin, std::min(length, begin + most)});
+    for (std::int64_t begin = 0; begin < length; begin += most)
+        visit(Part{sequence, begin, std::min(length, begin + most)});
 }
 
 // How many units have added to each tile of queries and head of one sequence. A unit waits only for units that were
@@ -141,12 +143,13 @@ private:
 // Runs the parts of every unit: work(part, unit index, scratch).
 template <class Parts, class Work>
 void run_units(const std::vector<Unit>& units, std::size_t scratch_bytes, int num_threads, Parts parts, Work work) {
-    parallel_for(static_cast<std::int64_t>(units.size()), num_threads, [=] { return Scratch(scratch_bytes); },
-                 [&](const Scratch& scratch, std::int64_t u) {
-        const auto run = [&](const Part& part) { work(part, u, scratch.get()); };
-        if (units[u].group_end == 0) return run(units[u].part);
-        for (std::int64_t s = units[u].part.sequence; s < units[u].group_end; ++s) parts(s, run);
-    });
+    parallel_for(
+        static_cast<std::int64_t>(units.size()), num_threads, [=] { return Scratch(scratch_bytes); },
+        [&](const Scratch& scratch, std::int64_t u) {
+            const auto run = [&](const Part& part) { work(part, u, scratch.get()); };
+            if (units[u].group_end == 0) return run(units[u].part);
+            for (std::int64_t s = units[u].part.sequence; s < units[u].group_end; ++s) parts(s, run);
+        });
 }
 
 }  // namespace
@@ -162,9 +165,8 @@ void attention_forward(const AttentionInputs& in, const AttentionOutputs& output
     const std::vector<Unit> units = units_of(in, [&](std::int64_t s, std::vector<Unit>& out) {
         parts(s, [&](const Part& part) { out.push_back({part, 0}); });
     });
-    run_units(units, kernels.scratch_bytes(in), num_threads, parts, [&](const Part& part, std::int64_t, void* scratch) {
-        kernels.forward(in, outputs, part, scratch);
-    });
+    run_units(units, kernels.scratch_bytes(in), num_threads, parts,
+              [&](const Part& part, std::int64_t, void* scratch) { kernels.forward(in, outputs, part, scratch); });
 }
 
 void attention_backward(const AttentionInputs& in, const AttentionGradients& gradients, const TableGradients& tables,
@@ -187,10 +189,11 @@ void attention_backward(const AttentionInputs& in, const AttentionGradients& gra
         parts(s, [&](const Part& part) { out.push_back({part, 0, own}); });
     });
     BucketSums d_time(in.heads, in.time, units.size()), d_position(in.heads, in.position, units.size());
-    run_units(units, kernels.scratch_bytes(in), num_threads, parts, [&](const Part& part, std::int64_t u, void* scratch) {
-        const Turn turn{wait_for_turn, pass_turn, units[u].counters};
-        kernels.backward(in, gradients, part, turn, d_time.of(u), d_position.of(u), scratch);
-    });
+    run_units(units, kernels.scratch_bytes(in), num_threads, parts,
+              [&](const Part& part, std::int64_t u, void* scratch) {
+                  const Turn turn{wait_for_turn, pass_turn, units[u].counters};
+                  kernels.backward(in, gradients, part, turn, d_time.of(u), d_position.of(u), scratch);
+              });
     d_time.write(tables.d_time);
     d_position.write(tables.d_position);
 }

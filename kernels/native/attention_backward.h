@@ -22,14 +22,18 @@ struct KeyPack {
 
 struct BackwardScratch {
     BackwardScratch(const AttentionInputs& in, void* base)
-        : arena(base), channels(in.head_dim + in.num_cyclic), channel_stride(round_up(channels, kLanes)),
-          value_stride(round_up(in.head_dim, kLanes)), packs(arena.array<float>(in.heads * pack_size(in.head_dim))),
+        : arena(base),
+          channels(in.head_dim + in.num_cyclic),
+          channel_stride(round_up(channels, kLanes)),
+          value_stride(round_up(in.head_dim, kLanes)),
+          packs(arena.array<float>(in.heads * pack_size(in.head_dim))),
           queries(arena.array<float>(kBackwardTile * channels)),
           query_rows(arena.array<float>(kBackwardTile * channel_stride)),
           grad_out_rows(arena.array<float>(kBackwardTile * value_stride)),
           weights(arena.array<float>(kBackwardTile * kWeightStride + kLanes)),
           d_logits(arena.array<float>(kBackwardTile * kWeightStride + kLanes)),
-          dq(arena.array<float>(kBackwardTile * channel_stride)), bias(in, kBackwardTile, kBackwardKeys, arena) {}
+          dq(arena.array<float>(kBackwardTile * channel_stride)),
+          bias(in, kBackwardTile, kBackwardKeys, arena) {}
 
     [[nodiscard]] std::int64_t pack_size(std::int64_t head_dim) const {
         return kBackwardKeys * (channels + head_dim + 2 * channel_stride + value_stride);
@@ -45,10 +49,10 @@ struct BackwardScratch {
     Arena arena;
     std::int64_t channels, channel_stride, value_stride;
     float* packs;
-    float* queries;                       // [tile, channels], scaled
-    float *query_rows, *grad_out_rows;    // panels of channels
-    float *weights, *d_logits;            // [tile, kWeightStride]
-    float* dq;                            // [tile, channel_stride]
+    float* queries;                     // [tile, channels], scaled
+    float *query_rows, *grad_out_rows;  // panels of channels
+    float *weights, *d_logits;          // [tile, kWeightStride]
+    float* dq;                          // [tile, channel_stride]
     TileBias bias;
 };
 
@@ -64,8 +68,13 @@ inline float dot(const float* a, const float* b, std::int64_t size) {
 class BackwardBlock {
 public:
     BackwardBlock(const AttentionInputs& in, const AttentionGradients& gradients, const Part& part, void* base)
-        : in_(in), g_(gradients), sequence_(sequence_at(in, part.sequence)), first_key_(part.begin),
-          num_keys_(part.end - part.begin), k_row_(sequence_.k_row + part.begin), row_stride_(in.heads * in.head_dim),
+        : in_(in),
+          g_(gradients),
+          sequence_(sequence_at(in, part.sequence)),
+          first_key_(part.begin),
+          num_keys_(part.end - part.begin),
+          k_row_(sequence_.k_row + part.begin),
+          row_stride_(in.heads * in.head_dim),
           s_(in, base) {
         for (std::int64_t head = 0; head < in.heads; ++head) pack_keys(head, s_.pack_of(head, in.head_dim));
         s_.bias.start_block(k_row_, first_key_, num_keys_);
@@ -79,7 +88,8 @@ public:
         rows_ = rows;
         q_row_ = sequence_.q_row + begin;
         const std::int64_t position = begin + sequence_.shift;
-        if (within_block(visible_keys(in_, position, position + rows - 1, sequence_.num_keys), first_key_, num_keys_).empty())
+        if (within_block(visible_keys(in_, position, position + rows - 1, sequence_.num_keys), first_key_, num_keys_)
+                .empty())
             return false;
         s_.bias.start_tile(q_row_, position, rows);
         return true;
@@ -95,8 +105,8 @@ public:
         for (std::int64_t r = 0; r < rows_; r += kRows)
             weigh(head, r, smaller<std::int64_t>(kRows, rows_ - r), pack, d_time);
         s_.bias.finish_head(d_position);
-        multiply<Left::kColumnMajor>(num_keys_, s_.weights, kWeightStride, s_.grad_out_rows, rows_ * kLanes, in_.head_dim,
-                                     rows_, pack.dv, s_.value_stride);
+        multiply<Left::kColumnMajor>(num_keys_, s_.weights, kWeightStride, s_.grad_out_rows, rows_ * kLanes,
+                                     in_.head_dim, rows_, pack.dv, s_.value_stride);
         multiply<Left::kColumnMajor>(num_keys_, s_.d_logits, kWeightStride, s_.query_rows, rows_ * kLanes, s_.channels,
                                      rows_, pack.dk, s_.channel_stride);
         fill(s_.dq, {0, rows_ * s_.channel_stride}, Floats{});
@@ -125,7 +135,8 @@ public:
                     g_.dv[offset + d] = pack.dv[j * s_.value_stride + d];
                 }
                 for (std::int64_t c = 0; c < in_.num_cyclic; ++c)
-                    g_.d_k_cyclic[(k_row_ + j) * in_.num_cyclic + c] += pack.dk[j * s_.channel_stride + in_.head_dim + c];
+                    g_.d_k_cyclic[(k_row_ + j) * in_.num_cyclic + c] +=
+                        pack.dk[j * s_.channel_stride + in_.head_dim + c];
             }
         }
     }
@@ -155,14 +166,15 @@ private:
         const float* out = g_.out + q_offset(head) + r * row_stride_;
         for (std::int64_t i = 0; i < rows; ++i) {
             const std::int64_t position = tile_ + r + i + sequence_.shift;
-            const Range visible = within_block(visible_keys(in_, position, position, sequence_.num_keys), first_key_, num_keys_);
+            const Range visible =
+                within_block(visible_keys(in_, position, position, sequence_.num_keys), first_key_, num_keys_);
             s_.bias.write(r + i, visible, whole, weights + i * kWeightStride);
             fill(d_logits + i * kWeightStride, whole, Floats{});
         }
         multiply<Left::kRowMajor>(rows, s_.queries + r * s_.channels, s_.channels, pack.keys, s_.channels * kLanes,
                                   num_keys_, s_.channels, weights, kWeightStride);
-        multiply<Left::kRowMajor>(rows, grad_out, row_stride_, pack.values, in_.head_dim * kLanes, num_keys_, in_.head_dim,
-                                  d_logits, kWeightStride);
+        multiply<Left::kRowMajor>(rows, grad_out, row_stride_, pack.values, in_.head_dim * kLanes, num_keys_,
+                                  in_.head_dim, d_logits, kWeightStride);
         for (std::int64_t i = 0; i < rows; ++i, weights += kWeightStride, d_logits += kWeightStride) {
             const float lse = g_.lse[head * g_.total_q + q_row_ + r + i];
             const float reference = lse == -kInfinity ? 0.0f : lse;  // a query that sees nothing: weights 0, not NaN

@@ -20,9 +20,13 @@ struct Softmax {
 
 struct ForwardScratch {
     ForwardScratch(const AttentionInputs& in, void* base)
-        : arena(base), channels(in.head_dim + in.num_cyclic), value_stride(round_up(in.head_dim, kLanes)),
-          keys(arena.array<float>(kKeyBlock * channels)), values(arena.array<float>(kKeyBlock * value_stride)),
-          logits(arena.array<float>(kRows * kLogitStride + kLanes)), softmax(arena.array<float>(in.heads * softmax_size())),
+        : arena(base),
+          channels(in.head_dim + in.num_cyclic),
+          value_stride(round_up(in.head_dim, kLanes)),
+          keys(arena.array<float>(kKeyBlock * channels)),
+          values(arena.array<float>(kKeyBlock * value_stride)),
+          logits(arena.array<float>(kRows * kLogitStride + kLanes)),
+          softmax(arena.array<float>(in.heads * softmax_size())),
           bias(in, kQueryTile, kKeyBlock, arena) {}
 
     [[nodiscard]] std::int64_t softmax_size() const { return round_up(kQueryTile * (channels + value_stride + 2), 16); }
@@ -41,7 +45,8 @@ struct ForwardScratch {
 // Turns logits of one query into weights exp(logit − maximum) and rescales what was summed before.
 inline void soften(float* logits, Range keys, float& maximum, float& total, float* sums, std::int64_t value_stride) {
     Floats largest = load(logits + keys.begin);
-    for (std::int64_t j = keys.begin + kLanes; j < keys.end; j += kLanes) largest = larger_lanes(largest, load(logits + j));
+    for (std::int64_t j = keys.begin + kLanes; j < keys.end; j += kLanes)
+        largest = larger_lanes(largest, load(logits + j));
     const float updated = larger(maximum, largest_of_lanes(largest));
     const float reference = updated == -kInfinity ? 0.0f : updated;  // nothing seen yet: weights are exp(−inf − 0) = 0
     Floats sum{};
@@ -64,16 +69,19 @@ inline void attend(const AttentionInputs& in, const Sequence& sequence, std::int
                    std::int64_t block, std::int64_t num_keys, const ForwardScratch& s, const Softmax& softmax) {
     for (std::int64_t r = 0; r < rows; r += kRows) {
         const std::int64_t panel_rows = smaller<std::int64_t>(kRows, rows - r), position = first_position + r;
-        Range keys = within_block(visible_keys(in, position, position + panel_rows - 1, sequence.num_keys), block, num_keys);
+        Range keys =
+            within_block(visible_keys(in, position, position + panel_rows - 1, sequence.num_keys), block, num_keys);
         if (keys.empty()) continue;
         keys.begin = keys.begin / kLanes * kLanes;
         const Range whole{keys.begin, round_up(keys.end, kLanes)};
         for (std::int64_t i = 0; i < panel_rows; ++i) {
-            const Range visible = within_block(visible_keys(in, position + i, position + i, sequence.num_keys), block, num_keys);
+            const Range visible =
+                within_block(visible_keys(in, position + i, position + i, sequence.num_keys), block, num_keys);
             s.bias.write(r + i, visible, whole, s.logits + i * kLogitStride);
         }
-        multiply<Left::kRowMajor>(panel_rows, softmax.queries + r * s.channels, s.channels, s.keys + keys.begin * s.channels,
-                                  s.channels * kLanes, whole.end - whole.begin, s.channels, s.logits + whole.begin, kLogitStride);
+        multiply<Left::kRowMajor>(panel_rows, softmax.queries + r * s.channels, s.channels,
+                                  s.keys + keys.begin * s.channels, s.channels * kLanes, whole.end - whole.begin,
+                                  s.channels, s.logits + whole.begin, kLogitStride);
         float* sums = softmax.sums + r * s.value_stride;
         for (std::int64_t i = 0; i < panel_rows; ++i)
             soften(s.logits + i * kLogitStride, whole, softmax.maxima[r + i], softmax.totals[r + i],
@@ -83,8 +91,8 @@ inline void attend(const AttentionInputs& in, const Sequence& sequence, std::int
     }
 }
 
-inline void write_outputs(const AttentionInputs& in, const AttentionOutputs& outputs, std::int64_t row, std::int64_t head,
-                          float maximum, float total, const float* sums) {
+inline void write_outputs(const AttentionInputs& in, const AttentionOutputs& outputs, std::int64_t row,
+                          std::int64_t head, float maximum, float total, const float* sums) {
     float* out = outputs.out + (row * in.heads + head) * in.head_dim;
     const bool sees_nothing = maximum == -kInfinity && total == 0.0f;
     const float factor = sees_nothing ? 0.0f : 1.0f / total;
@@ -113,7 +121,8 @@ void forward(const AttentionInputs& in, const AttentionOutputs& outputs, const P
         s.bias.start_tile(q_row, first_position, rows);
         for (std::int64_t head = 0; head < in.heads; ++head) {
             pack_keys_transposed(in, k_row, num_keys, head, s.keys);
-            pack_rows(in.v + (k_row * in.heads + head) * in.head_dim, in.heads * in.head_dim, num_keys, in.head_dim, s.values);
+            pack_rows(in.v + (k_row * in.heads + head) * in.head_dim, in.heads * in.head_dim, num_keys, in.head_dim,
+                      s.values);
             s.bias.start_head(head);
             attend(in, sequence, first_position, rows, block, num_keys, s, s.softmax_of(head));
         }
@@ -121,7 +130,8 @@ void forward(const AttentionInputs& in, const AttentionOutputs& outputs, const P
     for (std::int64_t head = 0; head < in.heads; ++head) {
         const Softmax softmax = s.softmax_of(head);
         for (std::int64_t r = 0; r < rows; ++r)
-            write_outputs(in, outputs, q_row + r, head, softmax.maxima[r], softmax.totals[r], softmax.sums + r * s.value_stride);
+            write_outputs(in, outputs, q_row + r, head, softmax.maxima[r], softmax.totals[r],
+                          softmax.sums + r * s.value_stride);
     }
 }
 

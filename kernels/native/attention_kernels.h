@@ -65,9 +65,9 @@ struct Turn {
 };
 
 struct AttentionKernels {
-    std::int64_t query_tile;      // most rows of a forward part
-    std::int64_t key_block;       // most rows of a backward part
-    std::int64_t backward_tile;   // queries a turn
+    std::int64_t query_tile;                               // most rows of a forward part
+    std::int64_t key_block;                                // most rows of a backward part
+    std::int64_t backward_tile;                            // queries a turn
     std::size_t (*scratch_bytes)(const AttentionInputs&);  // for one thread
     void (*forward)(const AttentionInputs&, const AttentionOutputs&, const Part&, void* scratch);
     // d_time and d_position: sums by bucket [heads, num_thresholds + 1], added to; not read without the table.
@@ -75,8 +75,14 @@ struct AttentionKernels {
                      double* d_position, void* scratch);
 };
 
-namespace portable { extern const AttentionKernels attention_kernels; }
-namespace avx2 { extern const AttentionKernels attention_kernels; }
-namespace avx512 { extern const AttentionKernels attention_kernels; }
+namespace portable {
+extern const AttentionKernels attention_kernels;
+}
+namespace avx2 {
+extern const AttentionKernels attention_kernels;
+}
+namespace avx512 {
+extern const AttentionKernels attention_kernels;
+}
 
 }  // namespace alure

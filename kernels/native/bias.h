@@ -88,7 +88,8 @@ public:
         rows_ = rows;
         if (has_time_) {
             row_runs_[0] = runs_;
-            for (std::int64_t r = 0; r < rows; ++r) row_runs_[r + 1] = finder_.find(in_.q_times[q_row + r], row_runs_[r]);
+            for (std::int64_t r = 0; r < rows; ++r)
+                row_runs_[r + 1] = finder_.find(in_.q_times[q_row + r], row_runs_[r]);
         }
         if (!has_position_) return;
         // A position bucket depends on query − key alone, so a row's biases are a stretch of the same array, shifted.
@@ -114,15 +115,19 @@ public:
     // Biases of query `row` of the tile, −inf for keys outside `visible`, into logits[written), whole vectors.
     void write(std::int64_t row, Range visible, Range written, float* logits) const {
         if (visible.empty()) return fill(logits, written, splat(-kInfinity));
-        if (has_time_) write_time(row, written, logits);
-        else fill(logits, written, Floats{});
+        if (has_time_)
+            write_time(row, written, logits);
+        else
+            fill(logits, written, Floats{});
         if (has_position_) {
             const float* values = diagonal_values_ + rows_ - 1 - row;
-            for (std::int64_t j = written.begin; j < written.end; j += kLanes) store(logits + j, load(logits + j) + load(values + j));
+            for (std::int64_t j = written.begin; j < written.end; j += kLanes)
+                store(logits + j, load(logits + j) + load(values + j));
         }
         const Floats hidden = splat(-kInfinity);
         for (std::int64_t j = written.begin; j < visible.begin; j += kLanes)
-            store(logits + j, lane_numbers() >= static_cast<std::int32_t>(visible.begin - j) ? load(logits + j) : hidden);
+            store(logits + j,
+                  lane_numbers() >= static_cast<std::int32_t>(visible.begin - j) ? load(logits + j) : hidden);
         for (std::int64_t j = visible.end / kLanes * kLanes; j < written.end; j += kLanes)
             store(logits + j, lane_numbers() < static_cast<std::int32_t>(visible.end - j) ? load(logits + j) : hidden);
     }

@@ -17,9 +17,12 @@ std::vector<InstructionSet> instruction_sets() {
 
 const char* name_of(InstructionSet set) {
     switch (set) {
-        case InstructionSet::kAvx512: return "avx512";
-        case InstructionSet::kAvx2: return "avx2";
-        case InstructionSet::kPortable: return "portable";
+        case InstructionSet::kAvx512:
+            return "avx512";
+        case InstructionSet::kAvx2:
+            return "avx2";
+        case InstructionSet::kPortable:
+            return "portable";
     }
     return "";
 }

@@ -23,15 +23,17 @@ void check_values(std::span<const T> values, const char* name, const std::string
                   Valid valid) {
     const auto size = static_cast<std::int64_t>(values.size());
     std::atomic<std::int64_t> first_bad{size};
-    parallel_for((size + kValuesPerCheck - 1) / kValuesPerCheck, num_threads, [] { return 0; }, [&](int, std::int64_t block) {
-        const std::int64_t end = std::min(size, (block + 1) * kValuesPerCheck);
-        for (std::int64_t i = block * kValuesPerCheck; i < end; ++i) {
-            if (valid(values[i])) continue;
-            std::int64_t seen = first_bad.load();
-            while (i < seen && !first_bad.compare_exchange_weak(seen, i)) {}
-            return;
-        }
-    });
+    parallel_for((size + kValuesPerCheck - 1) / kValuesPerCheck, num_threads, [] { return 0; },
+                 [&](int, std::int64_t block) {
+                     const std::int64_t end = std::min(size, (block + 1) * kValuesPerCheck);
+                     for (std::int64_t i = block * kValuesPerCheck; i < end; ++i) {
+                         if (valid(values[i])) continue;
+                         std::int64_t seen = first_bad.load();
+                         while (i < seen && !first_bad.compare_exchange_weak(seen, i)) {
+                         }
+                         return;
+                     }
+                 });
     if (first_bad == size) return;
     fail(std::string(name) + ": expected " + expected + ", got " + std::to_string(values[first_bad]) + " at position " +
          std::to_string(first_bad.load()));
@@ -79,8 +81,8 @@ void check(const NeighborLists& neighbors, const Engagements& engagements, const
 
     if (exclusions.offsets.empty()) return;
     if (exclusions.offsets.size() != neighbors.offsets.size())
-        fail("exclude_offsets: expected " + std::to_string(neighbors.offsets.size()) + " values, as neighbors.offsets, got " +
-             std::to_string(exclusions.offsets.size()));
+        fail("exclude_offsets: expected " + std::to_string(neighbors.offsets.size()) +
+             " values, as neighbors.offsets, got " + std::to_string(exclusions.offsets.size()));
     check_offsets(exclusions.offsets, exclusions.items.size(), "exclude_offsets");
     for (std::size_t row = 0; row + 1 < exclusions.offsets.size(); ++row) {
         const auto begin = exclusions.items.begin() + exclusions.offsets[row];
@@ -173,7 +175,8 @@ void join_row(std::int64_t row, const NeighborLists& neighbors, const Engagement
 
     std::span<const std::int32_t> excluded;
     if (!exclusions.offsets.empty())
-        excluded = exclusions.items.subspan(exclusions.offsets[row], exclusions.offsets[row + 1] - exclusions.offsets[row]);
+        excluded =
+            exclusions.items.subspan(exclusions.offsets[row], exclusions.offsets[row + 1] - exclusions.offsets[row]);
     auto& ranked = scratch.ranked;
     ranked.clear();
     for (const auto& entry : accumulator.entries()) {
@@ -190,8 +193,8 @@ void join_row(std::int64_t row, const NeighborLists& neighbors, const Engagement
 
 }  // namespace
 
-Candidates join_candidates(const NeighborLists& neighbors, const Engagements& engagements,
-                           const Exclusions& exclusions, const JoinLimits& limits) {
+Candidates join_candidates(const NeighborLists& neighbors, const Engagements& engagements, const Exclusions& exclusions,
+                           const JoinLimits& limits) {
     check(neighbors, engagements, exclusions, limits);
     const auto rows = static_cast<std::int64_t>(neighbors.offsets.size()) - 1;
     const std::int64_t num_chunks = (rows + kRowsPerChunk - 1) / kRowsPerChunk;
@@ -199,27 +202,31 @@ Candidates join_candidates(const NeighborLists& neighbors, const Engagements& en
     Candidates out;
     out.offsets.assign(rows + 1, 0);
     std::vector<std::vector<Ranked>> chunks(num_chunks);  // what a chunk of rows yields, until the sizes are known
-    parallel_for(num_chunks, limits.num_threads, [] { return Scratch(); }, [&](Scratch& scratch, std::int64_t chunk) {
-        for (std::int64_t row = chunk * kRowsPerChunk; row < std::min(rows, (chunk + 1) * kRowsPerChunk); ++row) {
-            join_row(row, neighbors, engagements, exclusions, limits, scratch);
-            out.offsets[row + 1] = static_cast<std::int64_t>(scratch.ranked.size());
-            chunks[chunk].insert(chunks[chunk].end(), scratch.ranked.begin(), scratch.ranked.end());
-        }
-    });
+    parallel_for(
+        num_chunks, limits.num_threads, [] { return Scratch(); },
+        [&](Scratch& scratch, std::int64_t chunk) {
+            for (std::int64_t row = chunk * kRowsPerChunk; row < std::min(rows, (chunk + 1) * kRowsPerChunk); ++row) {
+                join_row(row, neighbors, engagements, exclusions, limits, scratch);
+                out.offsets[row + 1] = static_cast<std::int64_t>(scratch.ranked.size());
+                chunks[chunk].insert(chunks[chunk].end(), scratch.ranked.begin(), scratch.ranked.end());
+            }
+        });
     for (std::int64_t row = 0; row < rows; ++row) out.offsets[row + 1] += out.offsets[row];
 
     out.items.resize(out.offsets[rows]);
     out.scores.resize(out.offsets[rows]);
     out.reasons.resize(out.offsets[rows]);
-    parallel_for(num_chunks, limits.num_threads, [] { return 0; }, [&](int, std::int64_t chunk) {
-        std::int64_t o = out.offsets[chunk * kRowsPerChunk];
-        for (const Ranked& ranked : chunks[chunk]) {
-            out.items[o] = static_cast<std::int32_t>(static_cast<std::uint32_t>(ranked.key));
-            out.scores[o] = score_of(ranked);
-            out.reasons[o++] = ranked.reasons;
-        }
-        std::vector<Ranked>().swap(chunks[chunk]);
-    });
+    parallel_for(
+        num_chunks, limits.num_threads, [] { return 0; },
+        [&](int, std::int64_t chunk) {
+            std::int64_t o = out.offsets[chunk * kRowsPerChunk];
+            for (const Ranked& ranked : chunks[chunk]) {
+                out.items[o] = static_cast<std::int32_t>(static_cast<std::uint32_t>(ranked.key));
+                out.scores[o] = score_of(ranked);
+                out.reasons[o++] = ranked.reasons;
+            }
+            std::vector<Ranked>().swap(chunks[chunk]);
+        });
     return out;
 }
 

@@ -43,7 +43,7 @@ struct Candidates {
 // the lists, then rounded to float; reasons are OR-ed; excluded items and scores not above 0 are left out; the best
 // `cap` remain, best first, equal scores by lower item. The result does not depend on the number of threads.
 // Throws std::invalid_argument for any array that does not describe valid lists.
-Candidates join_candidates(const NeighborLists& neighbors, const Engagements& engagements,
-                           const Exclusions& exclusions, const JoinLimits& limits);
+Candidates join_candidates(const NeighborLists& neighbors, const Engagements& engagements, const Exclusions& exclusions,
+                           const JoinLimits& limits);
 
 }  // namespace alure

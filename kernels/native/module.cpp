@@ -45,7 +45,8 @@ nb::tuple join_candidates(Vector<std::int64_t> neighbor_offsets, Vector<std::int
                           std::optional<Vector<std::int32_t>> exclude_items, std::int64_t cap, std::int64_t num_items,
                           int num_threads) {
     const alure::NeighborLists neighbors{as_span(neighbor_offsets), as_span(neighbor_ids), as_span(similarities)};
-    const alure::Engagements engagements{as_span(engagement_offsets), as_span(items), as_span(weights), as_span(reasons)};
+    const alure::Engagements engagements{as_span(engagement_offsets), as_span(items), as_span(weights),
+                                         as_span(reasons)};
     alure::Exclusions exclusions;
     if (exclude_offsets && exclude_items) exclusions = {as_span(*exclude_offsets), as_span(*exclude_items)};
     alure::Candidates out;
@@ -53,8 +54,8 @@ nb::tuple join_candidates(Vector<std::int64_t> neighbor_offsets, Vector<std::int
         const nb::gil_scoped_release release;
         out = alure::join_candidates(neighbors, engagements, exclusions, {cap, num_items, num_threads});
     }
-    return nb::make_tuple(to_numpy(std::move(out.offsets)), to_numpy(std::move(out.items)), to_numpy(std::move(out.scores)),
-                          to_numpy(std::move(out.reasons)));
+    return nb::make_tuple(to_numpy(std::move(out.offsets)), to_numpy(std::move(out.items)),
+                          to_numpy(std::move(out.scores)), to_numpy(std::move(out.reasons)));
 }
 
 template <class T, std::size_t kDims>
@@ -140,11 +141,12 @@ void attention_forward(const Attention& attention, Output<float, 3> out, Output<
     const alure::AttentionInputs in = attention.inputs();
     const auto total_q = static_cast<std::int64_t>(attention.q.shape(0));
     require(out.size() == attention.q.size(), "out: expected the shape of q");
-    require(lse.shape(0) == attention.q.shape(1) && lse.shape(1) == attention.q.shape(0), "lse: expected [heads, total_q]");
+    require(lse.shape(0) == attention.q.shape(1) && lse.shape(1) == attention.q.shape(0),
+            "lse: expected [heads, total_q]");
     const alure::InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;
-    alure::attention_forward(in, {out.data(), lse.data(), total_q}, static_cast<std::int64_t>(attention.k.shape(0)), set,
-                             num_threads);
+    alure::attention_forward(in, {out.data(), lse.data(), total_q}, static_cast<std::int64_t>(attention.k.shape(0)),
+                             set, num_threads);
 }
 
 // dq, d_q_cyclic and d_k_cyclic must hold zeros.
@@ -161,14 +163,16 @@ void attention_backward(const Attention& attention, Array<float, 3> grad_out, Ar
     require(dk.size() == k.size() && dv.size() == k.size(), "dk, dv: expected the shape of k");
     require(lse.shape(0) == q.shape(1) && lse.shape(1) == q.shape(0), "lse: expected [heads, total_q]");
     require((d_time_table ? d_time_table->size() : 0) == (in.time.table ? attention.time_table->size() : 0) &&
-                (d_position_table ? d_position_table->size() : 0) == (in.position.table ? attention.position_table->size() : 0),
+                (d_position_table ? d_position_table->size() : 0) ==
+                    (in.position.table ? attention.position_table->size() : 0),
             "d_time_table, d_position_table: expected the shapes of the tables");
     require(!attention.k_cyclic || (d_q_cyclic && d_k_cyclic && d_q_cyclic->size() == attention.q_cyclic->size() &&
                                     d_k_cyclic->size() == attention.k_cyclic->size()),
             "d_q_cyclic, d_k_cyclic: expected the shapes of the channels");
-    const alure::AttentionGradients gradients{grad_out.data(),      out.data(), lse.data(), static_cast<std::int64_t>(q.shape(0)),
-                                              dq.data(),            dk.data(),  dv.data(),  or_null(d_q_cyclic),
-                                              or_null(d_k_cyclic)};
+    const alure::AttentionGradients gradients{
+        grad_out.data(),    out.data(), lse.data(), static_cast<std::int64_t>(q.shape(0)),
+        dq.data(),          dk.data(),  dv.data(),  or_null(d_q_cyclic),
+        or_null(d_k_cyclic)};
     const alure::TableGradients tables{or_null(d_time_table), or_null(d_position_table)};
     const alure::InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;
@@ -186,20 +190,25 @@ NB_MODULE(_native, m) {
           exact("engagement_offsets"), exact("items"), exact("weights"), exact("reasons"),
           exact("exclude_offsets").none(), exact("exclude_items").none(), "cap"_a, "num_items"_a, "num_threads"_a);
 
-    m.def("instruction_set", [] { return std::string(alure::name_of(alure::instruction_sets().front())); },
-          "The instruction set the kernels use on this machine.");
-    m.def("instruction_sets", [] {
-        std::vector<std::string> names;
-        for (const alure::InstructionSet set : alure::instruction_sets()) names.emplace_back(alure::name_of(set));
-        return names;
-    }, "The compiled instruction sets this machine runs, best first.");
+    m.def(
+        "instruction_set", [] { return std::string(alure::name_of(alure::instruction_sets().front())); },
+        "The instruction set the kernels use on this machine.");
+    m.def(
+        "instruction_sets",
+        [] {
+            std::vector<std::string> names;
+            for (const alure::InstructionSet set : alure::instruction_sets()) names.emplace_back(alure::name_of(set));
+            return names;
+        },
+        "The compiled instruction sets this machine runs, best first.");
 
     nb::class_<Attention>(m, "Attention", "The arguments of one attention, in the order of kernels/attention/ops.py.")
         .def(nb::init<Array<float, 3>, Array<float, 3>, Array<float, 3>, Vector<std::int64_t>, Vector<std::int64_t>,
                       std::optional<Vector<std::int64_t>>, std::optional<Vector<std::int64_t>>,
                       std::optional<Vector<std::int64_t>>, std::optional<Array<float, 2>>,
-                      std::optional<Vector<std::int64_t>>, std::optional<Array<float, 2>>, std::optional<Array<float, 3>>,
-                      std::optional<Array<float, 2>>, bool, std::int64_t, std::int64_t, float>(),
+                      std::optional<Vector<std::int64_t>>, std::optional<Array<float, 2>>,
+                      std::optional<Array<float, 3>>, std::optional<Array<float, 2>>, bool, std::int64_t, std::int64_t,
+                      float>(),
              exact("q"), exact("k"), exact("v"), exact("q_offsets"), exact("k_offsets"), exact("q_timestamps").none(),
              exact("k_timestamps").none(), exact("time_thresholds").none(), exact("time_table").none(),
              exact("position_thresholds").none(), exact("position_table").none(), exact("q_cyclic").none(),

@@ -16,7 +16,8 @@ inline void pack_rows(const float* x, std::int64_t stride, std::int64_t rows, st
         if (whole < columns) {
             float* last = panels + whole * rows + row * kLanes;
             store(last, Floats{});
-            for (std::int64_t column = whole; column < columns; ++column) last[column - whole] = x[row * stride + column];
+            for (std::int64_t column = whole; column < columns; ++column)
+                last[column - whole] = x[row * stride + column];
         }
     }
 }
@@ -73,7 +74,8 @@ inline void multiply_block(const float* a, std::int64_t a_stride, const float* b
 template <Left kLeft, int Vectors, int Rows = kRows>
 inline void multiply_rows(std::int64_t rows, const float* a, std::int64_t a_stride, const float* b,
                           std::int64_t panel_size, std::int64_t depth, float* c, std::int64_t c_stride) {
-    if (rows == Rows) multiply_block<kLeft, Rows, Vectors>(a, a_stride, b, panel_size, depth, c, c_stride);
+    if (rows == Rows)
+        multiply_block<kLeft, Rows, Vectors>(a, a_stride, b, panel_size, depth, c, c_stride);
     else if constexpr (Rows > 1)
         multiply_rows<kLeft, Vectors, Rows - 1>(rows, a, a_stride, b, panel_size, depth, c, c_stride);
 }

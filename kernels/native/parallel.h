@@ -27,7 +27,8 @@ void parallel_for(std::int64_t count, int num_threads, MakeContext make_context,
     {
         try {
             auto context = make_context();
-            for (std::int64_t i; !failed && (i = next.fetch_add(1, std::memory_order_relaxed)) < count;) body(context, i);
+            for (std::int64_t i; !failed && (i = next.fetch_add(1, std::memory_order_relaxed)) < count;)
+                body(context, i);
         } catch (...) {
             note_error();
         }

@@ -31,9 +31,13 @@ inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) =
 inline Floats splat(float x) { return x - Floats{}; }  // x − 0 is x, −0 included
 
 template <class T>
-constexpr T smaller(T a, T b) { return b < a ? b : a; }
+constexpr T smaller(T a, T b) {
+    return b < a ? b : a;
+}
 template <class T>
-constexpr T larger(T a, T b) { return a < b ? b : a; }
+constexpr T larger(T a, T b) {
+    return a < b ? b : a;
+}
 constexpr std::int64_t round_up(std::int64_t x, std::int64_t step) { return (x + step - 1) / step * step; }
 
 struct Range {
@@ -42,13 +46,16 @@ struct Range {
 };
 
 inline void fill(float* row, Range range, Floats value) {
-    for (std::int64_t i = range.begin; i < range.end; i += kLanes) store(row + i, value);  // may overrun by a vector less one
+    for (std::int64_t i = range.begin; i < range.end; i += kLanes)
+        store(row + i, value);  // may overrun by a vector less one
 }
 
 inline Floats larger_lanes(Floats a, Floats b) { return a > b ? a : b; }
 
 template <int... I>
-inline Ints lane_numbers(std::integer_sequence<int, I...>) { return Ints{I...}; }
+inline Ints lane_numbers(std::integer_sequence<int, I...>) {
+    return Ints{I...};
+}
 inline Ints lane_numbers() { return lane_numbers(std::make_integer_sequence<int, kLanes>()); }
 
 template <int Step, int... I>
@@ -60,14 +67,18 @@ inline Floats rotate(Floats x, std::integer_sequence<int, I...>) {
 template <int Step = kLanes / 2>
 inline float sum_of_lanes(Floats x) {
     x += rotate<Step>(x, std::make_integer_sequence<int, kLanes>());
-    if constexpr (Step > 1) return sum_of_lanes<Step / 2>(x);
-    else return x[0];
+    if constexpr (Step > 1)
+        return sum_of_lanes<Step / 2>(x);
+    else
+        return x[0];
 }
 template <int Step = kLanes / 2>
 inline float largest_of_lanes(Floats x) {
     x = larger_lanes(x, rotate<Step>(x, std::make_integer_sequence<int, kLanes>()));
-    if constexpr (Step > 1) return largest_of_lanes<Step / 2>(x);
-    else return x[0];
+    if constexpr (Step > 1)
+        return largest_of_lanes<Step / 2>(x);
+    else
+        return x[0];
 }
 
 // exp(x) for x <= 0 or little above; at most 2 ulp; exactly 0 below −87 (where float would go denormal); NaN stays.
