@@ -106,7 +106,7 @@ class TrainingConfig(Section):
     retrieval_weight: float = Field(1.0, ge=0)
     negatives: int = Field(256, ge=0, description="sampled items beside the in-batch negatives")
     temperature: float = Field(0.07, ge=0.01, description="start of the learned temperature; its floor is 0.01")
-    validation_share: float = Field(0.1, ge=0, lt=1, description="newest share of the training time, for metrics")
+    validation_share: float = Field(0.1, ge=0, lt=1, description="newest share of the targets, held out for metrics")
     threads: int | None = Field(None, ge=1)
 
 

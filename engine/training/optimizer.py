@@ -9,6 +9,7 @@ from torch.optim import Optimizer
 WARM_UP = 0.05  # share of the steps
 LAST_RATE = 0.05  # of the learning rate, at the end of the cosine
 CLIP = 1.0  # norm of the dense gradient
+TABLE_RATE = 50  # × the learning rate, for the table; Recall@10 in the synthetic world: .15 at 3, .17 at 10, .20 at 30
 
 
 class RowwiseAdagrad(Optimizer):
@@ -51,9 +52,9 @@ class Optimization:
         groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": others, "weight_decay": 0.0}]
         self.optimizers: list[Optimizer] = [
             torch.optim.AdamW(groups, lr=learning_rate, betas=(0.9, 0.98), fused=True),
-            RowwiseAdagrad([table], lr=10 * learning_rate),
+            RowwiseAdagrad([table], lr=TABLE_RATE * learning_rate),
         ]
-        self.rates = [learning_rate, 10 * learning_rate]
+        self.rates = [learning_rate, TABLE_RATE * learning_rate]
 
     def step(self, number: int) -> bool:
         """Apply the gradients of step `number`, from 0. False, and nothing applied, where they are not finite."""

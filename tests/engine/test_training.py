@@ -137,10 +137,12 @@ def test_steps_grow_with_the_users_within_bounds() -> None:
     assert number_of_steps(TrainingConfig(), 10**9) == 600
 
 
-def test_validation_time_ignores_a_few_outliers() -> None:
-    times = np.concatenate([[3], START + np.arange(10_000)])
-    assert START + 8_000 < split_time(times, 0.1, START + 10_000) < START + 9_100
+def test_validation_is_the_newest_share_of_the_targets() -> None:
+    times = np.random.default_rng(0).permutation(np.concatenate([[3], START + np.arange(999), [START + 10**9]]))
+    split = split_time(times, 0.1, START + 2 * 10**9)
+    assert (times > split).sum() == 100
     assert split_time(times, 0.0, 77) == 77
+    assert split_time(np.full(5, 9), 0.1, 9) == 8  # all at one time: all of them
 
 
 QUICK = {"steps": 8, "batch_users": 24, "negatives": 16, "max_events": 8, "exposures": 2, "threads": 1}
