@@ -15,7 +15,7 @@ from typing import Annotated, Any
 import typer
 from pydantic import ValidationError
 
-from alure.engine.config import Config, EventsConfig, describe
+from alure.engine.config import Config, EventsConfig, TrainingConfig, describe
 from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.progress import say
 from alure.engine.results import to_dict
@@ -95,6 +95,7 @@ def override(section: Any, **given: Any) -> Any:
 def demo(
     out: Out,
     users: Annotated[int, typer.Option(min=50, help="Users of the synthetic world.")] = 5000,
+    steps: Annotated[int | None, typer.Option(min=0, help="Training steps; fewer are quicker and worse.")] = None,
     seed: Seed = 0,
     as_json: Json = False,
 ) -> None:
@@ -104,7 +105,7 @@ def demo(
     """
     from alure.engine.pipeline import run_demo
 
-    finish(run_demo(out, users, seed), as_json)
+    finish(run_demo(out, users, seed, override(TrainingConfig(), steps=steps)), as_json)
 
 
 @app.command()

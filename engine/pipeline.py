@@ -111,7 +111,7 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
     return publish_report(chain, events, store, truth, world)
 
 
-def run_demo(out: Path, num_users: int, seed: int) -> dict[str, Any]:
+def run_demo(out: Path, num_users: int, seed: int, training: TrainingConfig) -> dict[str, Any]:
     """The chain on a synthetic ads world (see alure.engine.world for what is planted in it)."""
     world_path = out / "world"
     stamp = world_path / "world.json"
@@ -132,7 +132,7 @@ def run_demo(out: Path, num_users: int, seed: int) -> dict[str, Any]:
             social=world_path / "social.parquet",
             ad_sources=world["ad_sources"],
         ),
-        training=TrainingConfig(),
+        training=training,
         graph=GraphConfig(ppr=True),
         evaluation=EvaluationConfig(truth=world_path / "truth.parquet"),
     )
