@@ -1,7 +1,7 @@
 """`alure doctor`: what this machine has, which backends run on it and why, and what to install."""
 
+import importlib
 import importlib.metadata
-import importlib.util
 import os
 import platform
 from pathlib import Path
@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from alure.engine.graph.engines import faiss_gpus, has_faiss
 from alure.kernels.backend import has_native, has_triton, resolve_backend
 
 OPERATORS: dict[str, str] = {  # operator: the module whose BACKENDS names its implementations
@@ -105,17 +106,16 @@ def backend_of(module: str, device: torch.device) -> dict[str, Any]:
 
 
 def graph_search() -> dict[str, Any]:
-    if importlib.util.find_spec("faiss") is None:
-        return {"auto": "grouped", "why": "FAISS is not installed"}
-    import faiss
-
-    gpus = faiss.get_num_gpus() if hasattr(faiss, "get_num_gpus") else 0
-    return {"auto": "faiss", "gpus": gpus, "why": f"FAISS {faiss.__version__} is installed; it sees {gpus} GPUs"}
+    gpus = faiss_gpus()
+    if gpus:
+        return {"auto": "faiss", "gpus": gpus, "why": f"FAISS is installed and sees {gpus} GPUs"}
+    reason = "finds the neighbours that FAISS finds in the same clusters, sooner" if has_faiss() else "FAISS is missing"
+    return {"auto": "grouped", "gpus": 0, "why": reason}
 
 
 def advice(device: torch.device) -> list[str]:
     lines = []
-    if importlib.util.find_spec("faiss") is None:
+    if not has_faiss():
         extra = "gpu" if device.type == "cuda" else "cpu"
         lines.append(f'pip install "alure[{extra}]": FAISS, the reference engine of the similarity graph')
     if device.type == "cuda" and not has_triton():

@@ -50,6 +50,11 @@ def import_faiss() -> Any:
     return importlib.import_module("faiss")
 
 
+def faiss_gpus() -> int:
+    """GPUs that an installed FAISS can use."""
+    return getattr(import_faiss(), "get_num_gpus", int)() if has_faiss() else 0
+
+
 def compute_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
@@ -115,7 +120,7 @@ class FaissSearch:
         index.train(vectors)  # the quantizer is full already: this only marks the index trained
         index.nprobe = clusters.nprobe
         self.quantizer = quantizer  # the index holds no reference of its own
-        if getattr(faiss, "get_num_gpus", int)() > 0:
+        if faiss_gpus() > 0:
             if max(k + 1, clusters.nprobe) > FAISS_GPU_LIMIT:
                 raise InputError(
                     f"search: FAISS on a GPU allows k and nprobe up to {FAISS_GPU_LIMIT}, got k {k} and nprobe "

@@ -185,14 +185,14 @@ def test_departures_from_what_was_asked_are_reported(search: Any) -> None:
     assert lone.edges == 90
 
 
-def test_auto_takes_exact_then_faiss_then_grouped(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_auto_takes_exact_then_grouped_and_faiss_on_gpus(monkeypatch: pytest.MonkeyPatch) -> None:
     config = GraphConfig(nlist=4, nprobe=2, k=3, exact_below=200)
-    monkeypatch.setattr(similar, "has_faiss", lambda: False)
+    monkeypatch.setattr(similar, "faiss_gpus", lambda: 0)
     _, reports = build_similarity_graph(vectors(500), ["A"] * 300 + ["B"] * 200, config)
     assert [report.engine for report in reports] == ["grouped", "grouped"]
     _, reports = build_similarity_graph(vectors(500), ["A"] * 301 + ["B"] * 199, config)
     assert [report.engine for report in reports] == ["grouped", "exact"]
-    monkeypatch.setattr(similar, "has_faiss", lambda: True)
+    monkeypatch.setattr(similar, "faiss_gpus", lambda: 1)
     assert similar._plan(config, 300).engine == "faiss"
 
 
