@@ -94,7 +94,7 @@ class TaskConfig(Section):
 
 
 class TrainingConfig(Section):
-    steps: int | None = Field(None, ge=0, description="default: 4 passes over the users, 150 to 600 steps")
+    steps: int | None = Field(None, ge=0, description="default: 4 passes over the users, 120 to 600 steps")
     batch_users: int = Field(128, ge=1)
     learning_rate: float = Field(5e-3, gt=0)
     weight_decay: float = Field(0.01, ge=0)
@@ -107,7 +107,7 @@ class TrainingConfig(Section):
     negatives: int = Field(256, ge=0, description="sampled items beside the in-batch negatives")
     temperature: float = Field(0.07, ge=0.01, description="start of the learned temperature; its floor is 0.01")
     validation_share: float = Field(0.1, ge=0, lt=1, description="newest share of the targets, held out for metrics")
-    threads: int | None = Field(None, ge=1)
+    threads: int | None = Field(None, ge=1, description="default: 1 up to width 64, else PyTorch's")
 
 
 class RefreshConfig(Section):

@@ -132,7 +132,7 @@ def test_schedule_warms_up_and_falls() -> None:
 
 def test_steps_grow_with_the_users_within_bounds() -> None:
     assert number_of_steps(TrainingConfig(steps=0), 10**9) == 0
-    assert number_of_steps(TrainingConfig(), 40) == 150
+    assert number_of_steps(TrainingConfig(), 40) == 120
     assert number_of_steps(TrainingConfig(batch_users=100), 10_001) == 401
     assert number_of_steps(TrainingConfig(), 10**9) == 600
 
