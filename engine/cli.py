@@ -50,8 +50,16 @@ def finish(result: Any, as_json: bool) -> None:
     else:
         for name, value in data.items():
             if not isinstance(value, (dict, list)):
-                shown = f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else value
-                print(f"{name.replace('_', ' '):>24}  {shown}")  # noqa: T201
+                print(f"{name.replace('_', ' '):>28}  {shown(name, value)}")  # noqa: T201
+
+
+def shown(name: str, value: Any) -> str:
+    """A figure for a person: grouped digits, and dates for unix seconds."""
+    if isinstance(value, bool) or not isinstance(value, int):
+        return f"{value:,.2f}" if isinstance(value, float) else str(value)
+    if name == "as_of" or name.endswith("timestamp"):
+        return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC ({value})"
+    return f"{value:,}"
 
 
 def parse_time(text: str | None, option: str = "--as-of") -> int | None:
@@ -307,7 +315,7 @@ def evaluate(
 @app.command()
 def inspect(
     path: Annotated[Path, typer.Argument(help="A store, a model or an event log.")],
-    user: Annotated[str | None, typer.Option(help="One user's story: history, neighbours, candidates.")] = None,
+    user: Annotated[str | None, typer.Option(help="One user: history, or neighbours and candidates.")] = None,
     as_json: Json = False,
 ) -> None:
     """What is in a store, a model or an event log: generations, row counts, sizes, quality at a glance.

@@ -1,9 +1,11 @@
 """The command line, as typed: every command of a chain on a small world, the exit codes, the last line of --json."""
 
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -162,12 +164,14 @@ def test_configuration_errors_name_the_key(alure: CommandLine, tmp_path: Path) -
     assert "events.inputs" in alure("run", config).err
 
 
-def test_run_reads_paths_beside_the_file_or_from_data(alure: CommandLine, tmp_path: Path) -> None:
+def test_run_reads_paths_beside_the_file_or_from_data(
+    alure: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     log = pa.table(
         {
-            "user_id": np.repeat(np.arange(40), 6),
-            "timestamp": np.tile(np.arange(6) * 86_400, 40) + 1_700_000_000,
-            "item_id": np.arange(240) % 13,
+            "user_id": np.repeat(np.arange(50), 6),
+            "timestamp": np.tile(np.arange(6) * 86_400, 50) + 1_700_000_000,
+            "item_id": np.arange(300) % 13,
         }
     )
     (tmp_path / "data").mkdir()
@@ -178,6 +182,20 @@ def test_run_reads_paths_beside_the_file_or_from_data(alure: CommandLine, tmp_pa
     outcome = alure("run", config, "--data", tmp_path / "data", "--json")
     assert outcome.code == 0, outcome.err
     assert (tmp_path / "out" / "report.html").exists()
+    monkeypatch.chdir(tmp_path)
+    results: dict[str, Any] = {}
+    for block in readme_blocks():
+        exec(compile(block, "README.md", "exec"), results)
+    assert results["out"].shape == (8, 4, 64)
+    assert results["store"].generations("embeddings")
+
+
+def readme_blocks() -> list[str]:
+    """The Python examples of the README, as a reader would paste them one after another."""
+    text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
+    blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
+    assert len(blocks) == 2
+    return blocks
 
 
 def test_schema_is_json(alure: CommandLine) -> None:
