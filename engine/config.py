@@ -145,7 +145,7 @@ class RetrievalConfig(Section):
 class EvaluationConfig(Section):
     k: list[Annotated[int, Field(ge=1)]] = [10, 50, 200]
     truth: Path | None = Field(None, description="user_id, item_id of future engagements; none: hold out from the log")
-    holdout: float = Field(0.1, gt=0, lt=1, description="newest share of the log's time held out where truth is none")
+    holdout: float = Field(0.1, gt=0, lt=1, description="newest share of the events held out where truth is none")
     truth_types: list[str] | None = Field(
         None, description="event types that count as engagement (default: all but view)"
     )

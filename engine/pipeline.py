@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow.parquet as pq
 
 from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphConfig, TrainingConfig
@@ -29,6 +30,7 @@ from alure.engine.training import train
 from alure.engine.world import build_world
 
 STAMP_VERSION = 1
+HOLDOUT_SAMPLE = 10_000_000  # events whose times are sorted to find the hold-out
 
 
 @dataclass
@@ -183,14 +185,18 @@ def publish_report(
 
 
 def snapshot_time(config: Config, events: Events) -> int:
-    """T: as configured, or the last event, or, where the truth is held out of the log, the start of the hold-out."""
+    """T: as configured, or the last event, or, where the truth is held out of the log, the start of the hold-out.
+
+    The hold-out is a share of the events and not of the time: a few stray late events must not be all of it.
+    """
     manifest = events.manifest
     if config.as_of is not None:
         return config.as_of
-    if config.evaluation.truth is not None:
+    if config.evaluation.truth is not None or not manifest.num_events:
         return manifest.last_timestamp
-    span = manifest.last_timestamp - manifest.first_timestamp
-    return manifest.last_timestamp - int(span * config.evaluation.holdout)
+    step = max(1, manifest.num_events // HOLDOUT_SAMPLE)
+    times = np.concatenate([events.source(name).timestamp[::step] for name in manifest.sources])
+    return int(np.quantile(times, 1 - config.evaluation.holdout, method="lower"))
 
 
 def write_holdout(events: Events, as_of: int, path: Path) -> Path:
