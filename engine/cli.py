@@ -19,6 +19,7 @@ from alure.engine.config import Config, EventsConfig, TrainingConfig, describe
 from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.progress import say
 from alure.engine.results import to_dict
+from alure.engine.signals import interruptible
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
 
@@ -49,6 +50,8 @@ def finish(result: Any, as_json: bool) -> None:
         print(json.dumps(data))  # noqa: T201
     else:
         for name, value in data.items():
+            if isinstance(value, dict) and all(isinstance(part, int) for part in value.values()):
+                value = ", ".join(f"{part} {count:,}" for part, count in value.items()) or "none"
             if not isinstance(value, (dict, list)):
                 print(f"{name.replace('_', ' '):>28}  {shown(name, value)}")  # noqa: T201
 
@@ -406,8 +409,9 @@ def main() -> None:
     """Entry point: runs a command and turns what went wrong into a message and an exit code."""
     as_json = "--json" in sys.argv[1:]
     try:
-        app()
-    except (AlureError, KeyboardInterrupt) as error:
+        with interruptible():
+            app()
+    except (AlureError, OSError, KeyboardInterrupt) as error:
         code = EXIT_FAILED
         if isinstance(error, InputError):
             code = EXIT_INPUT

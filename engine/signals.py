@@ -27,6 +27,21 @@ class StopFlag:
 
 
 @contextmanager
+def interruptible() -> Iterator[None]:
+    """SIGTERM and SIGINT raise Interrupted at once, in work that keeps no flag; earlier handlers are put back."""
+
+    def interrupt(number: int, frame: FrameType | None) -> None:
+        raise Interrupted(f"stopped by {signal.Signals(number).name}; run the same command again to go on")
+
+    before = {number: signal.signal(number, interrupt) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+@contextmanager
 def stop_flag(what: str) -> Iterator[StopFlag]:
     """The flag that signals set while the block runs; earlier handlers are put back.
 

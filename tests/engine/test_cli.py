@@ -2,6 +2,7 @@
 
 import json
 import re
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -196,6 +197,21 @@ def readme_blocks() -> list[str]:
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
     assert len(blocks) == 2
     return blocks
+
+
+def test_a_signal_while_training_exits_with_75(world: Path, tmp_path: Path) -> None:
+    script = "import sys; from alure.engine.cli import main; sys.argv[0] = 'alure'; main()"
+    command = [sys.executable, "-P", "-c", script]
+    subprocess.run([*command, "ingest", world / "events.parquet", "--out", tmp_path / "events"], check=True)
+    words = ["train", tmp_path / "events", "--out", tmp_path / "model", "--steps", "100000", "--json"]
+    training = subprocess.Popen([*command, *words], stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    assert training.stderr is not None
+    training.stderr.readline()  # the first progress line: it is at work
+    training.send_signal(signal.SIGTERM)
+    out, err = training.communicate(timeout=60)
+    assert training.returncode == 75, err
+    assert json.loads(out.splitlines()[-1])["exit_code"] == 75
+    assert not (tmp_path / "model" / "model.safetensors").exists()
 
 
 def test_schema_is_json(alure: CommandLine) -> None:
