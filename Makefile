@@ -32,7 +32,7 @@ lint: $(VENV)/.alure-dev
 	$(BIN)/mypy -p alure
 
 browser:  ## Chromium, which the report's test opens the report in (Debian, Ubuntu)
-	command -v chromium >/dev/null || apt-get install -y --no-install-recommends chromium
+	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y --no-install-recommends chromium)
 
 figures: demo  ## the README's figure, from the demo
 	mkdir -p docs && cp $(OUT)/overview.svg docs/overview.svg
