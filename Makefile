@@ -18,7 +18,7 @@ demo: $(VENV)/.alure  ## the whole chain on a synthetic ads world: writes demo/r
 	$(BIN)/alure demo --out $(OUT)
 
 test: $(VENV)/.alure-dev lint  ## ruff, mypy and the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(nproc) --dist worksteal -q
+	OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(nproc) --dist worksteal -q -rs
 
 test-slow: $(VENV)/.alure-dev  ## the long tests
 	$(BIN)/pytest -m slow -q
