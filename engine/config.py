@@ -46,7 +46,7 @@ PRESETS: dict[str, dict[str, int]] = {
 
 
 class ModelConfig(Section):
-    """The user model's shape (SYSTEM: one module a source and layer, taps, compression n → k)."""
+    """The user model's shape: one module a source and layer, taps, compression n → k (paper, section 2)."""
 
     preset: Literal["small", "base", "large"] = "small"
     width: int = Field(64, ge=8, description="d, the width of tokens and of each embedding")

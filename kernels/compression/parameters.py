@@ -12,7 +12,7 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class DotLinearCompression:
-    """n vectors to k by a linear map, gated by what the vectors' products XXᵀ say (SYSTEM §3, form 1)."""
+    """n vectors to k by a linear map, gated by what the vectors' products XXᵀ say (paper, section 2.3, form 1)."""
 
     linear: Tensor  # W_L [k, n]
     mix: Tensor  # Y [n, r]
@@ -53,7 +53,7 @@ class InteractionLayer:
 
 @dataclass(frozen=True)
 class InteractionCompression:
-    """k seeds attend to the n vectors, then to each other (SYSTEM §3, form 2).
+    """k seeds attend to the n vectors, then to each other (paper, section 2.3, form 2).
 
     layers[0] is cross-attention from the seeds to the vectors; every later one is self-attention over the k.
     """
