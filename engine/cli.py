@@ -22,6 +22,7 @@ from alure.engine.results import to_dict
 from alure.engine.signals import interruptible
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+MOST_LINES = 20  # a longer list is only counted for a person
 
 app = typer.Typer(
     name="alure",
@@ -50,10 +51,24 @@ def finish(result: Any, as_json: bool) -> None:
         print(json.dumps(data))  # noqa: T201
     else:
         for name, value in data.items():
-            if isinstance(value, dict) and all(isinstance(part, int) for part in value.values()):
-                value = ", ".join(f"{part} {count:,}" for part, count in value.items()) or "none"
-            if not isinstance(value, (dict, list)):
-                print(f"{name.replace('_', ' '):>28}  {shown(name, value)}")  # noqa: T201
+            lines = value if isinstance(value, list) else [value]
+            if len(lines) > MOST_LINES or (lines and isinstance(lines[0], list)):
+                lines = [f"{len(lines):,} entries; --json shows them"]
+            for number, line in enumerate(lines):
+                label = "" if number else name.replace("_", " ")
+                print(f"{label:>28}  {inline(name, line)}")  # noqa: T201
+
+
+def inline(name: str, value: Any) -> str:
+    """A figure, or the plain figures of a group on one line."""
+    if not isinstance(value, dict):
+        return shown(name, value)
+    if value and all(isinstance(found, dict) for found in value.values()):
+        return ", ".join(value)
+    plain = {
+        part: found for part, found in value.items() if found not in ("", None) and not isinstance(found, (dict, list))
+    }
+    return " · ".join(f"{part.replace('_', ' ')} {shown(part, found)}" for part, found in plain.items()) or "none"
 
 
 def shown(name: str, value: Any) -> str:

@@ -1,7 +1,6 @@
 """`alure inspect`: what is in a store, a model or an event log."""
 
 import json
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +46,11 @@ def inspect_model(path: Path) -> dict[str, Any]:
 
 def inspect_store(path: Path, user: str | None) -> dict[str, Any]:
     store = EmbeddingStore(path)
-    published = [asdict(generation) for table in TABLES for generation in store.generations(table)]
+    published = [
+        {"table": table, "name": g.name, "generation": g.generation, "rows": g.rows, "as_of": g.as_of,
+         "model": g.model[:12], "published_at": f"{g.published_at:%Y-%m-%d %H:%M:%S}", "properties": dict(g.properties)}
+        for table in TABLES for g in store.generations(table)
+    ]  # fmt: skip
     if user is not None:
         return {"user": user, **user_in_store(store, user)}
     newest = store.latest("embeddings").generation
