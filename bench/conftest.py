@@ -1,11 +1,12 @@
 """What the suites share: sizes by --quick, and `race`, which times one implementation of one case."""
 
-import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
+
+from alure.engine.profiling import matrix_rate
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -22,18 +23,10 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session")
-def matrix_rate(device: torch.device) -> float:
-    """FLOP/s of a large float32 matrix product here, best of ten: the limit that shares are taken of."""
-    a = torch.randn(2048, 2048, device=device)
-    best = float("inf")
-    for _ in range(10):
-        started = time.perf_counter()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
-    return 2 * 2048**3 / best
+@pytest.fixture(scope="session", name="matrix_rate")
+def measured_matrix_rate(device: torch.device) -> float:
+    """FLOP/s of a large float32 matrix product here: the limit that shares are taken of."""
+    return matrix_rate(device)
 
 
 @pytest.fixture

@@ -195,13 +195,3 @@ def _graph_figures(store: EmbeddingStore, graph: Generation) -> dict[str, Any]:
         "similarity_median": float(np.median(values)) if len(values) else 0.0,
         "in_degree_counts": degrees.tolist(),
     }
-
-
-def _histogram(values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Counts and edges over the middle 99.8 % of `values`; what lies beyond is counted in the outermost bins."""
-    if not len(values):
-        return np.zeros(1, np.int64), np.array([0.0, 1.0])
-    low, high = np.quantile(values, [0.001, 0.999])
-    if high - low < 1e-9:
-        low, high = low - 0.5, high + 0.5
-    return np.histogram(np.clip(values, low, high), bins=SIMILARITY_BINS, range=(low, high))

@@ -178,7 +178,7 @@ def _plan(config: GraphConfig, users: int) -> _Plan:
     """The engine and clusters for a country of `users` users with a direction; every departure is noted."""
     engine, notes = config.search, []
     if engine == "auto":
-        # same clusters, same neighbours; on a CPU grouped was 8 times as fast as FAISS (323k × 128, 400/50/15)
+        # same clusters, same neighbours; on a CPU 1.7 times as fast as FAISS at 50k × 128, 400/50/15 (bench/NOTES.md)
         engine = "exact" if users < config.exact_below else "faiss" if faiss_gpus() else "grouped"
     nlist = min(config.nlist, users // POINTS_PER_CLUSTER)
     if engine != "exact" and nlist < 2:
