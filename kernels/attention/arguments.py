@@ -14,8 +14,9 @@ Each backend module (reference, kernel, native) has
 with g the group of the sequence. A query that sees no key gives a row of zeros and lse = −inf. What is called float32
 here is float64 where q is float64.
 
-Which keys a query sees. i is the row of the query in its sequence plus (keys − queries), so the last rows of q and k are
-aligned; j is the row of the key; n the keys of the sequence; (left, right, contexts, targets) its rules; n' = n − targets.
+Which keys a query sees. i is the row of the query in its sequence plus (keys − queries), so the last rows of q and k
+are aligned; j is the row of the key; n the keys of the sequence; (left, right, contexts, targets) its rules;
+n' = n − targets.
 
     p_i = min(i, n'), p_j = min(j, n')             every target stands right after the history, in no order
     j < contexts                                   everyone sees the contexts

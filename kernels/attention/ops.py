@@ -37,6 +37,7 @@ from alure.kernels.attention.bias import (
 )
 from alure.kernels.backend import resolve_backend
 from alure.kernels.jagged import check_offsets, check_timestamps
+from alure.kernels.operators import operator
 
 BACKENDS = ("triton", "native", "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -197,7 +198,7 @@ def _module(backend: str) -> ModuleType:
     return importlib.import_module(f"alure.kernels.attention.{name}")
 
 
-@torch.library.custom_op("alure::jagged_attention", mutates_args=())
+@operator("jagged_attention")
 def _attention(
     q: Tensor,
     k: Tensor,
@@ -263,7 +264,7 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
     )
 
 
-@torch.library.custom_op("alure::jagged_attention_backward", mutates_args=())
+@operator("jagged_attention_backward")
 def _attention_backward(
     grad_out: Tensor,
     q: Tensor,

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from alure.kernels.backend import resolve_backend
 from alure.kernels.candidates import reference
+from alure.kernels.operators import operator
 
 BACKENDS = ("native", "reference")
 _MAX_ITEMS = 2**31  # item ids are int32
@@ -117,7 +118,7 @@ def _array(x: Tensor | None) -> Any:
     return None if x is None else x.detach().contiguous().numpy()
 
 
-@torch.library.custom_op("alure::join_candidates", mutates_args=())
+@operator("join_candidates")
 def _join_candidates(
     neighbor_offsets: Tensor,
     neighbor_ids: Tensor,

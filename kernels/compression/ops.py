@@ -15,6 +15,7 @@ from alure.kernels.compression.parameters import (
     check_dot_linear,
     check_interaction,
 )
+from alure.kernels.operators import operator
 
 BACKENDS = ("triton", "reference")
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -87,7 +88,7 @@ def _normalize(x: Tensor, backend: str) -> Tensor:
     return _gate_normalize(x, zero.expand_as(x), zero.expand(x.shape[1:]), backend)
 
 
-@torch.library.custom_op("alure::dot_linear", mutates_args=())
+@operator("dot_linear")
 def _dot_linear(x: Tensor, linear: Tensor, mix: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     if backend == "triton":
         from alure.kernels.compression import kernel
@@ -102,7 +103,7 @@ def _(x: Tensor, linear: Tensor, mix: Tensor, backend: str) -> tuple[Tensor, Ten
     return x.new_empty(batch, linear.shape[0], d), x.new_empty(batch, n, mix.shape[1])
 
 
-@torch.library.custom_op("alure::dot_linear_backward", mutates_args=())
+@operator("dot_linear_backward")
 def _dot_linear_backward(
     grad_z: Tensor, grad_products: Tensor, x: Tensor, linear: Tensor, mix: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -125,7 +126,7 @@ def _differentiate_dot_linear(ctx: Any, grad_z: Tensor, grad_products: Tensor) -
 _dot_linear.register_autograd(_differentiate_dot_linear, setup_context=_save_dot_linear)
 
 
-@torch.library.custom_op("alure::gate_normalize", mutates_args=())
+@operator("gate_normalize")
 def _gate_normalize(z: Tensor, update: Tensor, gate: Tensor, backend: str) -> Tensor:
     if backend == "triton":
         from alure.kernels.compression import kernel
@@ -139,7 +140,7 @@ def _(z: Tensor, update: Tensor, gate: Tensor, backend: str) -> Tensor:
     return z.new_empty(z.shape)
 
 
-@torch.library.custom_op("alure::gate_normalize_backward", mutates_args=())
+@operator("gate_normalize_backward")
 def _gate_normalize_backward(grad: Tensor, z: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     return reference.gate_normalize_backward(grad, z, update, gate)
 

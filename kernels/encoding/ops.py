@@ -8,6 +8,7 @@ from torch import Tensor
 from alure.kernels.backend import resolve_backend
 from alure.kernels.encoding import reference
 from alure.kernels.encoding.arguments import EventColumns, EventEncoder, check_arguments, check_values
+from alure.kernels.operators import operator
 
 BACKENDS = ("triton", "reference")
 
@@ -75,7 +76,7 @@ def _gather(flat: tuple[Any, ...]) -> tuple[EventColumns, EventEncoder]:
     return EventColumns(*flat[:7]), EventEncoder(*flat[7:])
 
 
-@torch.library.custom_op("alure::encode_events", mutates_args=())
+@operator("encode_events")
 def _encode(
     table: Tensor,
     ids: Tensor,
@@ -114,7 +115,7 @@ def _(table: Tensor, ids: Tensor, *rest: Any) -> Tensor:
     return table.new_empty(ids.shape[0], bias.shape[0])
 
 
-@torch.library.custom_op("alure::encode_events_backward", mutates_args=())
+@operator("encode_events_backward")
 def _encode_backward(
     grad: Tensor,
     table: Tensor,

@@ -15,6 +15,7 @@ from alure.kernels.jagged import check_offsets
 from alure.kernels.neighbors import reference
 from alure.kernels.neighbors.duplicates import first_copies
 from alure.kernels.neighbors.scores import Search, decode
+from alure.kernels.operators import operator
 
 BACKENDS = ("triton", "reference")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
@@ -85,7 +86,7 @@ def grouped_topk(
     return torch.ops.alure.grouped_topk(queries, database, list_offsets, probes, k, ids, exclude, metric, backend)
 
 
-@torch.library.custom_op("alure::assign_clusters", mutates_args=())
+@operator("assign_clusters")
 def _assign_clusters(x: Tensor, centroids: Tensor, nprobe: int, metric: str, backend: str) -> tuple[Tensor, Tensor]:
     backend = _resolve(backend, x, nprobe)
     x, centroids = _computed(x, backend), _computed(centroids, backend)
@@ -99,7 +100,7 @@ def _(x: Tensor, centroids: Tensor, nprobe: int, metric: str, backend: str) -> t
     return x.new_empty(shape, dtype=torch.float32), x.new_empty(shape, dtype=torch.int64)
 
 
-@torch.library.custom_op("alure::grouped_topk", mutates_args=())
+@operator("grouped_topk")
 def _grouped_topk(
     queries: Tensor,
     database: Tensor,

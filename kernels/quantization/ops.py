@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from alure.kernels.backend import resolve_backend
+from alure.kernels.operators import operator
 from alure.kernels.quantization import reference
 from alure.kernels.scatter import sum_rows
 
@@ -58,7 +59,7 @@ def _check_finite(x: Tensor, name: str) -> None:
         raise ValueError(f"{name}: expected finite values, got {float(x[tuple(where)])} at {where}; drop such vectors")
 
 
-@torch.library.custom_op("alure::residual_quantize", mutates_args=())
+@operator("residual_quantize")
 def _quantize(x: Tensor, codebooks: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     _check(x, codebooks)
     _check_finite(x, "x")
@@ -86,7 +87,7 @@ def _(x: Tensor, codebooks: Tensor, backend: str) -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), x.new_empty(x.shape[0], codebooks.shape[0], dtype=torch.int64)
 
 
-@torch.library.custom_op("alure::residual_quantize_backward", mutates_args=())
+@operator("residual_quantize_backward")
 def _quantize_backward(grad_residual: Tensor, codes: Tensor, num_codes: int) -> Tensor:
     """[levels, codes, d]: the gradient of the codebooks."""
     compute = torch.promote_types(grad_residual.dtype, torch.float32)

@@ -1,0 +1,45 @@
+"""Operators of torch.library: how the kernels become known to autograd, fake tensors and torch.compile."""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+
+_LIBRARY = torch.library.Library("alure", "FRAGMENT")
+
+
+class operator:
+    """`@operator("name")` registers a function of tensors as torch.ops.alure.name, for every device.
+
+    As torch.library.custom_op, with the same `register_fake` and `register_autograd`; but that one imports
+    torch._dynamo on its first call, 2 s of every command. The schema comes from the function's annotations. It must
+    change none of its arguments and return none of them.
+    """
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def __call__(self, implementation: Callable[..., Any]) -> "RegisteredOperator":
+        _LIBRARY.define(self._name + torch.library.infer_schema(implementation, mutates_args=()))
+        _LIBRARY.impl(self._name, implementation, "CompositeExplicitAutograd")
+        return RegisteredOperator(self._name)
+
+
+class RegisteredOperator:
+    """A callable that goes through torch's dispatcher."""
+
+    def __init__(self, name: str) -> None:
+        self._qualified_name = f"alure::{name}"
+        self._overload = getattr(torch.ops.alure, name).default
+
+    def __call__(self, *arguments: Any) -> Any:
+        return self._overload(*arguments)
+
+    def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
+        """Decorates a function of the same arguments that makes results of the right shapes and reads no values."""
+        torch.library.register_fake(self._qualified_name, fake, lib=_LIBRARY)
+        return fake
+
+    def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
+        """backward(ctx, *gradients) gives a gradient or None for each argument; setup_context saves what it needs."""
+        torch.library.register_autograd(self._qualified_name, backward, setup_context=setup_context, lib=_LIBRARY)
