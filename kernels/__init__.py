@@ -4,7 +4,14 @@ Every operator has one signature and several backends (`backend="auto" | "triton
 a backend named explicitly never falls back silently.
 """
 
-from alure.kernels.attention import PositionBias, TimeBias, jagged_attention, position_thresholds, time_thresholds
+from alure.kernels.attention import (
+    AttentionPlan,
+    PositionBias,
+    TimeBias,
+    jagged_attention,
+    position_thresholds,
+    time_thresholds,
+)
 from alure.kernels.candidates import Candidates, Engagements, NeighborLists, join_candidates
 from alure.kernels.compression import DotLinearCompression, InteractionCompression, InteractionLayer, compress
 from alure.kernels.encoding import EventEncoder, encode_events

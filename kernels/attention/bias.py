@@ -18,7 +18,7 @@ class TimeBias:
     """Learned bias over t_query − t_key in seconds.
 
     thresholds: int64 [B − 1], increasing; table: [H, B]. Cyclic part (all three or none): periods int64 [P] in
-    seconds, cosine and sine [H, P].
+    seconds, cosine and sine [H, P]. With `groups`, table, cosine and sine have a first dimension of groups.
     """
 
     thresholds: Tensor
@@ -30,7 +30,10 @@ class TimeBias:
 
 @dataclass(frozen=True)
 class PositionBias:
-    """Learned bias over i − j, positions in the sequence. thresholds: int64 [B − 1], increasing; table: [H, B]."""
+    """Learned bias over i − j, positions in the sequence. thresholds: int64 [B − 1], increasing; table: [H, B].
+
+    With `groups`, table has a first dimension of groups.
+    """
 
     thresholds: Tensor
     table: Tensor
@@ -61,13 +64,13 @@ def _log_spaced(per_octave: int, longest: int, bidirectional: bool) -> Tensor:
 
 
 def cyclic_channels(
-    bias: TimeBias, q_timestamps: Tensor, k_timestamps: Tensor, dtype: torch.dtype
+    bias: TimeBias, q_timestamps: Tensor, k_timestamps: Tensor, q_groups: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor]:
     """(q_cyclic [total_q, H, 2P], k_cyclic [total_k, 2P]), whose dot product is the cyclic sum of `bias`.
 
     c·cos(a − b) + s·sin(a − b) = (c·cos a + s·sin a)·cos b + (c·sin a − s·cos a)·sin b: a rotation per head goes into
     q, k is shared by the heads. Times are reduced modulo the period as int64: seconds of this decade in float32 round
-    by up to 64 s.
+    by up to 64 s. q_groups int64 [total_q] where cosine and sine are those of groups [G, H, P].
     """
     assert bias.periods is not None
     assert bias.cosine is not None
@@ -75,6 +78,8 @@ def cyclic_channels(
     q_angle = _angle(q_timestamps, bias.periods, dtype)[:, None, :]  # [total_q, 1, P]
     k_angle = _angle(k_timestamps, bias.periods, dtype)  # [total_k, P]
     cosine, sine = bias.cosine.to(dtype), bias.sine.to(dtype)
+    if q_groups is not None:
+        cosine, sine = cosine[q_groups], sine[q_groups]
     q_cos, q_sin = q_angle.cos(), q_angle.sin()
     q_cyclic = torch.cat([cosine * q_cos + sine * q_sin, cosine * q_sin - sine * q_cos], dim=-1)
     return q_cyclic, torch.cat([k_angle.cos(), k_angle.sin()], dim=-1)
@@ -85,9 +90,9 @@ def _angle(timestamps: Tensor, periods: Tensor, dtype: torch.dtype) -> Tensor:
     return phase.to(dtype) * (2 * math.pi / periods.to(dtype))
 
 
-def check_time_bias(bias: TimeBias, num_heads: int, device: torch.device) -> None:
+def check_time_bias(bias: TimeBias, num_heads: int, grouped: bool, device: torch.device) -> None:
     """Raise unless the shapes, dtypes and device of `bias` fit attention of `num_heads` heads on `device`."""
-    _check_table(bias.thresholds, bias.table, num_heads, device, "time_bias")
+    _check_table(bias.thresholds, bias.table, num_heads, grouped, device, "time_bias")
     cyclic = (bias.periods, bias.cosine, bias.sine)
     if all(part is None for part in cyclic):
         return
@@ -99,31 +104,35 @@ def check_time_bias(bias: TimeBias, num_heads: int, device: torch.device) -> Non
         )
     if not torch.compiler.is_compiling() and bool((bias.periods <= 0).any()):
         raise ValueError(f"time_bias.periods: expected seconds > 0, got {bias.periods.tolist()}")
+    expected = (*bias.table.shape[:-1], bias.periods.numel())
     for name, part in (("cosine", bias.cosine), ("sine", bias.sine)):
-        expected = (num_heads, bias.periods.numel())
         if part.shape != expected or not part.is_floating_point():
             raise ValueError(
-                f"time_bias.{name}: expected floats [heads, periods] = {list(expected)}, "
-                f"got {part.dtype} {list(part.shape)}"
+                f"time_bias.{name}: expected floats {'[groups, heads, periods]' if grouped else '[heads, periods]'} = "
+                f"{list(expected)}, got {part.dtype} {list(part.shape)}"
             )
     for name, part in (("periods", bias.periods), ("cosine", bias.cosine), ("sine", bias.sine)):
         _check_device(part, device, f"time_bias.{name}")
 
 
-def check_position_bias(bias: PositionBias, num_heads: int, device: torch.device) -> None:
+def check_position_bias(bias: PositionBias, num_heads: int, grouped: bool, device: torch.device) -> None:
     """Raise unless the shapes, dtypes and device of `bias` fit attention of `num_heads` heads on `device`."""
-    _check_table(bias.thresholds, bias.table, num_heads, device, "position_bias")
+    _check_table(bias.thresholds, bias.table, num_heads, grouped, device, "position_bias")
 
 
-def _check_table(thresholds: Tensor, table: Tensor, num_heads: int, device: torch.device, name: str) -> None:
+def _check_table(
+    thresholds: Tensor, table: Tensor, num_heads: int, grouped: bool, device: torch.device, name: str
+) -> None:
     if thresholds.dtype != torch.int64 or thresholds.dim() != 1:
         raise TypeError(
             f"{name}.thresholds: expected int64 [buckets − 1], got {thresholds.dtype} {list(thresholds.shape)}"
         )
-    expected = (num_heads, thresholds.numel() + 1)
-    if table.shape != expected or not table.is_floating_point():
+    expected = [num_heads, thresholds.numel() + 1]
+    fits = table.dim() == (3 if grouped else 2) and list(table.shape[-2:]) == expected
+    if not fits or not table.is_floating_point():
+        shape = "[groups, heads, thresholds + 1]" if grouped else "[heads, thresholds + 1]"
         raise ValueError(
-            f"{name}.table: expected floats [heads, thresholds + 1] = {list(expected)}, "
+            f"{name}.table: expected floats {shape} = {['any', *expected] if grouped else expected}, "
             f"got {table.dtype} {list(table.shape)}"
         )
     _check_device(thresholds, device, f"{name}.thresholds")

@@ -13,6 +13,7 @@ and the same bits every time. Logits live in units of log 2, for exp2.
 """
 
 import contextlib
+import sys
 from typing import NamedTuple
 
 import torch
@@ -20,6 +21,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alure.kernels.attention import flat
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
 from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.backend import triton_interprets
@@ -51,7 +53,7 @@ FLOAT_CONFIGS = {
 }
 
 
-def forward(
+def flat_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -102,7 +104,7 @@ def forward(
     return out, lse
 
 
-def backward(
+def flat_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -359,3 +361,11 @@ def _cases(shipped):
 
 AHEAD_OF_TIME = _cases(_COMMON)
 AHEAD_OF_TIME_SLOW = _cases(_ALL)
+
+
+def forward(*arguments):  # type: ignore[no-untyped-def]
+    return flat.forward(sys.modules[__name__], *arguments)
+
+
+def backward(*arguments):  # type: ignore[no-untyped-def]
+    return flat.backward(sys.modules[__name__], *arguments)

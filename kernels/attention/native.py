@@ -4,17 +4,19 @@ A sequence's result depends neither on the rest of the batch nor on the number o
 fixed order. Extra memory: the outputs, and per thread a block of keys and a tile of queries.
 """
 
+import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alure.kernels import _native
+from alure.kernels.attention import flat
 
 INSTRUCTION_SET: str = _native.instruction_set()
 
 
-def forward(
+def flat_forward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -43,7 +45,7 @@ def forward(
     return out, lse
 
 
-def backward(
+def flat_backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
@@ -134,3 +136,11 @@ def _array(x: Tensor | None, dtype: torch.dtype) -> Any:
     if x.dtype != dtype or x.device.type != "cpu":
         raise TypeError(f"native attention: expected {dtype} on the CPU, got {x.dtype} on {x.device}")
     return x.detach().contiguous().numpy()
+
+
+def forward(*arguments):  # type: ignore[no-untyped-def]
+    return flat.forward(sys.modules[__name__], *arguments)
+
+
+def backward(*arguments):  # type: ignore[no-untyped-def]
+    return flat.backward(sys.modules[__name__], *arguments)

@@ -1,33 +1,15 @@
-"""`jagged_attention`: validation, registration with torch.library, choice of the backend.
-
-The boundary every backend module (reference, kernel, native) implements; T is the rows of all sequences together:
-
-    forward(q, k, v,                               # [Tq, H, D] [Tk, H, D] [Tk, H, D]
-            q_offsets, k_offsets,                  # [B + 1] int32 | int64, checked
-            q_timestamps, k_timestamps,            # [Tq] [Tk] int64, sorted in each sequence | None
-            time_thresholds, time_table,           # [buckets − 1] int64 increasing, [H, buckets] float32 | None
-            position_thresholds, position_table,   # the same over i − j | None
-            q_cyclic, k_cyclic,                    # [Tq, H, C] [Tk, C] float32 | None
-            causal, window_left, window_right,     # bool, int, int; −1: no limit
-            scale)                                 # float
-        -> out [Tq, H, D] like q, lse [H, Tq] float32
-
-    backward(grad_out, q, k, v, out, lse, …the same from q_offsets on…)
-        -> dq, dk, dv, d_time_table, d_position_table, d_q_cyclic, d_k_cyclic    # None for what was None
-
-    logits(i, j) = scale · q_i·k_j + time_table[bucket] + position_table[bucket] + q_cyclic_i·k_cyclic_j
-    i = row of the query in its sequence + (length of k − length of q), j = row of the key
-    visible: j <= i where causal; i − window_left <= j <= i + window_right
-
-A query that sees no key gives a row of zeros and lse = −inf. The float32 above is float64 where q is float64.
-"""
+"""`jagged_attention`: validation, registration with torch.library, choice of the backend."""
 
 import importlib
+from collections.abc import Sequence
+from dataclasses import replace
 from types import ModuleType
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
+from alure.kernels.attention.arguments import Batch, Bias
 from alure.kernels.attention.bias import (
     PositionBias,
     TimeBias,
@@ -35,8 +17,9 @@ from alure.kernels.attention.bias import (
     check_time_bias,
     cyclic_channels,
 )
+from alure.kernels.attention.plan import AttentionPlan, Window, check_groups, check_rows, check_values, make_batch
 from alure.kernels.backend import resolve_backend
-from alure.kernels.jagged import check_offsets, check_timestamps
+from alure.kernels.jagged import segment_ids
 from alure.kernels.operators import operator
 
 BACKENDS = ("triton", "native", "reference")
@@ -44,11 +27,19 @@ _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _LARGEST_TRITON_HEAD = 256
 
 
+@overload
+def jagged_attention(
+    q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor | None, return_lse: Literal[False] = False, **options: Any
+) -> Tensor: ...
+@overload
+def jagged_attention(
+    q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor | None, return_lse: Literal[True], **options: Any
+) -> tuple[Tensor, Tensor]: ...
 def jagged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    q_offsets: Tensor,
+    q_offsets: Tensor | None = None,
     k_offsets: Tensor | None = None,
     *,
     q_timestamps: Tensor | None = None,
@@ -56,81 +47,61 @@ def jagged_attention(
     time_bias: TimeBias | None = None,
     position_bias: PositionBias | None = None,
     causal: bool = False,
-    window_size: int | tuple[int, int] | None = None,
+    window_size: Window | Sequence[Window | None] | None = None,
+    num_targets: Tensor | None = None,
+    num_contexts: Tensor | None = None,
+    groups: Tensor | None = None,
+    plan: AttentionPlan | None = None,
     softmax_scale: float | None = None,
+    return_lse: bool = False,
     backend: str = "auto",
-) -> Tensor:
+) -> Tensor | tuple[Tensor, Tensor]:
     """Softmax attention within each sequence of a jagged batch; [total_q, heads, head_dim], like q.
 
-    q [total_q, heads, head_dim], k and v [total_k, heads, head_dim]: float16, bfloat16, float32 or float64.
-    q_offsets, k_offsets [batch + 1] int32 or int64; without k_offsets, keys are the queries' own sequences.
-    q_timestamps [total_q], k_timestamps [total_k]: int64 seconds, sorted within a sequence; needed by `time_bias`.
-    Where q and k differ in length their last rows are aligned (causal, window, position bias).
+    q [total_q, heads, head_dim], k and v [total_k, kv_heads, head_dim], heads a multiple of kv_heads: float16,
+    bfloat16, float32 or float64. q_offsets, k_offsets [batch + 1] int32 or int64; without k_offsets, keys are the
+    queries' own sequences. q_timestamps [total_q], k_timestamps [total_k]: int64 seconds, sorted within a sequence; needed by
+    `time_bias`. Where q and k differ in length their last rows are aligned (masks, position bias).
+
     causal: a query sees the keys up to its own position. window_size: (left, right), or one int for both sides.
+    num_targets int64 [batch]: the last rows of each sequence are candidates, which see the history and themselves and
+    are seen by nobody else; all of them stand at the position after the history. num_contexts int64 [batch]: the first
+    rows of each sequence are seen by every query, and see all rows but the targets.
+    groups int64 [batch]: which tables of the biases a sequence reads (then [groups, heads, …]), and which of
+    `window_size`, then a list; sources with their own biases and windows share one launch so.
+    plan: in place of the offsets, times, masks and groups, an `AttentionPlan` of them that was checked once.
     softmax_scale: 1/sqrt(head_dim) by default. A query that sees no key gives zeros.
+    return_lse: also give the log-sum-exp of the logits [heads, total_q], float32 (−inf for a query that sees no key).
+
     Gradients flow to q, k, v and to the table, cosine and sine of the biases; the backward is deterministic.
     Raises ValueError or TypeError before any kernel runs where an argument does not fit.
     """
     _check_values(q, k, v)
-    num_heads, head_dim = q.shape[1:]
-    _check_rows(q_offsets, None, "q_offsets", q.device)
-    if k_offsets is None:
-        if q.shape[0] != k.shape[0]:
-            raise ValueError(
-                f"k_offsets: needed because q has {q.shape[0]} rows and k has {k.shape[0]}; "
-                "without it keys are the queries' own sequences"
-            )
-        k_offsets = q_offsets
-        k_timestamps = q_timestamps if k_timestamps is None else k_timestamps
-    _check_rows(k_offsets, None, "k_offsets", q.device)
-    if k_offsets.shape != q_offsets.shape:
-        raise ValueError(
-            f"k_offsets: expected as many sequences as q_offsets, {q_offsets.numel() - 1}, got {k_offsets.numel() - 1}"
-        )
-    window_left, window_right = _window(window_size)
-    scale = head_dim**-0.5 if softmax_scale is None else float(softmax_scale)
-    resolved = _backend(backend, q)
-
-    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
-    time_table = position_table = q_cyclic = k_cyclic = None
-    for rows, total, name in ((q_timestamps, q.shape[0], "q_timestamps"), (k_timestamps, k.shape[0], "k_timestamps")):
-        if rows is not None:
-            _check_rows(rows, total, name, q.device)
-        elif time_bias is not None:
-            raise ValueError(f"{name}: needed by time_bias; give int64 unix seconds, one a row")
-    if time_bias is not None:
-        assert q_timestamps is not None
-        assert k_timestamps is not None
-        check_time_bias(time_bias, num_heads, q.device)
-        time_table = time_bias.table.to(accumulate)
-        if time_bias.periods is not None:
-            q_cyclic, k_cyclic = cyclic_channels(time_bias, q_timestamps, k_timestamps, accumulate)
+    if plan is None:
+        if q_offsets is None:
+            raise ValueError("q_offsets: expected offsets [batch + 1] or a plan, got neither")
+        batch = make_batch(q_offsets, k_offsets, causal, window_size, num_targets, num_contexts, groups)
+        batch = _with_times(batch, q, k, k_offsets, q_timestamps, k_timestamps)
+        listed = isinstance(window_size, Sequence) and not isinstance(window_size, tuple)
+        num_windows = len(window_size) if listed else None
     else:
-        q_timestamps = k_timestamps = None
-    if position_bias is not None:
-        check_position_bias(position_bias, num_heads, q.device)
-        position_table = position_bias.table.to(accumulate)
-    out, _ = _attention(
-        q,
-        k,
-        v,
-        q_offsets,
-        k_offsets,
-        q_timestamps,
-        k_timestamps,
-        time_bias.thresholds if time_bias is not None else None,
-        time_table,
-        position_bias.thresholds if position_bias is not None else None,
-        position_table,
-        q_cyclic,
-        k_cyclic,
-        causal,
-        window_left,
-        window_right,
-        scale,
-        resolved,
+        structure = (q_offsets, k_offsets, q_timestamps, k_timestamps, window_size, num_targets, num_contexts, groups)
+        if causal or any(x is not None for x in structure):
+            raise ValueError("plan: it holds the offsets, times, masks and groups; expected none of them beside it")
+        batch, num_windows = plan.batch, None
+        _check_plan(plan, q, k, time_bias, position_bias)
+    bias, num_groups = _bias(q, k, batch, time_bias, position_bias, num_windows)
+    if plan is not None and plan.num_groups > num_groups:
+        raise ValueError(f"plan: it has {plan.num_groups} groups, expected tables for each, got {num_groups}")
+    if time_bias is None:
+        batch = replace(batch, q_timestamps=None, k_timestamps=None)
+    scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
+    resolved = _backend(backend, q)
+    prepared = () if plan is None else plan.prepared(_module(resolved), q, k)
+    out, lse = _attention(
+        q, k, v, *_flat(batch), *_flat(bias), list(prepared), num_groups, plan is not None, scale, resolved
     )
-    return out
+    return (out, lse) if return_lse else out
 
 
 def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
@@ -143,37 +114,103 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
             raise TypeError(f"{name}: expected float16, bfloat16, float32 or float64, got {x.dtype}")
         if x.dtype != q.dtype or x.device != q.device:
             raise ValueError(f"{name}: expected {q.dtype} on {q.device} as q, got {x.dtype} on {x.device}")
-    if k.shape != v.shape or k.shape[1:] != q.shape[1:]:
-        raise ValueError(
-            "k and v: expected one shape, [total_k, heads, head_dim] with the heads and head_dim of q, "
-            f"{list(q.shape[1:])}; got {list(k.shape)} and {list(v.shape)}"
-        )
     if q.shape[1] < 1 or q.shape[2] < 1:
         raise ValueError(f"q: expected at least one head and one channel, got shape {list(q.shape)}")
+    if k.shape != v.shape or k.shape[2] != q.shape[2] or k.shape[1] < 1 or q.shape[1] % k.shape[1]:
+        raise ValueError(
+            "k and v: expected one shape, [total_k, kv_heads, head_dim] with kv_heads a divisor of the heads of q and "
+            f"its head_dim, {list(q.shape[1:])}; got {list(k.shape)} and {list(v.shape)}"
+        )
 
 
-def _check_rows(x: Tensor, total: int | None, name: str, device: torch.device) -> None:
-    """What can be checked of offsets (total None) and timestamps without reading them; the operator reads them."""
-    if not isinstance(x, Tensor):
-        raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
-    if total is None and (x.dim() != 1 or x.shape[0] < 1):
-        raise ValueError(f"{name}: expected shape [batch + 1], got {list(x.shape)}")
-    if total is not None and x.shape != (total,):
-        raise ValueError(f"{name}: expected shape [{total}], one a row, got {list(x.shape)}")
-    if x.dtype != torch.int64 and (total is not None or x.dtype != torch.int32):
-        expected = "int32 or int64" if total is None else "int64 unix seconds"
-        raise TypeError(f"{name}: expected {expected}, got {x.dtype}")
-    if x.device != device:
-        raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}; move it there")
+def _with_times(
+    batch: Batch,
+    q: Tensor,
+    k: Tensor,
+    k_offsets: Tensor | None,
+    q_timestamps: Tensor | None,
+    k_timestamps: Tensor | None,
+) -> Batch:
+    """The batch with its times, once it fits the values."""
+    if batch.q_offsets.device != q.device:
+        found = batch.q_offsets.device
+        raise ValueError(f"q_offsets: expected a tensor on {q.device}, got one on {found}; move it there")
+    if k_offsets is None:
+        if q.shape[0] != k.shape[0]:
+            raise ValueError(
+                f"k_offsets: needed because q has {q.shape[0]} rows and k has {k.shape[0]}; "
+                "without it keys are the queries' own sequences"
+            )
+        k_timestamps = q_timestamps if k_timestamps is None else k_timestamps
+    for rows, total, name in ((q_timestamps, q.shape[0], "q_timestamps"), (k_timestamps, k.shape[0], "k_timestamps")):
+        if rows is not None:
+            check_rows(rows, total, name, q.device)
+    return replace(batch, q_timestamps=q_timestamps, k_timestamps=k_timestamps)
 
 
-def _window(window_size: int | tuple[int, int] | None) -> tuple[int, int]:
-    if window_size is None:
-        return -1, -1
-    left, right = (window_size, window_size) if isinstance(window_size, int) else window_size
-    if left < -1 or right < -1:
-        raise ValueError(f"window_size: expected numbers of positions >= 0, or -1 for no limit, got {window_size}")
-    return left, right
+def _check_plan(
+    plan: AttentionPlan, q: Tensor, k: Tensor, time_bias: TimeBias | None, position_bias: PositionBias | None
+) -> None:
+    if (q.shape[0], k.shape[0]) != (plan.total_q, plan.total_k):
+        raise ValueError(
+            f"plan: expected q and k of {plan.total_q} and {plan.total_k} rows, got {q.shape[0]} and {k.shape[0]}"
+        )
+    if plan.batch.q_offsets.device != q.device:
+        raise ValueError(f"plan: expected one on {q.device}, got one on {plan.batch.q_offsets.device}")
+    for bias, thresholds, name in (
+        (time_bias, plan.time_thresholds, "time"),
+        (position_bias, plan.position_thresholds, "position"),
+    ):
+        same = bias is None or bias.thresholds is thresholds
+        if not same and (thresholds is None or bias is None or not torch.equal(bias.thresholds, thresholds)):
+            raise ValueError(f"plan: expected {name}_thresholds to be those of {name}_bias; make the plan with them")
+
+
+def _bias(
+    q: Tensor,
+    k: Tensor,
+    batch: Batch,
+    time_bias: TimeBias | None,
+    position_bias: PositionBias | None,
+    num_windows: int | None,
+) -> tuple[Bias, int]:
+    """The biases as the backends take them, and the number of groups that the tables or the windows have."""
+    num_heads, grouped = q.shape[1], batch.groups is not None
+    accumulate = torch.float64 if q.dtype == torch.float64 else torch.float32
+    time_table = position_table = q_cyclic = k_cyclic = None
+    if time_bias is not None:
+        for rows, name in ((batch.q_timestamps, "q_timestamps"), (batch.k_timestamps, "k_timestamps")):
+            if rows is None:
+                raise ValueError(f"{name}: needed by time_bias; give int64 unix seconds, one a row")
+        assert batch.q_timestamps is not None
+        assert batch.k_timestamps is not None
+        check_time_bias(time_bias, num_heads, grouped, q.device)
+        time_table = _grouped(time_bias.table, grouped, accumulate)
+        if time_bias.periods is not None:
+            q_groups = None if batch.groups is None else batch.groups[segment_ids(batch.q_offsets, q.shape[0])]
+            times = (batch.q_timestamps, batch.k_timestamps)
+            q_cyclic, k_cyclic = cyclic_channels(time_bias, *times, q_groups, accumulate)
+    if position_bias is not None:
+        check_position_bias(position_bias, num_heads, grouped, q.device)
+        position_table = _grouped(position_bias.table, grouped, accumulate)
+    counts = {len(table) for table in (time_table, position_table) if table is not None} | (
+        {num_windows} if num_windows is not None else set()
+    )
+    if len(counts) > 1:
+        raise ValueError(f"groups: expected as many tables of each bias, and windows, as groups; got {sorted(counts)}")
+    bias = Bias(
+        time_thresholds=None if time_bias is None else time_bias.thresholds,
+        time_table=time_table,
+        position_thresholds=None if position_bias is None else position_bias.thresholds,
+        position_table=position_table,
+        q_cyclic=q_cyclic,
+        k_cyclic=k_cyclic,
+    )
+    return bias, counts.pop() if counts else 1
+
+
+def _grouped(table: Tensor, grouped: bool, dtype: torch.dtype) -> Tensor:
+    return table.to(dtype) if grouped else table.to(dtype)[None]
 
 
 def _backend(backend: str, q: Tensor) -> str:
@@ -186,16 +223,21 @@ def _backend(backend: str, q: Tensor) -> str:
             f"backend: 'triton' takes float16, bfloat16 and float32 with head_dim <= {_LARGEST_TRITON_HEAD}, "
             f"got {q.dtype} with head_dim {q.shape[2]}; use backend='reference'"
         )
-    if q.dtype == torch.float32:
+    if q.dtype in (torch.float32, torch.bfloat16):
         supported.append("native")
-    elif backend == "native" and q.dtype != torch.float32:
-        raise ValueError(f"backend: 'native' takes float32, got {q.dtype}; use backend='reference'")
+    elif backend == "native":
+        raise ValueError(f"backend: 'native' takes float32 and bfloat16, got {q.dtype}; use backend='reference'")
     return resolve_backend(backend, q.device, supported)
 
 
 def _module(backend: str) -> ModuleType:
     name = {"triton": "kernel", "native": "native"}.get(backend, "reference")
     return importlib.import_module(f"alure.kernels.attention.{name}")
+
+
+def _flat(arguments: Batch | Bias) -> tuple[Any, ...]:
+    """The tensors of a dataclass as an operator's flat arguments; a plan goes separately."""
+    return tuple(getattr(arguments, name) for name in arguments.__dataclass_fields__ if name != "plan")
 
 
 @operator("jagged_attention")
@@ -207,53 +249,28 @@ def _attention(
     k_offsets: Tensor,
     q_timestamps: Tensor | None,
     k_timestamps: Tensor | None,
+    rules: Tensor | None,
+    groups: Tensor | None,
     time_thresholds: Tensor | None,
     time_table: Tensor | None,
     position_thresholds: Tensor | None,
     position_table: Tensor | None,
     q_cyclic: Tensor | None,
     k_cyclic: Tensor | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
+    plan: list[Tensor],
+    num_groups: int,
+    checked: bool,
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    check_offsets(q_offsets, q.shape[0], "q_offsets", q.device)
-    check_offsets(k_offsets, k.shape[0], "k_offsets", q.device)
-    if q_timestamps is not None and k_timestamps is not None:
-        check_timestamps(q_timestamps, q_offsets, q.shape[0], "q_timestamps")
-        check_timestamps(k_timestamps, k_offsets, k.shape[0], "k_timestamps")
-        _check_range(q_timestamps, "q_timestamps")
-        _check_range(k_timestamps, "k_timestamps")
-    for thresholds, name in ((time_thresholds, "time_bias"), (position_thresholds, "position_bias")):
-        if thresholds is not None and bool((thresholds[1:] <= thresholds[:-1]).any()):
-            raise ValueError(f"{name}.thresholds: expected increasing integers, got {thresholds.tolist()}")
-    return _module(backend).forward(
-        q,
-        k,
-        v,
-        q_offsets,
-        k_offsets,
-        q_timestamps,
-        k_timestamps,
-        time_thresholds,
-        time_table,
-        position_thresholds,
-        position_table,
-        q_cyclic,
-        k_cyclic,
-        causal,
-        window_left,
-        window_right,
-        scale,
-    )
-
-
-def _check_range(timestamps: Tensor, name: str) -> None:
-    """Differences of times must fit int64."""
-    if timestamps.numel() and max(abs(int(edge)) for edge in torch.stack(torch.aminmax(timestamps)).tolist()) >= 2**62:
-        raise ValueError(f"{name}: expected unix seconds, |t| < 2**62, so that differences fit int64")
+    batch = Batch(q_offsets, k_offsets, q_timestamps, k_timestamps, rules, groups, tuple(plan))
+    bias = Bias(time_thresholds, time_table, position_thresholds, position_table, q_cyclic, k_cyclic)
+    if not checked:
+        check_values(batch, q.shape[0], k.shape[0], time_thresholds, position_thresholds)
+        if groups is not None:
+            check_groups(groups, num_groups)
+    out, lse = _module(backend).forward(q, k, v, batch, bias, scale)
+    return out, lse
 
 
 @_attention.register_fake
@@ -270,53 +287,34 @@ def _attention_backward(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
+    delta: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
     q_timestamps: Tensor | None,
     k_timestamps: Tensor | None,
+    rules: Tensor | None,
+    groups: Tensor | None,
     time_thresholds: Tensor | None,
     time_table: Tensor | None,
     position_thresholds: Tensor | None,
     position_table: Tensor | None,
     q_cyclic: Tensor | None,
     k_cyclic: Tensor | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
+    plan: list[Tensor],
     scale: float,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    gradients = _module(backend).backward(
-        grad_out,
-        q,
-        k,
-        v,
-        out,
-        lse,
-        q_offsets,
-        k_offsets,
-        q_timestamps,
-        k_timestamps,
-        time_thresholds,
-        time_table,
-        position_thresholds,
-        position_table,
-        q_cyclic,
-        k_cyclic,
-        causal,
-        window_left,
-        window_right,
-        scale,
-    )
+    batch = Batch(q_offsets, k_offsets, q_timestamps, k_timestamps, rules, groups, tuple(plan))
+    bias = Bias(time_thresholds, time_table, position_thresholds, position_table, q_cyclic, k_cyclic)
+    gradients = _module(backend).backward(grad_out, q, k, v, lse, delta, batch, bias, scale)
     absent = [lse.new_empty(0) if gradient is None else gradient for gradient in gradients]
     return absent[0], absent[1], absent[2], absent[3], absent[4], absent[5], absent[6]
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, out, lse, q_offsets, k_offsets, *rest):  # type: ignore[no-untyped-def]
-    time_table, position_table, q_cyclic, k_cyclic = rest[3], rest[5], rest[6], rest[7]
+def _(grad_out, q, k, v, lse, delta, *rest):  # type: ignore[no-untyped-def]
+    time_table, position_table, q_cyclic, k_cyclic = rest[7], rest[9], rest[10], rest[11]
     contiguous = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     optional = [
         lse.new_empty(0) if x is None else torch.empty_like(x, memory_format=torch.contiguous_format)
@@ -326,37 +324,21 @@ def _(grad_out, q, k, v, out, lse, q_offsets, k_offsets, *rest):  # type: ignore
 
 
 def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    ctx.save_for_backward(*inputs[:13], *output)
-    ctx.options = inputs[13:]
+    ctx.save_for_backward(*inputs[:15], *inputs[15], *output)
+    ctx.scale, ctx.backend = inputs[18:]
 
 
 def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
-    """The gradient through `out`; lse is saved for the backward and is not differentiable itself."""
-    *inputs, out, lse = ctx.saved_tensors
-    q, k, v, q_offsets, k_offsets, *bias = inputs
-    gradients = _attention_backward(grad_out, q, k, v, out, lse, q_offsets, k_offsets, *bias, *ctx.options)
-    dq, dk, dv, d_time, d_position, d_q_cyclic, d_k_cyclic = gradients
-    _, _, _, time_table, _, position_table, q_cyclic, k_cyclic = bias
-    return (
-        dq,
-        dk,
-        dv,
-        None,
-        None,
-        None,
-        None,
-        None,
-        d_time if time_table is not None else None,
-        None,
-        d_position if position_table is not None else None,
-        d_q_cyclic if q_cyclic is not None else None,
-        d_k_cyclic if k_cyclic is not None else None,
-        None,
-        None,
-        None,
-        None,
-        None,
-    )
+    q, k, v, *structure, out, lse = ctx.saved_tensors
+    structure, plan = structure[:12], structure[12:]
+    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t().contiguous() - grad_lse  # [H, Tq]
+    found = _attention_backward(grad_out, q, k, v, lse, delta, *structure, plan, ctx.scale, ctx.backend)
+    _, _, _, _, _, _, _, time_table, _, position_table, q_cyclic, k_cyclic = structure
+    dq, dk, dv, d_time, d_position, d_q_cyclic, d_k_cyclic = found
+    biases = ((d_time, time_table), (d_position, position_table), (d_q_cyclic, q_cyclic), (d_k_cyclic, k_cyclic))
+    d_time, d_position, d_q_cyclic, d_k_cyclic = (None if x is None else gradient for gradient, x in biases)
+    structure_gradients = (*[None] * 7, d_time, None, d_position, d_q_cyclic, d_k_cyclic)
+    return (dq, dk, dv, *structure_gradients, [None] * len(plan), None, None, None, None)
 
 
 _attention.register_autograd(_differentiate, setup_context=_save)

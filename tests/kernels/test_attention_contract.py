@@ -10,6 +10,7 @@ import torch
 from support.attention import DAY, NOW, TARGETS, Problem, random_problem, require, with_gradients
 
 from alure.kernels import PositionBias, TimeBias, jagged_attention, time_thresholds
+from alure.kernels.attention.arguments import UNLIMITED
 
 X = torch.zeros(4, 2, 8)
 OFFSETS = torch.tensor([0, 1, 4])
@@ -38,7 +39,12 @@ REFUSED = {
     "bad k_offsets": ({"k_offsets": torch.tensor([0, 5, 4])}, ValueError, "k_offsets[1] = 5"),
     "k without offsets": ({"k": X[:3], "v": X[:3]}, ValueError, "k_offsets: needed because q has 4 rows"),
     "k and v differ": ({"v": X[:, :1]}, ValueError, "k and v: expected one shape"),
-    "heads differ": ({"k": X[:, :1], "v": X[:, :1]}, ValueError, "heads and head_dim of q, [2, 8]"),
+    "heads differ": (
+        {"q": X.repeat(1, 2, 1)[:, :3]},
+        ValueError,
+        "kv_heads a divisor of the heads of q and its head_dim, [3, 8]",
+    ),
+    "head_dims differ": ({"k": X[..., :4], "v": X[..., :4]}, ValueError, "its head_dim, [2, 8]"),
     "dtypes differ": ({"k": X.double()}, ValueError, "k: expected torch.float32"),
     "int values": ({"q": X.int(), "k": X.int(), "v": X.int()}, TypeError, "q: expected float16"),
     "2-d values": ({"q": X[0]}, ValueError, "q: expected shape [total, heads, head_dim]"),
@@ -104,10 +110,10 @@ def test_refuses(case: str, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_operator_itself_refuses_hostile_offsets() -> None:
-    nothing = [None] * 8
+    nothing = [None] * 10
     with pytest.raises(ValueError, match="never decrease"):
         torch.ops.alure.jagged_attention(
-            X, X, X, torch.tensor([0, 9, 4]), OFFSETS, *nothing, False, -1, -1, 1.0, "reference"
+            X, X, X, torch.tensor([0, 9, 4]), OFFSETS, *nothing, [], 1, False, 1.0, "reference"
         )
 
 
@@ -230,9 +236,10 @@ def operator_arguments(problem: Problem, backend: str) -> tuple[Any, ...]:
     q_cyclic, k_cyclic = torch.randn(*problem.q.shape[:2], 4), torch.randn(problem.k.shape[0], 4)
     return (
         *(problem.q, problem.k, problem.v, problem.q_offsets, problem.k_offsets),
-        *(problem.q_timestamps, problem.k_timestamps, problem.time_thresholds, problem.time_table),
-        *(problem.position_thresholds, problem.position_table, q_cyclic.requires_grad_(), k_cyclic.requires_grad_()),
-        *(False, 3, -1, 0.25, backend),
+        *(problem.q_timestamps, problem.k_timestamps, torch.tensor([[3, UNLIMITED, 0, 0]] * 2), None),
+        *(problem.time_thresholds, problem.time_table[None].detach().requires_grad_()),
+        *(problem.position_thresholds, problem.position_table[None].detach().requires_grad_()),
+        *(q_cyclic.requires_grad_(), k_cyclic.requires_grad_(), [], 1, False, 0.25, backend),
     )
 
 
@@ -241,12 +248,13 @@ def test_opcheck(backend: str, device: str) -> None:
     require(backend, device)
     problem = random_problem([3, 0], num_heads=1, head_dim=4, dtype=torch.float32)
     full = operator_arguments(problem, backend)
-    bare = (*full[:5], *[None] * 8, *full[13:])
+    bare = (*full[:5], *[None] * 10, *full[15:])
     for arguments in (full, bare):
         torch.library.opcheck(torch.ops.alure.jagged_attention.default, arguments)
     detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in full)
     out, lse = torch.ops.alure.jagged_attention(*detached)
-    backward = (torch.randn_like(out), *detached[:3], out, lse, *detached[3:])
+    delta = torch.randn_like(lse)
+    backward = (torch.randn_like(out), *detached[:3], lse, delta, *detached[3:16], *detached[18:])
     torch.library.opcheck(torch.ops.alure.jagged_attention_backward.default, backward)
 
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from alure.kernels import _native, jagged_attention, time_thresholds
 from alure.kernels.attention import native, reference
+from alure.kernels.attention.arguments import Batch, Bias
 
 INSTRUCTION_SETS = _native.instruction_sets()
 OPTIONS = {
@@ -112,9 +113,8 @@ def test_buckets_are_exact_for_any_times(case: int, instruction_set: str) -> Non
     values = torch.eye(n)[:, None]
     nothing = torch.zeros(n, 1, n)
     offsets = torch.tensor([0, n])
-    bias = (times, times, thresholds, table, None, None, None, None, False, -1, -1, 1.0)
-    _, lse = native.forward(nothing, nothing, values, offsets, offsets, *bias)
-    out, _ = native.forward(nothing, nothing, values, offsets, offsets, *bias)
+    batch = Batch(offsets, offsets, times, times, None, None)
+    out, lse = native.forward(nothing, nothing, values, batch, Bias(thresholds, table[None], *[None] * 4), 1.0)
     elapsed = times[:, None] - times[None]
     expected = table[0][(elapsed[..., None] >= thresholds).sum(-1)]
     logits = out[:, 0].log() + lse[0][:, None]
@@ -188,12 +188,13 @@ def test_large_and_hidden_logits(instruction_set: str) -> None:
     got = jagged_attention(q, k, v, offsets, softmax_scale=30.0, backend="native")
     torch.testing.assert_close(got.double(), want, rtol=1e-3, atol=1e-3)
     table = torch.full((2, 2), -torch.inf)
-    bias = (torch.arange(90), torch.arange(90), torch.tensor([0]), table, None, None, None, None, False, -1, -1, 1.0)
+    batch = Batch(offsets, offsets, torch.arange(90), torch.arange(90), None, None)
+    bias = Bias(torch.tensor([0]), table[None], *[None] * 4)
     for module in (native, reference):
-        out, lse = module.forward(q, k, v, offsets, offsets, *bias)
+        out, lse = module.forward(q, k, v, batch, bias, 1.0)
         assert torch.equal(out, torch.zeros_like(out))
         assert torch.equal(lse, torch.full_like(lse, -torch.inf))
-        gradients = module.backward(torch.ones_like(out), q, k, v, out, lse, offsets, offsets, *bias)
+        gradients = module.backward(torch.ones_like(out), q, k, v, lse, torch.zeros_like(lse), batch, bias, 1.0)
         assert all(not x.any() for x in gradients if x is not None)
 
 
