@@ -60,8 +60,8 @@ def jagged_attention(
 
     q [total_q, heads, head_dim], k and v [total_k, kv_heads, head_dim], heads a multiple of kv_heads: float16,
     bfloat16, float32 or float64. q_offsets, k_offsets [batch + 1] int32 or int64; without k_offsets, keys are the
-    queries' own sequences. q_timestamps [total_q], k_timestamps [total_k]: int64 seconds, sorted within a sequence; needed by
-    `time_bias`. Where q and k differ in length their last rows are aligned (masks, position bias).
+    queries' own sequences. q_timestamps [total_q], k_timestamps [total_k]: int64 seconds, sorted within a sequence;
+    needed by `time_bias`. Where q and k differ in length their last rows are aligned (masks, position bias).
 
     causal: a query sees the keys up to its own position. window_size: (left, right), or one int for both sides.
     num_targets int64 [batch]: the last rows of each sequence are candidates, which see the history and themselves and

@@ -1,5 +1,8 @@
 """jagged_attention against the dense masked softmax in float64: values and every gradient, on every backend."""
 
+from dataclasses import replace
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import Phase, given, settings
@@ -9,11 +12,19 @@ from support.attention import TARGETS, Problem, assert_as_exact_as_plain, random
 LENGTHS = [0, 5, 37, 0, 3]
 KEY_LENGTHS = [3, 5, 70, 0, 0]
 OPTIONS = {
-    "bidirectional": (False, None),
-    "causal": (True, None),
-    "window": (False, (4, 3)),
-    "causal window": (True, (9, 2)),
+    "bidirectional": {},
+    "causal": {"causal": True},
+    "window": {"window_size": (4, 3)},
+    "causal window": {"causal": True, "window_size": (9, 2)},
+    "targets": {"num_targets": torch.tensor([0, 2, 30, 0, 0])},
+    "contexts": {"causal": True, "num_contexts": torch.tensor([3, 2, 9, 0, 0])},
+    "all": {
+        "window_size": (6, 2),
+        "num_targets": torch.tensor([0, 3, 4, 0, 0]),
+        "num_contexts": torch.tensor([0, 1, 3, 0, 0]),
+    },
 }
+SELF_LENGTHS = [3, 5, 40, 0, 0]
 
 
 def compare(problem: Problem, backend: str, device: str, dtype: torch.dtype) -> None:
@@ -29,15 +40,15 @@ def compare(problem: Problem, backend: str, device: str, dtype: torch.dtype) -> 
     )
 
 
-def with_options(problem: Problem, option: str) -> Problem:
-    causal, window_size = OPTIONS[option]
-    return Problem(**{**problem.__dict__, "causal": causal, "window_size": window_size})
+def with_options(option: str, cross: bool, **shape: Any) -> Problem:
+    lengths = (LENGTHS, KEY_LENGTHS) if cross else (SELF_LENGTHS,)
+    return replace(random_problem(*lengths, **shape), **OPTIONS[option])
 
 
-@pytest.mark.parametrize("key_lengths", [None, KEY_LENGTHS], ids=["self", "cross"])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_reference_is_the_definition(option: str, key_lengths: list[int] | None) -> None:
-    problem = with_options(random_problem(LENGTHS, key_lengths, num_heads=3, head_dim=7), option)
+def test_reference_is_the_definition(option: str, cross: bool) -> None:
+    problem = with_options(option, cross, num_heads=6, num_kv_heads=3, num_groups=2, head_dim=7)
     grad_out = torch.randn(problem.q.shape, dtype=torch.float64)
     actual = with_gradients(problem.run("reference"), problem.leaves(), grad_out)
     exact = with_gradients(problem.dense(torch.float64), problem.leaves(), grad_out)
@@ -46,22 +57,29 @@ def test_reference_is_the_definition(option: str, key_lengths: list[int] | None)
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
-@pytest.mark.parametrize("key_lengths", [None, KEY_LENGTHS], ids=["self", "cross"])
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 @pytest.mark.parametrize("option", OPTIONS)
-def test_float32(option: str, key_lengths: list[int] | None, backend: str, device: str) -> None:
+def test_float32(option: str, cross: bool, backend: str, device: str) -> None:
     require(backend, device)
-    if (backend, device) == ("triton", "cpu") and key_lengths is None:
+    if (backend, device) == ("triton", "cpu") and not cross:
         pytest.skip("interpreted: the cross case takes the same path")
-    compare(with_options(random_problem(LENGTHS, key_lengths, head_dim=12), option), backend, device, torch.float32)
+    compare(with_options(option, cross, head_dim=12), backend, device, torch.float32)
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_groups_and_grouped_query_heads(backend: str, device: str) -> None:
+    require(backend, device)
+    problem = random_problem([5, 9, 0, 17], num_heads=4, num_kv_heads=2, num_groups=3, head_dim=8)
+    compare(replace(problem, causal=True), backend, device, torch.float32)
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=["fp16", "bf16"])
 def test_half_precision(dtype: torch.dtype, backend: str, device: str) -> None:
     require(backend, device)
-    if backend == "native":
-        pytest.skip("native is float32")
-    compare(with_options(random_problem([40, 0, 1], num_heads=1), "causal"), backend, device, dtype)
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("native takes bfloat16 and float32")
+    compare(replace(random_problem([40, 0, 1], num_heads=1), causal=True), backend, device, dtype)
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
@@ -74,13 +92,14 @@ def test_head_dims(head_dim: int, backend: str, device: str) -> None:
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
 def test_long_sequences_in_many_tiles(backend: str, device: str) -> None:
     require(backend, device)
-    compare(with_options(random_problem([150], num_heads=1), "causal window"), backend, device, torch.float32)
+    problem = random_problem([150], num_heads=1)
+    compare(replace(problem, **OPTIONS["causal window"]), backend, device, torch.float32)
 
 
 def test_reference_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alure.kernels.attention.reference._PAIRS", 300)
     for option in OPTIONS:
-        compare(with_options(random_problem(LENGTHS, KEY_LENGTHS), option), "reference", "cpu", torch.float32)
+        compare(with_options(option, cross=True), "reference", "cpu", torch.float32)
 
 
 @st.composite
@@ -92,20 +111,29 @@ def problems(draw: st.DrawFn, longest_batch: int = 5) -> Problem:
     problem = random_problem(
         q_lengths,
         k_lengths,
-        num_heads=draw(st.integers(1, 2)),
+        num_heads=2,
+        num_kv_heads=draw(st.integers(1, 2)),
+        num_groups=draw(st.sampled_from([None, 1, 3])),
         head_dim=draw(st.integers(1, 12)),
         seed=draw(st.integers(0, 1000)),
         span=draw(st.sampled_from([1, 100, 86_400, 10**8, 2**33])),  # 2**33 s leave int32
     )
     limit = st.one_of(st.none(), st.tuples(st.integers(0, 12), st.integers(0, 12)))
+    few = st.lists(st.integers(0, 4), min_size=batch, max_size=batch)
+    room = torch.tensor(k_lengths, dtype=torch.int64)
+    contexts, targets = (torch.tensor(draw(few), dtype=torch.int64) for _ in range(2))
+    contexts = torch.minimum(contexts, room)
+    masked = draw(st.booleans())
     index_dtype = draw(st.sampled_from([torch.int32, torch.int64]))
     changes = {
         "causal": draw(st.booleans()),
         "window_size": draw(limit),
+        "num_contexts": contexts if masked else None,
+        "num_targets": torch.minimum(targets, room - contexts) if masked else None,
         "q_offsets": problem.q_offsets.to(index_dtype),
         "k_offsets": problem.k_offsets.to(index_dtype),
     }
-    return Problem(**{**problem.__dict__, **changes})
+    return replace(problem, **changes)
 
 
 @settings(max_examples=60, deadline=None)

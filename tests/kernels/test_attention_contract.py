@@ -9,7 +9,7 @@ import pytest
 import torch
 from support.attention import DAY, NOW, TARGETS, Problem, random_problem, require, with_gradients
 
-from alure.kernels import PositionBias, TimeBias, jagged_attention, time_thresholds
+from alure.kernels import AttentionPlan, PositionBias, TimeBias, jagged_attention, time_thresholds
 from alure.kernels.attention.arguments import UNLIMITED
 
 X = torch.zeros(4, 2, 8)
@@ -91,6 +91,39 @@ REFUSED = {
         "time_bias.periods: expected seconds > 0, got [0]",
     ),
     "window": ({"window_size": (-2, 3)}, ValueError, "window_size: expected numbers of positions >= 0"),
+    "negative targets": ({"num_targets": torch.tensor([0, -1])}, ValueError, "num_contexts, num_targets: expected"),
+    "too many targets": (
+        {"num_targets": torch.tensor([1, 2]), "num_contexts": torch.tensor([0, 2])},
+        ValueError,
+        "got 2 and 2 for sequence 1, which has 3 keys",
+    ),
+    "targets dtype": ({"num_targets": torch.tensor([1.0, 2])}, ValueError, "num_targets: expected int64 [2]"),
+    "contexts shape": ({"num_contexts": torch.tensor([1])}, ValueError, "num_contexts: expected int64 [2]"),
+    "group beyond": (
+        {
+            "groups": torch.tensor([0, 2]),
+            "time_bias": replace(BIAS, table=torch.zeros(2, 2, 107)),
+            "q_timestamps": TIMES,
+        },
+        ValueError,
+        "groups: expected 0 to 1, for tables of 2 groups, got 0 to 2",
+    ),
+    "tables without groups": (
+        {"time_bias": replace(BIAS, table=torch.zeros(2, 2, 107)), "q_timestamps": TIMES},
+        ValueError,
+        "time_bias.table: expected floats [heads, thresholds + 1]",
+    ),
+    "groups disagree": (
+        {
+            "groups": torch.tensor([0, 1]),
+            "window_size": [3, None, 1],
+            "time_bias": replace(BIAS, table=torch.zeros(2, 2, 107)),
+            "q_timestamps": TIMES,
+        },
+        ValueError,
+        "groups: expected as many tables of each bias, and windows, as groups; got [2, 3]",
+    ),
+    "no structure": ({"q_offsets": None}, ValueError, "q_offsets: expected offsets [batch + 1] or a plan"),
     "backend": ({"backend": "cuda"}, ValueError, "backend: expected one of auto"),
     "native double": ({"q": X.double(), "k": X.double(), "v": X.double(), "backend": "native"}, ValueError, "float32"),
     "triton double": ({"q": X.double(), "k": X.double(), "v": X.double(), "backend": "triton"}, ValueError, "float16"),
@@ -294,3 +327,61 @@ def test_memory_of_a_long_user_beside_many_short_ones() -> None:
             live += event.nbytes()
             peak = max(peak, live)
         assert peak < 512 * 2**20, f"{backend}: {peak / 2**20:.0f} MiB"
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_a_plan_gives_the_same_bits(backend: str, device: str) -> None:
+    require(backend, device)
+    problem = random_problem([9, 0, 21], [5, 3, 40], num_groups=2, dtype=torch.float32)
+    problem = replace(problem, causal=True, num_targets=torch.tensor([1, 0, 4])).to(torch.float32, device)
+    plan = problem.plan()
+    for _ in range(2):  # the second time the plan is prepared already
+        out = with_gradients(problem.run_planned(plan, backend), problem.leaves(), torch.ones(30, 2, 16))
+        expected = with_gradients(problem.run(backend), problem.leaves(), torch.ones(30, 2, 16))
+        assert all(torch.equal(x, y) for x, y in zip(out, expected, strict=True))
+
+
+REFUSED_PLANS = {
+    "rows": ({"q": X[:3]}, "plan: expected q and k of 4 and 4 rows, got 3 and 4"),
+    "both": ({"q_offsets": OFFSETS}, "expected none of them beside it"),
+    "causal": ({"causal": True}, "expected none of them beside it"),
+    "thresholds": ({"time_bias": BIAS}, "make the plan with them"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED_PLANS)
+def test_refuses_what_is_not_of_the_plan(case: str) -> None:
+    plan = AttentionPlan(OFFSETS, q_timestamps=TIMES)
+    changes, message = REFUSED_PLANS[case]
+    with pytest.raises(ValueError, match=message):
+        jagged_attention(**{"q": X, "k": X, "v": X, "plan": plan, **changes})
+
+
+def test_a_plan_refuses_hostile_arguments() -> None:
+    with pytest.raises(ValueError, match=re.escape("q_offsets[1] = 5 > q_offsets[2] = 4")):
+        AttentionPlan(torch.tensor([0, 5, 4]))
+    with pytest.raises(ValueError, match="never decrease within a sequence"):
+        AttentionPlan(OFFSETS, q_timestamps=TIMES.flip(0))
+    with pytest.raises(ValueError, match="q_timestamps: needed by time_thresholds"):
+        AttentionPlan(OFFSETS, time_thresholds=time_thresholds())
+    with pytest.raises(ValueError, match="groups: expected 0 to 1"):
+        AttentionPlan(OFFSETS, groups=torch.tensor([0, 2]), window_size=[None, 3])
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_log_sum_exp_and_its_gradient(backend: str, device: str) -> None:
+    require(backend, device)
+    exact = random_problem([6, 3], [4, 0], num_heads=1, head_dim=4).to(torch.float64)
+    given = exact.to(torch.float32, device)
+    weights = torch.randn(1, 9, dtype=torch.float64)
+    found = []
+    for problem, own in ((exact, "reference"), (given, backend)):
+        arguments = (problem.q, problem.k, problem.v, problem.q_offsets, problem.k_offsets)
+        out, lse = jagged_attention(*arguments, return_lse=True, backend=own)
+        total = out.sum() + (lse[:, :6] * weights[:, :6].to(lse)).sum()  # the last three see nothing
+        found.append([lse, *torch.autograd.grad(total, [problem.q, problem.k, problem.v])])
+    logits = torch.einsum("ihd,jhd->hij", exact.q[:6], exact.k) / 2
+    torch.testing.assert_close(found[0][0][:, :6], logits.logsumexp(-1))
+    assert (found[0][0][:, 6:] == -torch.inf).all()
+    for got, want in zip(*found[::-1], strict=True):
+        torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-5)

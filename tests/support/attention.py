@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from alure.kernels import PositionBias, TimeBias, jagged_attention, position_thresholds, time_thresholds
+from alure.kernels import AttentionPlan, PositionBias, TimeBias, jagged_attention, position_thresholds, time_thresholds
 from alure.kernels.backend import has_native, has_triton, triton_interprets
 
 NOW = 1_780_000_000  # June 2026
@@ -54,6 +54,9 @@ class Problem:
     periods: Tensor
     causal: bool = False
     window_size: tuple[int, int] | None = None
+    num_targets: Tensor | None = None
+    num_contexts: Tensor | None = None
+    groups: Tensor | None = None  # then the tables, cosine and sine begin with a dimension of groups
 
     def leaves(self) -> list[Tensor]:
         return [self.q, self.k, self.v, self.time_table, self.cosine, self.sine, self.position_table]
@@ -89,13 +92,57 @@ class Problem:
             position_bias=self.position_bias(),
             causal=self.causal,
             window_size=self.window_size,
+            num_targets=self.num_targets,
+            num_contexts=self.num_contexts,
+            groups=self.groups,
             backend=backend,
         )
+
+    def plan(self) -> AttentionPlan:
+        return AttentionPlan(
+            self.q_offsets,
+            self.k_offsets,
+            q_timestamps=self.q_timestamps,
+            k_timestamps=self.k_timestamps,
+            time_thresholds=self.time_thresholds,
+            position_thresholds=self.position_thresholds,
+            causal=self.causal,
+            window_size=self.window_size,
+            num_targets=self.num_targets,
+            num_contexts=self.num_contexts,
+            groups=self.groups,
+        )
+
+    def run_planned(self, plan: AttentionPlan, backend: str) -> Tensor:
+        biases = {"time_bias": self.time_bias(), "position_bias": self.position_bias()}
+        return jagged_attention(self.q, self.k, self.v, plan=plan, **biases, backend=backend)
+
+    def visible(self, sequence: int, n_q: int, n_k: int) -> Tensor:
+        """bool [n_q, n_k], pair by pair as the docstring of jagged_attention says it."""
+        targets = 0 if self.num_targets is None else int(self.num_targets[sequence])
+        contexts = 0 if self.num_contexts is None else int(self.num_contexts[sequence])
+        left, right = (n_q + n_k, n_q + n_k) if self.window_size is None else self.window_size
+        history = n_k - targets
+        seen = torch.zeros(n_q, n_k, dtype=torch.bool)
+        for row in range(n_q):
+            i = row + n_k - n_q
+            for j in range(n_k):
+                if j < contexts or (i == j and j >= history):
+                    seen[row, j] = True
+                elif j < history:
+                    position = min(i, history)
+                    in_window = position - left <= j <= position + (0 if self.causal else right)
+                    seen[row, j] = in_window or 0 <= i < contexts
+        return seen
 
     def dense(self, dtype: torch.dtype) -> Tensor:
         """The definition, one sequence at a time in `dtype`, from whole matrices of logits, buckets and masks."""
         q, k, v, table, cosine, sine, positions = (leaf.to(dtype) for leaf in self.leaves())
         outs = []
+        share = q.shape[1] // k.shape[1]
+        k, v = k.repeat_interleave(share, 1), v.repeat_interleave(share, 1)
+        if self.groups is None:
+            table, cosine, sine, positions = table[None], cosine[None], sine[None], positions[None]
         for s in range(len(self.q_offsets) - 1):
             rows = slice(int(self.q_offsets[s]), int(self.q_offsets[s + 1]))
             columns = slice(int(self.k_offsets[s]), int(self.k_offsets[s + 1]))
@@ -103,19 +150,18 @@ class Problem:
             if n_q == 0 or n_k == 0:
                 outs.append(q.new_zeros(n_q, *q.shape[1:]) + 0 * q[rows])
                 continue
+            group = 0 if self.groups is None else int(self.groups[s])
+            history = n_k - (0 if self.num_targets is None else int(self.num_targets[s]))
+            i = (torch.arange(n_q) + (n_k - n_q)).clamp(max=history)
+            distance = i[:, None] - torch.arange(n_k).clamp(max=history)
             elapsed = self.q_timestamps[rows, None] - self.k_timestamps[None, columns]
-            distance = torch.arange(n_q)[:, None] + (n_k - n_q) - torch.arange(n_k)
             angle = 2 * math.pi * (elapsed[..., None] % self.periods).double() / self.periods
             logits = torch.einsum("ihd,jhd->hij", q[rows], k[columns]) / math.sqrt(q.shape[-1])
-            logits = logits + table[:, (elapsed[..., None] >= self.time_thresholds).sum(-1)]
-            logits = logits + positions[:, (distance[..., None] >= self.position_thresholds).sum(-1)]
-            logits = logits + torch.einsum("ijp,hp->hij", angle.cos().to(dtype), cosine)
-            logits = logits + torch.einsum("ijp,hp->hij", angle.sin().to(dtype), sine)
-            visible = torch.ones(n_q, n_k, dtype=torch.bool)
-            if self.causal:
-                visible &= distance >= 0
-            if self.window_size is not None:
-                visible &= (distance <= self.window_size[0]) & (distance >= -self.window_size[1])
+            logits = logits + table[group][:, (elapsed[..., None] >= self.time_thresholds).sum(-1)]
+            logits = logits + positions[group][:, (distance[..., None] >= self.position_thresholds).sum(-1)]
+            logits = logits + torch.einsum("ijp,hp->hij", angle.cos().to(dtype), cosine[group])
+            logits = logits + torch.einsum("ijp,hp->hij", angle.sin().to(dtype), sine[group])
+            visible = self.visible(s, n_q, n_k)
             weights = logits.masked_fill(~visible, torch.finfo(dtype).min).softmax(-1) * visible
             outs.append(torch.einsum("hij,jhd->ihd", weights, v[columns]))
         return torch.cat(outs) if outs else 0 * q
@@ -126,6 +172,8 @@ def random_problem(
     k_lengths: Sequence[int] | None = None,
     *,
     num_heads: int = 2,
+    num_kv_heads: int | None = None,
+    num_groups: int | None = None,
     head_dim: int = 16,
     dtype: torch.dtype = torch.float64,
     seed: int = 0,
@@ -147,21 +195,23 @@ def random_problem(
 
     seconds, positions = time_thresholds(per_octave=1, longest=2**26), position_thresholds(longest=24)
     q_times = times(q_lengths)
+    tables = (num_heads,) if num_groups is None else (num_groups, num_heads)
     problem = Problem(
         q=normal(sum(q_lengths), num_heads, head_dim),
-        k=normal(sum(k_lengths), num_heads, head_dim),
-        v=normal(sum(k_lengths), num_heads, head_dim),
+        k=normal(sum(k_lengths), num_kv_heads or num_heads, head_dim),
+        v=normal(sum(k_lengths), num_kv_heads or num_heads, head_dim),
         q_offsets=offsets(q_lengths),
         k_offsets=offsets(k_lengths),
         q_timestamps=q_times,
         k_timestamps=q_times if k_lengths == q_lengths else times(k_lengths),
-        time_table=normal(num_heads, len(seconds) + 1),
-        cosine=normal(num_heads, 2),
-        sine=normal(num_heads, 2),
-        position_table=normal(num_heads, len(positions) + 1),
+        time_table=normal(*tables, len(seconds) + 1),
+        cosine=normal(*tables, 2),
+        sine=normal(*tables, 2),
+        position_table=normal(*tables, len(positions) + 1),
         time_thresholds=seconds,
         position_thresholds=positions,
         periods=torch.tensor([DAY, WEEK]),
+        groups=None if num_groups is None else torch.randint(0, num_groups, (len(q_lengths),), generator=generator),
     )
     return problem.to(dtype)
 
