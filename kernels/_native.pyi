@@ -69,3 +69,44 @@ def attention_backward(
     instruction_set: str,
     num_threads: int,
 ) -> None: ...
+
+class Encoding:
+    """The arguments of one encoding, in the order of kernels/encoding/ops.py."""
+
+    def __init__(
+        self,
+        ids: _Int64,
+        table: _Float32,
+        offsets: _Int64,
+        timestamps: _Int64,
+        reference_times: _Int64,
+        counts: _Int64 | None,
+        dense: _Float32 | None,
+        utc_offsets: _Int64 | None,
+        id_weight: _Float32,
+        time_weight: _Float32,
+        bias: _Float32,
+        position_table: _Float32,
+        frequency_table: _Float32,
+        periods: _Int64,
+        phases: _Float32,
+        tau: float,
+        dense_weight: _Float32 | None,
+    ) -> None: ...
+
+def encode_events(encoding: Encoding, out: _Float32, instruction_set: str, num_threads: int) -> bool: ...
+def encode_events_backward(
+    encoding: Encoding,
+    grad_out: _Float32,
+    d_table: _Float32,
+    d_dense: _Float32 | None,
+    d_id_weight: _Float32,
+    d_dense_weight: _Float32 | None,
+    d_time_weight: _Float32,
+    d_bias: _Float32,
+    d_position: _Float32,
+    d_frequency: _Float32,
+    d_phases: _Float32,
+    instruction_set: str,
+    num_threads: int,
+) -> bool: ...

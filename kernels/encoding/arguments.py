@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -41,6 +42,20 @@ class EventColumns:
     counts: Tensor | None = None  # int64 [total], occurrences so far
     dense: Tensor | None = None  # [total, d_dense]
     utc_offsets: Tensor | None = None  # int64 [total], seconds to add for local time
+
+
+class Gradients(NamedTuple):
+    """Gradients of `encode_events`, each like its argument."""
+
+    table: Tensor
+    dense: Tensor  # empty where not wanted or not given
+    id_weight: Tensor
+    dense_weight: Tensor  # empty where not given
+    time_weight: Tensor
+    bias: Tensor
+    position_table: Tensor
+    frequency_table: Tensor
+    phases: Tensor
 
 
 def check_arguments(table: Tensor, events: EventColumns, encoder: EventEncoder) -> None:

@@ -1,16 +1,23 @@
 """`encode_events`: embed the attributes of every event and add the CFEE features, in one pass."""
 
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from alure.kernels.backend import resolve_backend
 from alure.kernels.encoding import reference
-from alure.kernels.encoding.arguments import EventColumns, EventEncoder, check_arguments, check_values
+from alure.kernels.encoding.arguments import (
+    FLOATS,
+    EventColumns,
+    EventEncoder,
+    Gradients,
+    check_arguments,
+    check_values,
+)
 from alure.kernels.operators import operator
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "native", "reference")
 
 
 def encode_events(
@@ -34,11 +41,13 @@ def encode_events(
 
     `order` counts from the newest event of a sequence (newest = 0), so dropping old events moves nothing; `age` is
     max(0, T − t); `gap` is the time since the event before, 0 for the first. Differences and t mod p are taken in
-    int64. With utc_offsets the cycles run in local time. Without counts there is no frequency term.
+    int64. With utc_offsets the cycles run in local time. Without counts there is no frequency term, without periods
+    no cycles, without dense and with A = 0 no content; what is switched off costs nothing.
 
     Args:
-        ids: int64 [total, A], rows of `table`; −1 is a missing attribute and adds nothing.
-        table: [R, d_e], float16, bfloat16, float32 or (reference only) float64.
+        ids: int64 [total, A], rows of `table`; −1 is a missing attribute and adds nothing. Semantic ids are
+            attributes like any other, one column a level, where each level's codes have rows of their own.
+        table: [R, d_e], float32, or float16 and bfloat16 (triton, reference) or float64 (reference).
         offsets: int32 or int64 [batch + 1].
         timestamps: int64 [total] seconds, never decreasing within a sequence.
         reference_times: int64 [batch] seconds, T of each sequence.
@@ -46,7 +55,7 @@ def encode_events(
         counts: int64 [total], occurrences so far of the event's account or category.
         dense: [total, d_dense], any float dtype.
         utc_offsets: int64 [total] seconds.
-        backend: "auto", "triton" or "reference".
+        backend: "auto", "triton", "native" or "reference".
 
     Returns:
         [total, D] in the table's dtype. Differentiable in table, dense, and every float tensor of the encoder;
@@ -58,10 +67,16 @@ def encode_events(
     """
     events = EventColumns(ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
     check_arguments(table, events, encoder)
-    backend = resolve_backend(backend, table.device, BACKENDS)
-    if backend == "triton" and table.dtype == torch.float64:
-        raise ValueError("backend: 'triton' computes in float32, got a float64 table; use backend='reference'")
-    return _encode(table, *_flatten(events, encoder), backend)
+    return _encode(table, *_flatten(events, encoder), _resolve(backend, table))
+
+
+def _resolve(backend: str, table: Tensor) -> str:
+    """The backend for this table. What a backend cannot do is left out of "auto" and refused where asked for."""
+    dtypes = {"triton": FLOATS[:3], "native": (torch.float32,), "reference": FLOATS}
+    if table.dtype not in dtypes.get(backend, FLOATS):
+        expected = ", ".join(str(dtype) for dtype in dtypes[backend])
+        raise ValueError(f"backend: {backend!r} takes a table of {expected}, got {table.dtype}; use 'reference'")
+    return resolve_backend(backend, table.device, [name for name in BACKENDS if table.dtype in dtypes[name]])
 
 
 def _flatten(events: EventColumns, encoder: EventEncoder) -> tuple[Any, ...]:
@@ -101,12 +116,27 @@ def _encode(
     tables = (position_table, frequency_table)
     encoder = EventEncoder(id_weight, time_weight, bias, *tables, periods, phases, tau, dense_weight)
     check_arguments(table, events, encoder)
+    if backend == "native":
+        from alure.kernels.encoding import native
+
+        return _sound(native.encode_events(table, events, encoder), table, events, encoder)
     check_values(table.shape[0], events, periods)
     if backend == "triton":
         from alure.kernels.encoding import kernel
 
         return kernel.encode_events(table, events, encoder)
     return reference.encode_events(table, events, encoder)
+
+
+_Result = TypeVar("_Result")
+
+
+def _sound(result: _Result | None, table: Tensor, events: EventColumns, encoder: EventEncoder) -> _Result:
+    """`result` of the native kernel, which checks values as it reads them; where it found a fault, its name raises."""
+    if result is None:
+        check_values(table.shape[0], events, encoder.periods)
+        raise RuntimeError("native encode_events refused values that are in range; please report this")
+    return result
 
 
 @_encode.register_fake
@@ -136,18 +166,24 @@ def _encode_backward(
     tau: float,
     dense_weight: Tensor | None,
     wants_dense: bool,
+    backend: str,
 ) -> list[Tensor]:
     events = EventColumns(ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
     tables = (position_table, frequency_table)
     encoder = EventEncoder(id_weight, time_weight, bias, *tables, periods, phases, tau, dense_weight)
+    if backend == "native":
+        from alure.kernels.encoding import native
+
+        result = native.encode_events_backward(grad, table, events, encoder, wants_dense)
+        return list(_sound(result, table, events, encoder))
     return list(reference.encode_events_backward(grad, table, events, encoder, wants_dense))
 
 
 @_encode_backward.register_fake
 def _(grad: Tensor, table: Tensor, *rest: Any) -> list[Tensor]:
-    events, encoder = _gather(rest[:-1])
+    events, encoder = _gather(rest[:-2])
     nothing = grad.new_empty(0, dtype=torch.promote_types(table.dtype, torch.float32))
-    wants_dense = rest[-1]
+    wants_dense = rest[-2]
     return [
         torch.empty_like(table, memory_format=torch.contiguous_format),
         events.dense.new_empty(events.dense.shape) if wants_dense and events.dense is not None else nothing,
@@ -164,14 +200,14 @@ def _(grad: Tensor, table: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.tau, dense_weight, _ = inputs
+    *tensors, ctx.tau, dense_weight, ctx.backend = inputs
     ctx.save_for_backward(*tensors, dense_weight)
     ctx.wants_dense = inputs[6] is not None and ctx.needs_input_grad[6]
 
 
 def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     *tensors, dense_weight = ctx.saved_tensors
-    g = reference.Gradients(*_encode_backward(grad, *tensors, ctx.tau, dense_weight, ctx.wants_dense))
+    g = Gradients(*_encode_backward(grad, *tensors, ctx.tau, dense_weight, ctx.wants_dense, ctx.backend))
     weights = (g.id_weight, g.time_weight, g.bias, g.position_table, g.frequency_table, None, g.phases)
     columns = (*[None] * 5, g.dense if ctx.wants_dense else None, None)
     return (g.table, *columns, *weights, None, None if dense_weight is None else g.dense_weight, None)

@@ -1,4 +1,4 @@
-"""`encode_events` in eager PyTorch: the oracle of the kernel, the path of CPUs, and the backward of every backend.
+"""`encode_events` in eager PyTorch: the oracle of the other backends, and the backward of Triton.
 
 Rows are worked on in blocks that fit a cache, never sequence by sequence; all sums run in float32, or in float64 where
 the table is float64. Nothing here depends on the order in which threads run.
@@ -12,25 +12,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from alure.kernels.encoding.arguments import EventColumns, EventEncoder
+from alure.kernels.encoding.arguments import EventColumns, EventEncoder, Gradients
 from alure.kernels.jagged import segment_ids
 from alure.kernels.scatter import sum_rows
 
 BLOCK_ELEMENTS = {"cpu": 1 << 21, "cuda": 1 << 26}  # features of one block: 8 MB near a CPU's cache, 256 MB on a GPU
-
-
-class Gradients(NamedTuple):
-    """Gradients of `encode_events`, each like its argument."""
-
-    table: Tensor
-    dense: Tensor  # empty where not wanted or not given
-    id_weight: Tensor
-    dense_weight: Tensor  # empty where not given
-    time_weight: Tensor
-    bias: Tensor
-    position_table: Tensor
-    frequency_table: Tensor
-    phases: Tensor
 
 
 class Block(NamedTuple):

@@ -48,5 +48,6 @@ inline InstructionSet chosen(const std::string& name) {
 // One for each operator, each in its own bindings_*.cpp.
 void bind_candidates(nb::module_& m);
 void bind_attention(nb::module_& m);
+void bind_encoding(nb::module_& m);
 
 }  // namespace alure

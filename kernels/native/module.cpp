@@ -19,4 +19,5 @@ NB_MODULE(_native, m) {
         "The compiled instruction sets this machine runs, best first.");
     bind_candidates(m);
     bind_attention(m);
+    bind_encoding(m);
 }

@@ -11,13 +11,16 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.encoding import DAY, NOW, Problem, random_problem, with_gradients
-from support.tolerance import TARGETS, assert_as_exact_as_plain, poisoned_memory, require
+from support.tolerance import TARGETS as PORTABLE_TARGETS
+from support.tolerance import assert_as_exact_as_plain, poisoned_memory, require
 from torch import Tensor
 
 from alure.kernels import EventEncoder, encode_events
 from alure.kernels.encoding import ops
 from alure.kernels.encoding.arguments import EventColumns
 
+TARGETS = [*PORTABLE_TARGETS, pytest.param("native", "cpu", id="native")]
+BACKENDS = ["reference", "native", "triton"]
 LENGTHS = [0, 5, 1, 37, 0, 3]
 SHAPES: dict[str, dict[str, Any]] = {
     "everything": {},
@@ -48,6 +51,8 @@ def test_reference_is_the_definition(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_exact_as_plain(shape: str, dtype: torch.dtype, backend: str, device: str) -> None:
     require(backend, device)
+    if backend == "native" and dtype != torch.float32:
+        pytest.skip("native takes float32")
     given_ = random_problem(LENGTHS, **SHAPES[shape]).to(dtype)
     exact, plain, actual = given_.to(torch.float64), given_.to(dtype), given_.to(dtype, device)
     assert_as_exact_as_plain(
@@ -81,7 +86,10 @@ def flat_arguments(p: Problem) -> tuple[Any, ...]:
     return p.table, *ops._flatten(columns, p.encoder)
 
 
-@pytest.mark.parametrize(("shape", "backend"), [("everything", "triton"), ("content only", "reference")])
+@pytest.mark.parametrize(
+    ("shape", "backend"),
+    [("everything", "triton"), ("everything", "native"), ("content only", "native"), ("content only", "reference")],
+)
 def test_opcheck(shape: str, backend: str) -> None:
     require(backend, "cpu")
     problem = random_problem([2, 0, 3], **SHAPES[shape]).to(torch.float32)
@@ -91,7 +99,7 @@ def test_opcheck(shape: str, backend: str) -> None:
         detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
         grad = torch.randn(5, problem.encoder.bias.numel())
         wanted = wants_dense and problem.dense is not None
-        torch.library.opcheck(torch.ops.alure.encode_events_backward.default, (grad, *detached, wanted))
+        torch.library.opcheck(torch.ops.alure.encode_events_backward.default, (grad, *detached, wanted, backend))
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -136,7 +144,7 @@ def test_no_user_sees_another(backend: str, device: str) -> None:
 
 @settings(max_examples=8, deadline=None)
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=st.integers(0, 5))
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", BACKENDS)
 def test_a_user_alone_is_the_user_in_a_batch(backend: str, lengths: list[int], seed: int) -> None:
     require(backend, "cpu")
     problem = random_problem(lengths, seed=seed).to(torch.float32)
@@ -215,7 +223,7 @@ def column(*values: float) -> Tensor:
     return torch.tensor(values, dtype=torch.float32)[:, None]
 
 
-@pytest.fixture(params=["reference", "triton"])
+@pytest.fixture(params=BACKENDS)
 def backend(request: pytest.FixtureRequest) -> str:
     require(request.param, "cpu")
     return str(request.param)
@@ -347,9 +355,10 @@ def test_hostile_input(case: str, direct: bool, backend: str) -> None:
         run(backend)
 
 
-def test_float64_is_the_references() -> None:
-    require("triton", "cpu")
-    with pytest.raises(ValueError, match="'triton' computes in float32, got a float64 table"):
-        random_problem([2]).run("triton")
-    with pytest.raises(ValueError, match="this operator offers triton, reference; got 'native'"):
-        random_problem([2]).run("native")
+def test_dtypes_of_the_backends() -> None:
+    for backend in ("triton", "native"):
+        with pytest.raises(ValueError, match=f"'{backend}' takes a table of .*torch.float32, got torch.float64"):
+            random_problem([2]).run(backend)
+    with pytest.raises(ValueError, match=r"'native' takes a table of torch\.float32, got torch\.bfloat16"):
+        random_problem([2]).to(torch.bfloat16).run("native")
+    assert random_problem([2]).run("auto").dtype == torch.float64
