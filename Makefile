@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find kernels en
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow test-gpu lint browser figures bench-gpu sanitize clean help
+.PHONY: demo test test-slow test-gpu kernels lint browser figures bench-gpu sanitize clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -25,6 +25,9 @@ test-slow: $(VENV)/.alure-dev  ## the long tests
 
 test-gpu: $(VENV)/.alure-dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu -q
+
+kernels: $(VENV)/.alure-dev  ## every Triton kernel compiled for A100, H100 and B200, no GPU needed; against its budget
+	$(BIN)/python -P -m alure.bench.ahead_of_time --budget bench/ahead_of_time/budget.json $(FLAGS)
 
 lint: $(VENV)/.alure-dev
 	$(BIN)/ruff check .

@@ -47,11 +47,11 @@ def grouped_topk_kernel(
     o_k = tl.arange(0, K)
     b_best = tl.full([BLOCK_M, K], _MISSING, dtype=tl.int64) + o_k[None, :]
     b_least = tl.min(b_best, axis=1)
-    for start in range(begin, end, BLOCK_N):
+    for start in range(begin, end, BLOCK_N):  # loop: rows
         o_row = start + tl.arange(0, BLOCK_N)
         m_row = o_row < end
         b_score = tl.zeros([BLOCK_M, BLOCK_N], dtype=tl.float32)
-        for first in range(0, D, BLOCK_D):
+        for first in range(0, D, BLOCK_D):  # loop: products
             o_d = first + tl.arange(0, BLOCK_D)
             m_d = o_d < D
             b_q = tl.load(
@@ -68,7 +68,8 @@ def grouped_topk_kernel(
         m_key = m_pair[:, None] & m_row[None, :] & (o_row[None, :] != b_exclude[:, None])
         b_key = tl.where(m_key, b_key, _MISSING)
         b_top = tl.max(b_key, axis=1)
-        while tl.max((b_top > b_kth).to(tl.int32), axis=0) > 0:  # one key a query and pass; the K-th rises with each
+        # One key a query and pass; the K-th rises with each.
+        while tl.max((b_top > b_kth).to(tl.int32), axis=0) > 0:  # loop: keep
             m_better = (b_top > b_kth)[:, None]
             b_best = tl.where(m_better & (b_best == b_least[:, None]), b_top[:, None], b_best)
             b_least = tl.min(b_best, axis=1)
@@ -87,13 +88,18 @@ def _tile(keep: int) -> dict[str, int]:
     return {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d, "K": keep}
 
 
-def _aot_case(keep: int) -> tuple[Any, dict[str, str], dict[str, int], dict[str, int]]:
+def _aot_case(keep: int) -> tuple[Any, ...]:
     signature = {
         "p_queries": "*fp32", "p_database": "*fp32", "p_bias": "*fp32", "p_rank": "*i64", "p_list_offsets": "*i64",
         "p_pair_query": "*i64", "p_pair_slot": "*i64", "p_block_list": "*i64", "p_block_first": "*i64",
         "p_block_last": "*i64", "p_floor": "*i64", "p_exclude": "*i64", "p_out": "*i64", "D": "i32",
     }  # fmt: skip
-    return grouped_topk_kernel, signature, {"FACTOR": 1, **_tile(keep)}, {"num_warps": NUM_WARPS}
+    tile = _tile(keep)
+    facts = {
+        "name": f"top {keep}",
+        "loops": dict.fromkeys(("rows", "products", "keep"), tile["BLOCK_M"] * tile["BLOCK_N"]),
+    }
+    return grouped_topk_kernel, signature, {"FACTOR": 1, **tile}, {"num_warps": NUM_WARPS}, facts
 
 
 AHEAD_OF_TIME = [_aot_case(keep) for keep in SIZES]

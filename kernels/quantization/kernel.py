@@ -38,11 +38,11 @@ def quantize_level_kernel(
     m_n = i_n < n
     b_best = tl.full((BLOCK_N,), float("-inf"), tl.float32)
     b_code = tl.zeros((BLOCK_N,), tl.int32)
-    for start_c in range(0, num_codes, BLOCK_C):
+    for start_c in range(0, num_codes, BLOCK_C):  # loop: codes
         i_c = start_c + tl.arange(0, BLOCK_C)
         m_c = i_c < num_codes
         b_score = tl.zeros((BLOCK_N, BLOCK_C), tl.float32)
-        for start_d in range(0, d, BLOCK_D):
+        for start_d in range(0, d, BLOCK_D):  # loop: products
             i_d = start_d + tl.arange(0, BLOCK_D)
             m_d = i_d < d
             b_r = tl.load(p_residual_in + i_n[:, None] * d + i_d[None, :], mask=m_n[:, None] & m_d[None, :], other=0.0)
@@ -88,7 +88,8 @@ def _case(d: int) -> tuple:
     signature = dict.fromkeys(("p_residual_in", "p_residual_out", "p_codebook", "p_half_norms"), "*fp32:16")
     signature |= {"p_codes": "*i64:16", "n": "i32", "level": "i32", "num_levels": "i32", "num_codes": "i32"}
     constexprs = {"d": d, "BLOCK_N": BLOCK_N, "BLOCK_C": BLOCK_C, "BLOCK_D": BLOCK_D}
-    return quantize_level_kernel, signature, constexprs, {"num_warps": NUM_WARPS}
+    facts = {"name": f"level d={d}", "loops": dict.fromkeys(("codes", "products"), BLOCK_N * BLOCK_C)}
+    return quantize_level_kernel, signature, constexprs, {"num_warps": NUM_WARPS}, facts
 
 
 AHEAD_OF_TIME = [_case(16), _case(96), _case(333), _case(1024)]
