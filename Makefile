@@ -37,12 +37,14 @@ lint: $(VENV)/.alure-dev
 browser:  ## Chromium, which the report's test opens the report in (Debian, Ubuntu)
 	command -v chromium >/dev/null || (apt-get update -qq && apt-get install -y --no-install-recommends chromium)
 
-figures: demo  ## the README's figure, from the demo
+figures: demo  ## the README's figures: the demo's, and the attention race on this machine
 	mkdir -p docs && cp $(OUT)/overview.svg docs/overview.svg
+	$(BIN)/alure bench attention --plot docs/attention.svg
 
-bench-gpu: $(VENV)/.alure-dev  ## on a CUDA machine: the gpu tests, then every race, appended to bench/results/
-	$(BIN)/pytest -m gpu -q
-	$(BIN)/alure bench all --out bench/results/$$($(BIN)/python -c "import torch; print(torch.cuda.get_device_name().replace(' ', '-').lower())").jsonl
+bench-gpu: $(VENV)/.alure-dev  ## on a CUDA machine, in 8 minutes: the gpu tests, then every race, into bench/results/<device>.jsonl
+	@nvidia-smi -L >/dev/null || { echo "bench-gpu: needs a CUDA device, nvidia-smi finds none" >&2; exit 2; }
+	timeout 150 $(BIN)/pytest -m gpu -q -n 4 --dist worksteal; tests=$$?; \
+	$(BIN)/alure bench all --minutes 5 --out bench/results --plot bench/results/attention-gpu.svg && exit $$tests
 
 sanitize: $(VENV)/.alure-dev  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PIP) install --quiet -c constraints.txt --no-deps --force-reinstall --config-settings=cmake.define.ALURE_SANITIZE=ON .

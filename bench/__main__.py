@@ -1,4 +1,4 @@
-"""Runs suites under pytest-benchmark, prints the race, appends JSON lines."""
+"""Runs suites under pytest-benchmark, prints the race, appends JSON lines, draws the plot."""
 
 import argparse
 import json
@@ -7,14 +7,17 @@ import tempfile
 from pathlib import Path
 
 from alure.bench import SUITES
-from alure.bench.report import append_lines, read_rows, render
+from alure.bench.report import append_lines, read_rows, render, results_path
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(prog="alure bench", description="Race the kernels and stages beside their peers.")
     parser.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "all"])
-    parser.add_argument("--quick", action="store_true", help="small sizes, fewer rounds")
-    parser.add_argument("--out", type=Path, help="append the results here as JSON lines")
+    parser.add_argument("--quick", action="store_true", help="small sizes, fewer laps")
+    parser.add_argument("--case", help='only the cases whose name contains this, such as "equal 1024" or "backward"')
+    parser.add_argument("--minutes", type=float, help="time for all: less for each case, and none for the last ones")
+    parser.add_argument("--out", type=Path, help="append the results as JSON lines: a .jsonl file, or a folder")
+    parser.add_argument("--plot", type=Path, help="draw the attention race into this SVG file")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     try:
@@ -26,22 +29,35 @@ def main() -> int:
 
     home = Path(__file__).resolve().parent
     chosen = SUITES if options.suite == "all" else (options.suite,)
+    if options.plot and "attention" not in chosen:
+        print("alure bench: --plot draws the attention race; run the suite attention or all", file=sys.stderr)
+        return 2
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         words = [str(home / f"{suite}.py") for suite in chosen]
-        words += [f"--rootdir={home}", "-c", str(home / "pytest.ini"), "-q", "-p", "no:cacheprovider"]
         words += [
-            f"--benchmark-json={results}",
-            "--benchmark-disable-gc",
-            "--benchmark-quiet",
-            "--benchmark-columns=median",
+            f"--rootdir={home}",
+            "-c",
+            str(home / "pytest.ini"),
+            "-q",
+            "-p",
+            "no:cacheprovider",
+            "-rs",
+            "--disable-warnings",
         ]
+        words += [f"--benchmark-json={results}", "--benchmark-disable-gc", "--benchmark-quiet"]
         words += ["--quick"] if options.quick else []
+        words += ["--case", options.case] if options.case else []
+        words += ["--minutes", str(options.minutes)] if options.minutes else []
         code = int(pytest.main(words))
         rows = read_rows(results) if results.exists() and results.stat().st_size else []
     print(render(rows))
     if options.out:
-        append_lines(rows, options.out)
+        append_lines(rows, results_path(options.out))
+    if options.plot and rows:
+        from alure.bench.plot import draw
+
+        draw(rows, options.plot)
     if options.json:
         print(json.dumps({"suites": list(chosen), "passed": code == 0, "results": rows}))
     return 1 if code else 0

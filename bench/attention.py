@@ -1,115 +1,104 @@
-"""Jagged attention with a relative-time bias, beside what PyTorch offers for the same work."""
+"""Jagged attention with a relative-time bias, beside every open way to compute it, or to compute it without the bias.
+
+Not counted: the compilation of FlexAttention and of Triton, the block mask, the padding, the dense bias.
+"""
 
 from collections.abc import Callable
-from typing import Any
+from functools import partial
+from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from torch import Tensor
-from torch.nn.functional import scaled_dot_product_attention
 
-from alure.kernels import TimeBias, jagged_attention
-from alure.kernels.attention import time_thresholds
+from alure.bench.histories import Histories
+from alure.bench.peers import Peer
+from alure.bench.peers.alure import alure
+from alure.bench.peers.flash import package, pytorch
+from alure.bench.peers.flex import flex
+from alure.bench.peers.hstu import hstu
+from alure.bench.peers.runs import Reference, backward, forward
+from alure.bench.peers.sdpa import batched, each, padded
+from alure.bench.race import Contest, Entry
 
-HEADS, HEAD_DIM = 4, 64
-TOKENS = 8192
-DAY = 86_400
-
-
-def lengths_of(case: str, tokens: int) -> list[int]:
-    rng = np.random.default_rng(0)
-    if case.startswith("equal"):
-        length = int(case.split()[1])
-        return [length] * max(1, tokens // length)
-    drawn: list[int] = []
-    while sum(drawn) < tokens:
-        drawn.append(int(np.clip(rng.lognormal(np.log(256), 1.0), 1, 4096)))
-    return drawn
-
-
-class Case:
-    """q, k, v of a batch of histories with bursty sessions over 90 days, and a bias of log-spaced buckets."""
-
-    def __init__(self, name: str, tokens: int, device: torch.device) -> None:
-        generator = torch.Generator().manual_seed(0)
-        rng = np.random.default_rng(1)
-        self.lengths = lengths_of(name, tokens)
-        total = sum(self.lengths)
-        self.q, self.k, self.v = (torch.randn(total, HEADS, HEAD_DIM, generator=generator).to(device) for _ in range(3))
-        self.offsets = torch.tensor(np.concatenate([[0], np.cumsum(self.lengths)])).to(device)
-        sessions = [rng.integers(0, 90 * DAY, max(1, n // 20)) for n in self.lengths]
-        times = [np.sort(rng.choice(s, n) + rng.integers(0, 1800, n)) for s, n in zip(sessions, self.lengths)]
-        self.timestamps = torch.from_numpy(np.concatenate(times) + 1_790_000_000).to(device)
-        thresholds = time_thresholds(per_octave=2).to(device)
-        table = torch.randn(HEADS, len(thresholds) + 1, generator=generator).to(device) * 0.3
-        self.bias = TimeBias(thresholds, table)
-        self.flops = 4.0 * HEADS * HEAD_DIM * sum(n * n for n in self.lengths)
-
-    def ours(self, backend: str, bias: bool) -> Tensor:
-        return jagged_attention(
-            self.q,
-            self.k,
-            self.v,
-            self.offsets,
-            q_timestamps=self.timestamps if bias else None,
-            time_bias=self.bias if bias else None,
-            backend=backend,
-        )
-
-    def sdpa_each(self) -> Tensor:
-        """One call a sequence, no bias."""
-        parts = []
-        for begin, end in zip(self.offsets[:-1].tolist(), self.offsets[1:].tolist()):
-            q, k, v = (x[begin:end].transpose(0, 1)[None] for x in (self.q, self.k, self.v))
-            parts.append(scaled_dot_product_attention(q, k, v)[0].transpose(0, 1))
-        return torch.cat(parts)
-
-    def pad(self) -> "Padded":
-        return Padded(self)
+SUITE = "attention"
+WITH_BIAS: dict[str, Callable[[Histories], Peer]] = {
+    "alure, time bias": partial(alure, with_bias=True),
+    "FlexAttention compiled, time bias": partial(flex, with_bias=True),
+    "padded SDPA, dense bias built before": padded,
+    "HSTU's bias of before 2024-12": hstu,
+}
+WITHOUT_BIAS: dict[str, Callable[[Histories], Peer]] = {
+    "alure, no bias": partial(alure, with_bias=False),
+    "FlexAttention compiled, no bias": partial(flex, with_bias=False),
+    "SDPA of the batch, no bias": batched,
+    "SDPA a sequence, no bias": each,
+    "FlashAttention varlen, no bias": package,
+    "PyTorch varlen_attn, no bias": pytorch,
+}
+FORWARD = WITH_BIAS | WITHOUT_BIAS
+# HSTU's is a forward kernel here; a dense bias gets no gradient for its table.
+BACKWARD = {name: build for name, build in FORWARD.items() if build not in (hstu, padded)}
 
 
-class Padded:
-    """What most people do: pad to the longest, add a dense bias that is built beforehand (not timed)."""
-
-    def __init__(self, case: Case) -> None:
-        longest = max(case.lengths)
-        batch = len(case.lengths)
-        self.rows = torch.full((batch, longest), -1, dtype=torch.int64)
-        for i, (begin, n) in enumerate(zip(case.offsets.tolist(), case.lengths)):
-            self.rows[i, :n] = torch.arange(begin, begin + n)
-        self.valid = self.rows >= 0
-        rows = self.rows.clamp(min=0)
-        self.q, self.k, self.v = (x[rows].transpose(1, 2).contiguous() for x in (case.q, case.k, case.v))
-        t = case.timestamps[rows]
-        buckets = torch.bucketize(t[:, :, None] - t[:, None, :], case.bias.thresholds, right=True)
-        self.bias = case.bias.table[:, buckets].transpose(0, 1).masked_fill(~self.valid[:, None, None], -torch.inf)
-
-    def __call__(self) -> Tensor:
-        out = scaled_dot_product_attention(self.q, self.k, self.v, attn_mask=self.bias)
-        return out.transpose(1, 2)[self.valid]
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "name" in metafunc.fixturenames:
+        quick, cuda = bool(metafunc.config.getoption("--quick")), torch.cuda.is_available()
+        metafunc.parametrize("name", cases(metafunc.function.__name__ == "bench_backward", quick, cuda))
 
 
-CASES = ("equal 256", "equal 1024", "lognormal σ=1 median 256")
-IMPLEMENTATIONS = ("alure with time bias", "alure without bias", "alure reference with time bias",
-                   "SDPA a sequence, without bias", "padded SDPA, dense bias built beforehand")  # fmt: skip
+def cases(of_backward: bool, quick: bool, cuda: bool) -> list[str]:
+    """Names "shape, D=head_dim, dtype": the shapes in the dtype that the engine would use, then the other dtype."""
+    main, other = ("bfloat16", "float32") if engine_dtype(cuda) == torch.bfloat16 else ("float32", "bfloat16")
+    if of_backward:
+        return [f"{shape}, D=64, {main}" for shape in (["equal 256"] if quick else ["equal 1024", "lognormal"])]
+    if quick:
+        return [f"{shape}, D=64, {main}" for shape in ("equal 256", "equal 1024", "lognormal")]
+    lengths = ["equal 64", "equal 256", "equal 1024", "equal 4096", "equal 16384"]
+    return [
+        *(f"{shape}, D=64, {main}" for shape in [*lengths, "lognormal", "heavy-tailed"]),
+        *(f"equal 1024, D={head_dim}, {main}" for head_dim in (32, 128)),
+        *([f"{shape}, D=128, {main}" for shape in ("equal 4096", "lognormal")] if cuda else []),
+        *(f"{shape}, D=64, {other}" for shape in ("equal 1024", "lognormal")),
+    ]
 
 
-@pytest.mark.parametrize("implementation", IMPLEMENTATIONS)
-@pytest.mark.parametrize("name", CASES)
-def bench_forward(race: Callable[..., Any], quick: bool, device: torch.device, name: str, implementation: str) -> None:
-    case = Case(name, TOKENS // 4 if quick else TOKENS, device)
-    biased = case.ours("reference", bias=True)
-    plain = case.ours("reference", bias=False)
-    runs: dict[str, tuple[Callable[[], Tensor], Tensor]] = {
-        "alure with time bias": (lambda: case.ours("auto", bias=True), biased),
-        "alure without bias": (lambda: case.ours("auto", bias=False), plain),
-        "alure reference with time bias": (lambda: case.ours("reference", bias=True), biased),
-        "SDPA a sequence, without bias": (case.sdpa_each, plain),
+def engine_dtype(cuda: bool) -> torch.dtype:
+    """bfloat16 where the device multiplies it faster than float32."""
+    info = Path("/proc/cpuinfo")
+    flags = info.read_text() if info.exists() else ""
+    return torch.bfloat16 if cuda or "avx512_bf16" in flags or "amx_bf16" in flags else torch.float32
+
+
+def histories_of(name: str, quick: bool, device: torch.device) -> Histories:
+    shape, head_dim, dtype = name.split(", ")
+    tokens = 65_536 if device.type == "cuda" else 2_048 if quick else 8_192
+    if shape.startswith("equal"):
+        tokens = max(tokens, int(shape.split()[1]))
+    return Histories(shape, tokens, int(head_dim.removeprefix("D=")), getattr(torch, dtype), device)
+
+
+def bench_forward(race: Callable[[Contest], None], quick: bool, device: torch.device, name: str) -> None:
+    histories = histories_of(name, quick, device)
+    reference = Reference(histories)
+    entries = [Entry(peer, partial(forward, build, reference)) for peer, build in FORWARD.items()]
+    race(_contest(histories, name, entries, backward=False))
+
+
+def bench_backward(race: Callable[[Contest], None], quick: bool, device: torch.device, name: str) -> None:
+    histories = histories_of(name, quick, device)
+    reference = Reference(histories)
+    entries = [Entry(peer, partial(backward, build, reference)) for peer, build in BACKWARD.items()]
+    race(_contest(histories, f"{name}, forward and backward", entries, backward=True))
+
+
+def _contest(histories: Histories, case: str, entries: list[Entry], backward: bool) -> Contest:
+    facts = {
+        "shape": histories.shape,
+        "users": len(histories.lengths),
+        "tokens": sum(histories.lengths),
+        "longest": max(histories.lengths),
+        "head_dim": histories.head_dim,
+        "backward": backward,
     }
-    if implementation.startswith("padded"):
-        runs[implementation] = (case.pad(), biased)
-    run, expected = runs[implementation]
-    torch.testing.assert_close(run(), expected, rtol=1e-3, atol=1e-4)
-    ours = implementation == "alure with time bias"
-    race("attention", f"{name}, {len(case.lengths)} users", implementation, run, ours=ours, flops=case.flops)
+    flops = histories.flops * (3.5 if backward else 1.0)
+    return Contest(SUITE, case, entries, flops=flops, dtype=histories.dtype, facts=facts)

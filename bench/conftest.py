@@ -1,16 +1,58 @@
-"""What the suites share: sizes by --quick, and `race`, which times one implementation of one case."""
+"""What the suites share: the options, the measured limits of the device, and `race`, which times one contest."""
 
+import time
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 
+from alure.bench.clock import Clock, copy_rate
+from alure.bench.race import Contest, Race
 from alure.engine.profiling import matrix_rate
+
+SECONDS, QUICK_SECONDS = 6.0, 1.0  # of laps a contest, all implementations together
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small sizes, fewer rounds")
+    parser.addoption("--case", help="only the cases whose name contains this")
+    parser.addoption("--minutes", type=float, help="time for all suites together")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    wanted = config.getoption("--case")
+    if wanted:
+        chosen = [item for item in items if wanted.lower() in item.name.lower()]
+        if not chosen:
+            names = "\n  ".join(item.name for item in items)
+            raise pytest.UsageError(f"no case contains {wanted!r}; the cases are\n  {names}")
+        items[:] = chosen
+
+
+class Schedule:
+    """Seconds of laps for the next contest: with --minutes, half of an equal share of the time that is left."""
+
+    def __init__(self, config: pytest.Config, contests: int) -> None:
+        minutes = config.getoption("--minutes")
+        self.most = QUICK_SECONDS if config.getoption("--quick") else SECONDS
+        self.contests = contests
+        self.ends = None if minutes is None else time.monotonic() + 60 * minutes
+
+    def seconds(self) -> float:
+        if self.ends is None:
+            return self.most
+        left = self.ends - time.monotonic()
+        if left <= 0:
+            pytest.skip("no time left of --minutes")
+        share = left / max(1, self.contests)
+        self.contests -= 1
+        return min(self.most, share / 2)
+
+
+@pytest.fixture(scope="session")
+def schedule(request: pytest.FixtureRequest) -> Schedule:
+    return Schedule(request.config, len(request.session.items))
 
 
 @pytest.fixture(scope="session")
@@ -23,27 +65,50 @@ def device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-@pytest.fixture(scope="session", name="matrix_rate")
-def measured_matrix_rate(device: torch.device) -> float:
-    """FLOP/s of a large float32 matrix product here: the limit that shares are taken of."""
-    return matrix_rate(device)
+@pytest.fixture(scope="session")
+def clock(device: torch.device) -> Clock:
+    return Clock(device)
+
+
+@pytest.fixture(scope="session")
+def limits(device: torch.device) -> Callable[[torch.dtype], dict[str, float]]:
+    """Measured limits that shares are taken of: FLOP/s of a large matrix product of a dtype, bytes/s of a copy.
+
+    A CPU may multiply bfloat16 far slower than float32; there the limit is float32's.
+    """
+    measured = {torch.float32: matrix_rate(device)}
+    copied = copy_rate(device)
+
+    def of(dtype: torch.dtype) -> dict[str, float]:
+        if dtype not in measured:
+            measured[dtype] = max(matrix_rate(device, dtype), measured[torch.float32])
+        return {"matrix_rate": measured[dtype], "copy_rate": copied}
+
+    return of
 
 
 @pytest.fixture
-def race(benchmark: Any, quick: bool, device: torch.device, matrix_rate: float) -> Callable[..., None]:
-    """`race(suite, case, implementation, run, ours=…, flops=…)`: times `run` after a warm-up round."""
+def race(
+    benchmark: Any, schedule: Schedule, clock: Clock, limits: Callable[[torch.dtype], dict[str, float]]
+) -> Callable[[Contest], None]:
+    """`race(contest)`: one pytest-benchmark record a contest; a round is a lap of everyone, laps are in extra_info."""
 
-    def timed(
-        suite: str, case: str, implementation: str, run: Callable[[], Any], *, ours: bool, flops: float | None = None
-    ) -> None:
-        def synchronised() -> None:
-            run()
-            if device.type == "cuda":
-                torch.cuda.synchronize()
-
+    def run(contest: Contest) -> None:
+        racing = Race(contest, clock, schedule.seconds())
         benchmark.extra_info.update(
-            suite=suite, case=case, implementation=implementation, ours=ours, flops=flops, matrix_rate=matrix_rate
+            suite=contest.suite,
+            case=contest.case,
+            dtype=str(contest.dtype).removeprefix("torch."),
+            facts=contest.facts,
+            flops=contest.flops,
+            moved=contest.moved,
+            **limits(contest.dtype),
+            left_out=racing.left_out,
         )
-        benchmark.pedantic(synchronised, rounds=3 if quick else 7, iterations=1, warmup_rounds=1)
+        if not racing.rounds:
+            pytest.skip("; ".join(f"{name}: {reason}" for name, reason in racing.left_out.items()))
+        benchmark.pedantic(racing.round, rounds=racing.rounds, iterations=1)
+        benchmark.extra_info["results"] = racing.results()
+        assert not racing.wrong, racing.wrong
 
-    return timed
+    return run

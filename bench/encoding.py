@@ -1,13 +1,13 @@
-"""encode_events beside the same encoding written as plain eager PyTorch operations."""
+"""encode_events beside the same encoding written as plain PyTorch operations, eager and compiled."""
 
 import math
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
 
+from alure.bench.race import Contest, backward_entry, forward_entry
 from alure.kernels import EventEncoder, encode_events
 
 DAY = 86_400
@@ -46,6 +46,21 @@ class Case:
             tau=3_600.0,
         )
 
+        e = self.encoder
+        assert e.dense_weight is not None
+        self.weights = [
+            e.id_weight,
+            e.dense_weight,
+            e.time_weight,
+            e.bias,
+            e.position_table,
+            e.frequency_table,
+            e.phases,
+        ]
+        self.flops = 2.0 * total * WIDTH * (ATTRIBUTES * ATTRIBUTE_WIDTH + DENSE + 2 + 2 * len(periods))
+        # An event: ids, time, count; rows of the table, content, output.
+        self.moved = total * (8.0 * (ATTRIBUTES + 2) + 4.0 * (ATTRIBUTES * ATTRIBUTE_WIDTH + DENSE + WIDTH))
+
     def ours(self, backend: str) -> Tensor:
         return encode_events(
             self.ids,
@@ -58,6 +73,13 @@ class Case:
             dense=self.dense,
             backend=backend,
         )
+
+    def calls(self) -> dict[str, Callable[[], Tensor]]:
+        return {
+            "alure": lambda: self.ours("auto"),
+            "eager PyTorch": self.eager,
+            "eager PyTorch, compiled": torch.compile(self.eager, dynamic=False),
+        }
 
     def eager(self) -> Tensor:
         """One operation after another, as a model file would write it."""
@@ -78,14 +100,31 @@ class Case:
         return out + e.position_table[order] + e.frequency_table[bucket]
 
 
-@pytest.fixture(scope="module")
-def case(quick: bool, device: torch.device) -> Case:
-    return Case(1 << 15 if quick else 1 << 18, device)
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    if "total" in metafunc.fixturenames:
+        quick, cuda = bool(metafunc.config.getoption("--quick")), torch.cuda.is_available()
+        total = 1 << (15 if quick else 20 if cuda else 17)
+        metafunc.parametrize("total", [total], ids=[f"{total:,} events"])
 
 
-@pytest.mark.parametrize("implementation", ["alure", "eager PyTorch"])
-def bench_encode(race: Callable[..., Any], case: Case, implementation: str) -> None:
-    runs: dict[str, Callable[[], Tensor]] = {"alure": lambda: case.ours("auto"), "eager PyTorch": case.eager}
-    torch.testing.assert_close(runs[implementation](), case.ours("reference"), rtol=1e-3, atol=1e-4)
-    flops = 2.0 * case.ids.shape[0] * WIDTH * (ATTRIBUTES * ATTRIBUTE_WIDTH + DENSE + 14)
-    race("encoding", case.name, implementation, runs[implementation], ours=implementation == "alure", flops=flops)
+def bench_forward(race: Callable[[Contest], None], total: int, device: torch.device) -> None:
+    case = Case(total, device)
+    expected = case.ours("reference")
+    entries = [forward_entry(name, call, expected, torch.float32) for name, call in case.calls().items()]
+    facts = {"events": total, "backward": False}
+    race(Contest("encoding", case.name, entries, case.flops, case.moved, facts=facts))
+
+
+def bench_backward(race: Callable[[Contest], None], total: int, device: torch.device) -> None:
+    """Gradients of the embedding table, the content vectors and every weight."""
+    case = Case(total, device)
+    inputs = [case.table, case.dense, *case.weights]
+    for x in inputs:
+        x.requires_grad_()
+    grad_out = torch.randn(total, WIDTH, generator=torch.Generator().manual_seed(1)).to(device)
+    expected = torch.autograd.grad(case.ours("reference"), inputs, grad_out)
+    entries = [
+        backward_entry(name, call, inputs, grad_out, expected, torch.float32) for name, call in case.calls().items()
+    ]
+    facts = {"events": total, "backward": True}
+    race(Contest("encoding", f"{case.name}, forward and backward", entries, 3 * case.flops, facts=facts))

@@ -1,13 +1,13 @@
 """All-pairs neighbours inside the probed clusters, beside FAISS with the same centroids and probes."""
 
 from collections.abc import Callable
-from typing import Any
 
 import faiss
 import numpy as np
 import pytest
 import torch
 
+from alure.bench.race import Contest, Entry
 from alure.kernels import assign_clusters, grouped_topk, train_kmeans
 
 K = 15
@@ -60,16 +60,20 @@ def case(quick: bool) -> Case:
     return Case(5_000, 64, 64, 8) if quick else Case(50_000, 64, 400, 50)
 
 
-@pytest.mark.parametrize("implementation", ["alure grouped", "FAISS IVFFlat", "FAISS exact"])
-def bench_all_pairs(race: Callable[..., Any], case: Case, implementation: str) -> None:
-    runs: dict[str, Callable[[], np.ndarray]] = {
-        "alure grouped": case.ours,
-        "FAISS IVFFlat": case.faiss_ivf,
-        "FAISS exact": case.faiss_exact,
-    }
-    run = runs[implementation]
-    if implementation != "FAISS exact":
-        same = [len(np.intersect1d(a, b)) / K for a, b in zip(run()[:500], case.faiss_ivf()[:500])]
-        assert np.mean(same) > 0.999, "not the neighbours of the same centroids and probes"
-    flops = 2.0 * case.d * case.n * case.n * (case.nprobe / case.nlist if "exact" not in implementation else 1.0)
-    race("neighbors", case.name, implementation, run, ours=implementation.startswith("alure"), flops=flops)
+def bench_all_pairs(race: Callable[[Contest], None], case: Case) -> None:
+    expected = case.faiss_ivf()[:500]
+
+    def probed(found: np.ndarray) -> str:
+        same = np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, expected)])
+        return "" if same > 0.999 else f"{same:.1%} are the neighbours that FAISS finds with the same probes"
+
+    def exact(found: np.ndarray) -> str:
+        return "" if found.shape == (case.n, K) else f"shape {found.shape}"
+
+    entries = [
+        Entry("alure grouped", lambda: (case.ours, probed)),
+        Entry("FAISS IVFFlat", lambda: (case.faiss_ivf, probed)),
+        Entry("FAISS exact", lambda: (case.faiss_exact, exact)),
+    ]
+    flops = 2.0 * case.d * case.n * case.n * case.nprobe / case.nlist
+    race(Contest("neighbors", case.name, entries, flops))

@@ -1,8 +1,11 @@
 """From pytest-benchmark's results to rows, a table of ratios, and JSON lines that are only ever appended."""
 
+import importlib.metadata
 import json
 import os
 import platform
+import re
+import statistics
 import subprocess
 from datetime import UTC, datetime
 from pathlib import Path
@@ -10,25 +13,45 @@ from typing import Any
 
 import torch
 
+PACKAGES = ("triton", "flash_attn", "faiss-cpu", "faiss-gpu", "duckdb")  # whose versions a figure may depend on
+
 
 def read_rows(results: Path) -> list[dict[str, Any]]:
-    """One row a case and implementation: median and spread in seconds, ratio to our fastest, share of the limit."""
-    found = json.loads(results.read_text())
+    """One row a case and implementation: median and spread in seconds, ratio to ours, shares of the limits.
+
+    A row of an implementation that did not take part has `left_out`, the reason, and no times.
+    """
     stamp = environment()
     rows = []
-    for entry in found["benchmarks"]:
-        info, stats = entry["extra_info"], entry["stats"]
-        row = {name: info[name] for name in ("suite", "case", "implementation", "ours")}
-        row |= {"median_s": stats["median"], "q1_s": stats["q1"], "q3_s": stats["q3"], "rounds": stats["rounds"]}
-        if info.get("flops"):
-            row["gflops"] = info["flops"] / stats["median"] / 1e9
-            row["share_of_matrix_rate"] = info["flops"] / stats["median"] / info["matrix_rate"]
-        rows.append(row | stamp)
-    for row in rows:
-        rivals = [r["median_s"] for r in rows if r["ours"] and (r["suite"], r["case"]) == (row["suite"], row["case"])]
-        if rivals:
-            row["ours_is_faster_by"] = row["median_s"] / min(rivals)
+    for entry in json.loads(results.read_text())["benchmarks"]:
+        info = entry["extra_info"]
+        case = {name: info[name] for name in ("suite", "case", "dtype")} | info["facts"]
+        times = {result["implementation"]: statistics.median(result["laps_s"]) for result in info["results"]}
+        ours = [times[result["implementation"]] for result in info["results"] if result["ours"]]
+        for result in info["results"]:
+            row = case | {name: result[name] for name in ("implementation", "ours", "peak_bytes")}
+            row |= _spread(result["laps_s"]) | _rates(info, times[result["implementation"]])
+            if ours:
+                row["ours_is_faster_by"] = times[result["implementation"]] / ours[0]
+            rows.append(row | stamp)
+        rows += [case | {"implementation": name, "left_out": why} | stamp for name, why in info["left_out"].items()]
     return rows
+
+
+def _spread(laps: list[float]) -> dict[str, Any]:
+    q1, median, q3 = statistics.quantiles(laps, n=4, method="inclusive") if len(laps) > 1 else laps * 3
+    return {"median_s": median, "q1_s": q1, "q3_s": q3, "rounds": len(laps)}
+
+
+def _rates(info: dict[str, Any], seconds: float) -> dict[str, float]:
+    rates = {}
+    if info["flops"]:
+        rates["gflops"] = info["flops"] / seconds / 1e9
+        rates["share_of_matrix_rate"] = info["flops"] / seconds / info["matrix_rate"]
+    if info["moved"]:
+        rates["gbytes_per_s"] = info["moved"] / seconds / 1e9
+        rates["share_of_copy_rate"] = info["moved"] / seconds / info["copy_rate"]
+    return rates
 
 
 def environment() -> dict[str, Any]:
@@ -37,37 +60,72 @@ def environment() -> dict[str, Any]:
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
     return {
-        "device": torch.cuda.get_device_name() if torch.cuda.is_available() else cpu_name(),
+        "device": device_name(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "commit": commit.stdout.strip() or None,
         "dirty": bool(dirty.stdout.strip()),
         "torch": torch.__version__,
         "python": platform.python_version(),
+        "versions": _versions(),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
 
 
-def cpu_name() -> str:
+def _versions() -> dict[str, str]:
+    installed = {distribution.name: distribution.version for distribution in importlib.metadata.distributions()}
+    return {name: installed[name] for name in PACKAGES if name in installed}
+
+
+def device_name() -> str:
+    """The GPU's name, or the CPU's with its cores."""
+    if torch.cuda.is_available():
+        return torch.cuda.get_device_name()
     info = Path("/proc/cpuinfo")
     lines = info.read_text().splitlines() if info.exists() else []
-    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    cpu = next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())
+    return f"{cpu}, {len(os.sched_getaffinity(0))} cores"
+
+
+def results_path(out: Path) -> Path:
+    """`out`, or where it is a folder, the file in it that is named after the device: nvidia-h200.jsonl."""
+    if out.suffix == ".jsonl":
+        return out
+    return out / f"{re.sub(r'[^a-z0-9]+', '-', device_name().lower()).strip('-')}.jsonl"
 
 
 def render(rows: list[dict[str, Any]]) -> str:
-    """The race as a table: one block a case, fastest first."""
+    """The race as a table: one block a case, fastest first, then who did not take part and why."""
     lines = []
     for suite, case in dict.fromkeys((row["suite"], row["case"]) for row in rows):
+        block = [row for row in rows if (row["suite"], row["case"]) == (suite, case)]
         lines.append(f"\n{suite}: {case}")
-        for row in sorted((r for r in rows if (r["suite"], r["case"]) == (suite, case)), key=lambda r: r["median_s"]):
-            spread = (row["q3_s"] - row["q1_s"]) / 2
-            rate = f"{row['gflops']:9.1f} GFLOP/s  {row['share_of_matrix_rate']:6.1%}" if "gflops" in row else ""
-            ratio = f"{row['ours_is_faster_by']:7.2f}×" if "ours_is_faster_by" in row else ""
-            mark = "*" if row["ours"] else " "
-            time = f"{row['median_s'] * 1e3:10.2f} ms ± {spread * 1e3:7.2f}"
-            lines.append(f" {mark} {row['implementation']:<42} {time}  {ratio} {rate}")
-    legend = "* ours; × is the time over our fastest in the same run; % of the measured float32 matrix rate"
+        lines += [_line(row) for row in sorted((r for r in block if "median_s" in r), key=lambda r: r["median_s"])]
+        lines += [f"   {row['implementation']:<38} – {row['left_out']}" for row in block if "left_out" in row]
+    legend = (
+        "* ours. ×: time over our first line of the case, timed in turn in the same run; n: laps. Shares: of the rate\n"
+        "of a large matrix product of the dtype (of float32 where that is faster), and of a copy's bytes/s, measured\n"
+        "here. MB: the most memory held during a call beyond its inputs, its result included. What a peer prepares\n"
+        "beforehand is in neither."
+    )
     return "\n".join([*lines, "", legend]) if rows else "no results"
+
+
+def _line(row: dict[str, Any]) -> str:
+    spread = (row["q3_s"] - row["q1_s"]) / 2
+    parts = [
+        f" {'*' if row['ours'] else ' '} {row['implementation']:<38}",
+        f"{row['median_s'] * 1e3:10.3f} ms ± {spread * 1e3:7.3f} n={row['rounds']:<2}",
+        f"{row['ours_is_faster_by']:7.2f}×" if "ours_is_faster_by" in row else " " * 8,
+        _rate(row["gflops"]) + f" {row['share_of_matrix_rate']:6.1%}" if "gflops" in row else "",
+        f"{row['gbytes_per_s']:7.1f} GB/s {row['share_of_copy_rate']:6.1%}" if "gbytes_per_s" in row else "",
+        f"{row['peak_bytes'] / 1e6:9.1f} MB" if row["peak_bytes"] is not None else "",
+    ]
+    return "  ".join(part for part in parts if part)
+
+
+def _rate(gflops: float) -> str:
+    return f"{gflops / 1e3:8.1f} TFLOP/s" if gflops >= 1e4 else f"{gflops:8.1f} GFLOP/s"
 
 
 def append_lines(rows: list[dict[str, Any]], path: Path) -> None:

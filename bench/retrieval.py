@@ -1,7 +1,6 @@
 """The retrieval join beside the same join in SQL (DuckDB): 15 neighbours × 50 engaged ads → the best 1500 a user."""
 
 from collections.abc import Callable
-from typing import Any
 
 import duckdb
 import numpy as np
@@ -9,8 +8,9 @@ import pyarrow as pa
 import pytest
 import torch
 
+from alure.bench.race import Contest, Entry, LeftOut
 from alure.kernels import join_candidates
-from alure.kernels.candidates import Engagements, NeighborLists
+from alure.kernels.candidates import Candidates, Engagements, NeighborLists
 
 K, ADS, CAP = 15, 50, 1500
 
@@ -51,7 +51,7 @@ class Case:
             self.database.register("input", pa.table({c: np.asarray(v) for c, v in columns.items()}))
             self.database.execute(f"CREATE TABLE {name} AS SELECT * FROM input")
 
-    def ours(self, backend: str) -> Any:
+    def ours(self, backend: str) -> Candidates:
         return join_candidates(self.neighbors, self.engagements, CAP, backend=backend)
 
     def duckdb(self) -> pa.Table:
@@ -63,20 +63,28 @@ def case(quick: bool) -> Case:
     return Case(*((5_000, 2_000) if quick else (50_000, 20_000)))
 
 
-@pytest.mark.parametrize("implementation", ["alure", "alure reference", "DuckDB"])
-def bench_join(race: Callable[..., Any], case: Case, quick: bool, implementation: str) -> None:
+def bench_join(race: Callable[[Contest], None], case: Case, quick: bool) -> None:
     ours = case.ours("auto")
-    if implementation == "DuckDB":
-        found = case.duckdb().sort_by([("row", "ascending")])
+
+    def same_rows(found: pa.Table) -> str:
+        found = found.sort_by([("row", "ascending")])
         counts = np.bincount(found["row"].to_numpy(), minlength=len(ours.offsets) - 1)
-        np.testing.assert_array_equal(counts, np.diff(ours.offsets.numpy()))
-        assert set(found["item"].to_numpy()[: counts[0]]) == set(ours.items[: counts[0]].tolist())
-        run: Callable[[], Any] = case.duckdb
-    elif implementation == "alure reference":
+        if not np.array_equal(counts, np.diff(ours.offsets.numpy())):
+            return "users have another number of candidates"
+        first = set(found["item"].to_numpy()[: counts[0]]) == set(ours.items[: counts[0]].tolist())
+        return "" if first else "the first user has other candidates"
+
+    def same_items(found: Candidates) -> str:
+        return "" if torch.equal(found.items, ours.items) else "other candidates"
+
+    def reference() -> tuple[Callable[[], Candidates], Callable[[Candidates], str]]:
         if not quick:
-            pytest.skip("the reference is timed with --quick only")
-        assert torch.equal(case.ours("reference").items, ours.items)
-        run = lambda: case.ours("reference")  # noqa: E731
-    else:
-        run = lambda: case.ours("auto")  # noqa: E731
-    race("retrieval", case.name, implementation, run, ours=implementation == "alure")
+            raise LeftOut("minutes; timed with --quick")
+        return (lambda: case.ours("reference")), same_items
+
+    entries = [
+        Entry("alure", lambda: ((lambda: case.ours("auto")), same_items)),
+        Entry("alure reference", reference),
+        Entry("DuckDB", lambda: (case.duckdb, same_rows)),
+    ]
+    race(Contest("retrieval", case.name, entries))

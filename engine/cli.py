@@ -368,18 +368,32 @@ def bench(
     suite: Annotated[
         str, typer.Argument(help="attention, encoding, compression, neighbors, refresh, retrieval or all.")
     ] = "all",
-    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, fewer rounds.")] = False,
-    out: Annotated[Path | None, typer.Option("--out", help="Append the results as JSON lines.")] = None,
+    quick: Annotated[bool, typer.Option("--quick", help="Small sizes, fewer laps.")] = False,
+    case: Annotated[
+        str | None, typer.Option("--case", help='Only the cases whose name contains this: "equal 1024", "backward".')
+    ] = None,
+    minutes: Annotated[
+        float | None,
+        typer.Option("--minutes", min=0.1, help="Time for all: fewer laps; the last cases may miss out."),
+    ] = None,
+    out: Annotated[
+        Path | None, typer.Option("--out", help="Append the results as JSON lines: a .jsonl file, or a folder.")
+    ] = None,
+    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the attention race into this SVG file.")] = None,
     as_json: Json = False,
 ) -> None:
-    """Race the kernels and stages beside their peers on this machine.
+    """Race the kernels and stages beside their peers on this machine, in one run.
+
+    Every implementation is checked against the reference, then timed in turn with the others, round after round.
+    One that cannot take part is listed with the reason. OMP_NUM_THREADS=1 races on one thread.
 
     Example: `alure bench attention --quick`
     """
     command = [sys.executable, "-m", "alure.bench", suite]
     command += ["--quick"] if quick else []
-    command += ["--out", str(out)] if out else []
     command += ["--json"] if as_json else []
+    for option, value in (("--case", case), ("--minutes", minutes), ("--out", out), ("--plot", plot)):
+        command += [option, str(value)] if value else []
     raise typer.Exit(subprocess.run(command, check=False).returncode)
 
 

@@ -63,11 +63,20 @@ def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: i
     }
 
 
-def matrix_rate(device: torch.device, size: int = 2048) -> float:
-    """FLOP/s of a large float32 matrix product on this machine, best of five."""
-    a = torch.randn(size, size, device=device)
+def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+    """FLOP/s of a large matrix product of `dtype` on this machine; of a small one where a large one takes seconds."""
+    small, large = 256, 8192 if device.type == "cuda" else 2048
+    rate = _product_rate(device, dtype, small)
+    return rate if 2 * large**3 / rate > 2.0 else _product_rate(device, dtype, large)
+
+
+def _product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+    """FLOP/s of a product of two size × size matrices, best of ten."""
+    a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
-    for _ in range(5):
+    for _ in range(10):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
         started = time.perf_counter()
         a @ a
         if device.type == "cuda":

@@ -1,0 +1,50 @@
+"""`alure bench` from the command line to the table, the JSON line and the file."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+
+def bench(*words: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run([sys.executable, "-m", "alure.bench", *words], capture_output=True, text=True, check=False)
+
+
+def test_one_case_end_to_end(tmp_path: Path) -> None:
+    done = bench("attention", "--quick", "--case", "backward[equal", "--minutes", "1", "--out", str(tmp_path), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])
+    assert found["passed"]
+    rows = [row for row in found["results"] if "median_s" in row]
+    assert {row["implementation"] for row in rows} == {"alure grouped", "FAISS IVFFlat", "FAISS exact"}
+    assert all(row["gflops"] > 0 and row["rounds"] >= 1 for row in rows)
+    (written,) = tmp_path.glob("*.jsonl")
+    assert len(written.read_text().splitlines()) == len(found["results"])
+    assert "FAISS IVFFlat" in done.stdout
+
+
+@pytest.mark.slow
+def test_attention_is_raced_and_drawn(tmp_path: Path) -> None:
+    plot = tmp_path / "attention.svg"
+    done = bench("attention", "--quick", "--plot", str(plot), "--json")
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(done.stdout.strip().splitlines()[-1])["results"]
+    timed = {row["implementation"] for row in found if "median_s" in row}
+    assert {"alure, time bias", "FlexAttention compiled, time bias", "SDPA of the batch, no bias"} <= timed
+    assert {row["implementation"] for row in found if "left_out" in row}.isdisjoint({"alure, time bias"})
+    assert all(name in plot.read_text() for name in ("alure, time bias", "FlexAttention compiled, time bias"))
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("attention", "--case", "nothing like it"), "no case contains"),
+        (("encoding", "--plot", "x.svg"), "--plot draws the attention race"),
+    ],
+)
+def test_mistakes_are_told(words: tuple[str, ...], message: str) -> None:
+    done = bench(*words)
+    assert done.returncode != 0
+    assert message in done.stdout + done.stderr

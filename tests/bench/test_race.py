@@ -1,0 +1,147 @@
+"""The race itself: who takes part, whose turn it is, what is reported, drawn and appended."""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from alure.bench.clock import Clock
+from alure.bench.plot import draw
+from alure.bench.race import Contest, Entry, LeftOut, Race, difference, forward_entry
+from alure.bench.report import append_lines, read_rows, render, results_path
+
+CPU = Clock(torch.device("cpu"))
+
+
+class StoppedClock(Clock):
+    """A clock on which every call takes the seconds it returns."""
+
+    def lap(self, run: Callable[[], Any]) -> float:
+        return float(run())
+
+    def peak(self, run: Callable[[], Any]) -> tuple[int | None, float]:
+        return None, self.lap(run)
+
+
+def entry(name: str, seconds: float, turns: list[str] | None = None, problem: str = "") -> Entry:
+    def run() -> float:
+        if turns is not None:
+            turns.append(name)
+        return seconds
+
+    return Entry(name, lambda: (run, lambda _: problem))
+
+
+def test_implementations_take_turns_and_slow_ones_sit_out_evenly() -> None:
+    turns: list[str] = []
+    entries = [entry("alure", 0.1, turns), entry("same", 0.1, turns), entry("slow", 0.2, turns)]
+    race = Race(Contest("s", "c", entries), StoppedClock(torch.device("cpu")), seconds=3.0)
+    turns.clear()
+    for _ in range(race.rounds):
+        race.round()
+    laps = {result["implementation"]: len(result["laps_s"]) for result in race.results()}
+    assert race.rounds == 10
+    assert laps == {"alure": 10, "same": 10, "slow": 5}
+    assert turns == ["alure", "same", "alure", "same", "slow"] * 5
+
+
+def test_who_refuses_is_left_out_and_who_is_wrong_is_not_timed() -> None:
+    def refuse() -> Any:
+        raise LeftOut("needs a GPU")
+
+    def fail() -> Any:
+        raise RuntimeError("out of memory\nsecond line")
+
+    entries = [entry("alure", 0.1), Entry("a", refuse), Entry("b", fail), entry("wrong", 0.1, problem="off by 3")]
+    race = Race(Contest("s", "c", entries), StoppedClock(torch.device("cpu")), seconds=1.0)
+    assert race.left_out == {"a": "needs a GPU", "b": "out of memory", "wrong": "off by 3"}
+    assert race.wrong == ["wrong: off by 3"]
+    assert [result["implementation"] for result in race.results()] == ["alure"]
+    with pytest.raises(RuntimeError, match="out of memory"):  # ours may refuse an argument, but not break
+        Race(Contest("s", "c", [Entry("alure", fail)]), CPU, seconds=1.0)
+
+
+def test_difference_tells_errors_and_nan() -> None:
+    expected = torch.tensor([1.0, -10.0])
+    assert difference(expected + 1e-4, expected, torch.float32) == ""
+    assert "off the reference" in difference(expected + 1e-2, expected, torch.float32)
+    assert difference(expected + 1e-2, expected, torch.bfloat16) == ""
+    assert "off the reference" in difference(expected * torch.nan, expected, torch.bfloat16)
+
+
+def test_peak_is_the_memory_held_at_once() -> None:
+    def run() -> Tensor:
+        for _ in range(3):
+            torch.ones(50 << 20, dtype=torch.uint8)
+        return torch.ones(1)
+
+    peak, seconds = CPU.peak(run)
+    assert seconds > 0
+    if peak is None:
+        pytest.skip("this system does not tell the peak of the resident set")
+    assert 45 << 20 <= peak < 60 << 20
+
+
+def results_of(folder: Path, entries: list[dict[str, Any]], left_out: dict[str, str], case: str) -> Path:
+    info = {"suite": "attention", "case": case, "dtype": "float32", "flops": 2e9, "moved": 1e9}
+    info |= {"matrix_rate": 1e11, "copy_rate": 1e10, "results": entries, "left_out": left_out}
+    info["facts"] = {"shape": case, "longest": 64, "users": 2, "tokens": 128, "head_dim": 64, "backward": False}
+    path = folder / "results.json"
+    path.write_text(json.dumps({"benchmarks": [{"extra_info": info}]}))
+    return path
+
+
+def lap_times(name: str, *laps: float) -> dict[str, Any]:
+    return {"implementation": name, "ours": name.startswith("alure"), "laps_s": list(laps), "peak_bytes": 5_000_000}
+
+
+def test_rows_hold_medians_ratios_and_shares(tmp_path: Path) -> None:
+    entries = [lap_times("alure, time bias", 0.1, 0.3, 0.1), lap_times("SDPA", 0.4)]
+    rows = read_rows(results_of(tmp_path, entries, {"HSTU": "needs a GPU"}, "lognormal"))
+    ours, sdpa, hstu = rows
+    assert ours["median_s"] == pytest.approx(0.1)
+    assert ours["gflops"] == pytest.approx(20)
+    assert ours["share_of_matrix_rate"] == pytest.approx(0.2)
+    assert ours["share_of_copy_rate"] == pytest.approx(1.0)
+    assert (sdpa["ours_is_faster_by"], sdpa["rounds"]) == (pytest.approx(4.0), 1)
+    assert hstu["left_out"] == "needs a GPU"
+    table = render(rows)
+    assert table.index("alure, time bias") < table.index("SDPA") < table.index("HSTU")
+    assert "4.00×" in table
+    assert "needs a GPU" in table
+    assert "5.0 MB" in table
+    append_lines(rows, tmp_path / "a" / "results.jsonl")
+    append_lines(rows, tmp_path / "a" / "results.jsonl")
+    lines = (tmp_path / "a" / "results.jsonl").read_text().splitlines()
+    assert len(lines) == 6
+    assert {"device", "commit", "torch", "versions"} <= json.loads(lines[0]).keys()
+
+
+def test_a_folder_names_the_results_after_the_device(tmp_path: Path) -> None:
+    assert results_path(tmp_path / "x.jsonl") == tmp_path / "x.jsonl"
+    name = results_path(tmp_path).name
+    assert name.endswith(".jsonl")
+    assert name == name.lower()
+    assert " " not in name
+
+
+def test_the_plot_names_every_implementation(tmp_path: Path) -> None:
+    entries = [lap_times("alure, time bias", 0.1), lap_times("SDPA of the batch, no bias", 0.2)]
+    rows = read_rows(results_of(tmp_path, entries, {"HSTU": "needs a GPU"}, "equal 64"))
+    rows += read_rows(results_of(tmp_path, entries, {}, "lognormal"))
+    draw(rows, tmp_path / "figures" / "attention.svg")
+    svg = (tmp_path / "figures" / "attention.svg").read_text()
+    for label in ("alure, time bias", "SDPA of the batch, no bias", "2.00×", "GFLOP/s", "Lognormal lengths"):
+        assert label in svg
+    with pytest.raises(ValueError, match="expected timed rows"):
+        draw([], tmp_path / "empty.svg")
+
+
+def test_a_forward_entry_checks_what_it_times() -> None:
+    one = forward_entry("alure", lambda: torch.ones(3), torch.zeros(3), torch.float32)
+    run, check = one.prepare()
+    assert "off the reference" in check(run())
