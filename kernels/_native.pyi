@@ -9,6 +9,7 @@ _Float32: TypeAlias = NDArray[np.float32]
 _Int32: TypeAlias = NDArray[np.int32]
 _Int64: TypeAlias = NDArray[np.int64]
 _Uint8: TypeAlias = NDArray[np.uint8]
+_Uint16: TypeAlias = NDArray[np.uint16]
 
 def join_candidates(
     neighbor_offsets: _Int64,
@@ -28,37 +29,39 @@ def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
 
 class Attention:
-    """The arguments of one attention, in the order of kernels/attention/ops.py."""
+    """The arguments of one attention, as kernels/attention/arguments.py has them; bfloat16 as its bits, uint16.
+
+    q, k and v may have any strides, if the channels of a head are neighbours.
+    """
 
     def __init__(
         self,
-        q: _Float32,
-        k: _Float32,
-        v: _Float32,
+        q: _Float32 | _Uint16,
+        k: _Float32 | _Uint16,
+        v: _Float32 | _Uint16,
         q_offsets: _Int64,
         k_offsets: _Int64,
         q_timestamps: _Int64 | None,
         k_timestamps: _Int64 | None,
+        rules: _Int64 | None,
+        groups: _Int64 | None,
         time_thresholds: _Int64 | None,
         time_table: _Float32 | None,
         position_thresholds: _Int64 | None,
         position_table: _Float32 | None,
         q_cyclic: _Float32 | None,
         k_cyclic: _Float32 | None,
-        causal: bool,
-        window_left: int,
-        window_right: int,
         scale: float,
     ) -> None: ...
 
 def attention_forward(
-    attention: Attention, out: _Float32, lse: _Float32, instruction_set: str, num_threads: int
+    attention: Attention, out: _Float32 | _Uint16, lse: _Float32, instruction_set: str, num_threads: int
 ) -> None: ...
 def attention_backward(
     attention: Attention,
     grad_out: _Float32,
-    out: _Float32,
     lse: _Float32,
+    delta: _Float32,
     dq: _Float32,
     dk: _Float32,
     dv: _Float32,

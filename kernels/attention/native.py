@@ -1,146 +1,85 @@
-"""Jagged attention on the CPU, float32: hands tensors to the C++ of kernels/native. Arguments as in ops.py.
+"""Jagged attention on the CPU: hands tensors to the C++ of kernels/native. Arguments as in arguments.py.
 
-A sequence's result depends neither on the rest of the batch nor on the number of threads, and both passes sum in a
-fixed order. Extra memory: the outputs, and per thread a block of keys and a tile of queries.
+The forward takes float32 and bfloat16, the backward computes in float32. A sequence's result depends neither on the
+rest of the batch nor on the number of threads, and both passes sum in a fixed order. Extra memory: the outputs, and per
+thread a block of keys and a part of a sequence's queries.
 """
 
-import sys
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from alure.kernels import _native
-from alure.kernels.attention import flat
+from alure.kernels.attention.arguments import Batch, Bias, Gradients
 
 INSTRUCTION_SET: str = _native.instruction_set()
 
 
-def flat_forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    q_timestamps: Tensor | None,
-    k_timestamps: Tensor | None,
-    time_thresholds: Tensor | None,
-    time_table: Tensor | None,
-    position_thresholds: Tensor | None,
-    position_table: Tensor | None,
-    q_cyclic: Tensor | None,
-    k_cyclic: Tensor | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
-    scale: float,
-) -> tuple[Tensor, Tensor]:
-    """out [Tq, H, D] and lse [H, Tq], float32."""
-    tensors = (q, k, v, q_offsets, k_offsets, q_timestamps, k_timestamps, time_thresholds, time_table)
-    bias = (position_thresholds, position_table, q_cyclic, k_cyclic)
-    attention = _attention(*tensors, *bias, (causal, window_left, window_right, scale))
-    out = torch.empty(q.shape, dtype=torch.float32)
+def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
+    """out [Tq, H, D] like q and lse [H, Tq] float32."""
+    out = torch.empty(q.shape, dtype=q.dtype)
     lse = torch.empty(q.shape[1], q.shape[0], dtype=torch.float32)
-    _native.attention_forward(attention, out.numpy(), lse.numpy(), INSTRUCTION_SET, torch.get_num_threads())
+    attention = _attention(q, k, v, batch, bias, scale)
+    _native.attention_forward(attention, _values(out), lse.numpy(), INSTRUCTION_SET, torch.get_num_threads())
     return out, lse
 
 
-def flat_backward(
+def backward(
     grad_out: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    out: Tensor,
     lse: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    q_timestamps: Tensor | None,
-    k_timestamps: Tensor | None,
-    time_thresholds: Tensor | None,
-    time_table: Tensor | None,
-    position_thresholds: Tensor | None,
-    position_table: Tensor | None,
-    q_cyclic: Tensor | None,
-    k_cyclic: Tensor | None,
-    causal: bool,
-    window_left: int,
-    window_right: int,
+    delta: Tensor,
+    batch: Batch,
+    bias: Bias,
     scale: float,
-) -> tuple[Tensor, Tensor, Tensor, Tensor | None, Tensor | None, Tensor | None, Tensor | None]:
-    """Gradients of q, k, v, both tables and both cyclic channels; the weights are computed again from lse."""
-    tensors = (q, k, v, q_offsets, k_offsets, q_timestamps, k_timestamps, time_thresholds, time_table)
-    bias = (position_thresholds, position_table, q_cyclic, k_cyclic)
-    attention = _attention(*tensors, *bias, (causal, window_left, window_right, scale))
+) -> Gradients:
+    """The weights are computed again from lse."""
     dq = torch.zeros(q.shape, dtype=torch.float32)
     dk, dv = (torch.empty(x.shape, dtype=torch.float32) for x in (k, v))
-    d_time, d_position, d_q_cyclic, d_k_cyclic = (
+    of_bias = [
         None if x is None else torch.zeros(x.shape, dtype=torch.float32)
-        for x in (time_table, position_table, q_cyclic, k_cyclic)
-    )
+        for x in (bias.time_table, bias.position_table, bias.q_cyclic, bias.k_cyclic)
+    ]
     _native.attention_backward(
-        attention,
-        _array(grad_out, torch.float32),
-        _array(out, torch.float32),
-        _array(lse, torch.float32),
-        dq.numpy(),
-        dk.numpy(),
-        dv.numpy(),
-        None if d_time is None else d_time.numpy(),
-        None if d_position is None else d_position.numpy(),
-        None if d_q_cyclic is None else d_q_cyclic.numpy(),
-        None if d_k_cyclic is None else d_k_cyclic.numpy(),
+        _attention(q.float(), k.float(), v.float(), batch, bias, scale),
+        *(_array(x.float()) for x in (grad_out, lse, delta)),
+        *(x.numpy() for x in (dq, dk, dv)),
+        *(None if x is None else x.numpy() for x in of_bias),
         INSTRUCTION_SET,
         torch.get_num_threads(),
     )
-    return dq, dk, dv, d_time, d_position, d_q_cyclic, d_k_cyclic
+    return Gradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *of_bias)
 
 
-def _attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    q_offsets: Tensor,
-    k_offsets: Tensor,
-    q_timestamps: Tensor | None,
-    k_timestamps: Tensor | None,
-    time_thresholds: Tensor | None,
-    time_table: Tensor | None,
-    position_thresholds: Tensor | None,
-    position_table: Tensor | None,
-    q_cyclic: Tensor | None,
-    k_cyclic: Tensor | None,
-    options: tuple[bool, int, int, float],
-) -> _native.Attention:
-    """NumPy views of the arguments; the module refuses shapes that do not fit together."""
+def _attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: float) -> _native.Attention:
+    """NumPy views of the arguments; the module refuses types and shapes that do not fit together."""
     return _native.Attention(
-        _array(q, torch.float32),
-        _array(k, torch.float32),
-        _array(v, torch.float32),
-        _array(q_offsets.to(torch.int64), torch.int64),
-        _array(k_offsets.to(torch.int64), torch.int64),
-        _array(q_timestamps, torch.int64),
-        _array(k_timestamps, torch.int64),
-        _array(time_thresholds, torch.int64),
-        _array(time_table, torch.float32),
-        _array(position_thresholds, torch.int64),
-        _array(position_table, torch.float32),
-        _array(q_cyclic, torch.float32),
-        _array(k_cyclic, torch.float32),
-        *options,
+        *(_values(x) for x in (q, k, v)),
+        _array(batch.q_offsets.to(torch.int64)),
+        _array(batch.k_offsets.to(torch.int64)),
+        _array(batch.q_timestamps),
+        _array(batch.k_timestamps),
+        _array(batch.rules),
+        _array(batch.groups),
+        _array(bias.time_thresholds),
+        _array(bias.time_table),
+        _array(bias.position_thresholds),
+        _array(bias.position_table),
+        _array(bias.q_cyclic),
+        _array(bias.k_cyclic),
+        scale,
     )
 
 
-def _array(x: Tensor | None, dtype: torch.dtype) -> Any:
-    if x is None:
-        return None
-    if x.dtype != dtype or x.device.type != "cpu":
-        raise TypeError(f"native attention: expected {dtype} on the CPU, got {x.dtype} on {x.device}")
-    return x.detach().contiguous().numpy()
+def _values(x: Tensor) -> Any:
+    """x as it lies in memory, if only its channels are neighbours; bfloat16 as uint16, a type that NumPy has."""
+    x = x.detach()
+    x = x if x.stride(-1) == 1 else x.contiguous()
+    return (x.view(torch.uint16) if x.dtype == torch.bfloat16 else x).numpy()
 
 
-def forward(*arguments):  # type: ignore[no-untyped-def]
-    return flat.forward(sys.modules[__name__], *arguments)
-
-
-def backward(*arguments):  # type: ignore[no-untyped-def]
-    return flat.backward(sys.modules[__name__], *arguments)
+def _array(x: Tensor | None) -> Any:
+    return None if x is None else x.detach().contiguous().numpy()

@@ -9,6 +9,7 @@
 #include <thread>
 #include <vector>
 
+#include "forward_tables.h"
 #include "parallel.h"
 
 namespace alure {
@@ -27,6 +28,11 @@ const AttentionKernels& kernels_of(InstructionSet set) {
     return portable::attention_kernels;
 }
 
+const ForwardKernel& forward_kernel_of(InstructionSet set, Element element) {
+    const AttentionKernels& kernels = kernels_of(set);
+    return element == Element::kFloat32 ? kernels.forward_float32 : kernels.forward_bfloat16;
+}
+
 void check_offsets(const std::int64_t* offsets, std::int64_t num_sequences, std::int64_t total, const char* name) {
     bool sound = offsets[0] == 0 && offsets[num_sequences] == total;
     for (std::int64_t i = 0; i < num_sequences; ++i) sound = sound && offsets[i] <= offsets[i + 1];
@@ -34,6 +40,15 @@ void check_offsets(const std::int64_t* offsets, std::int64_t num_sequences, std:
         throw std::invalid_argument(std::string(name) +
                                     ": expected offsets that begin at 0, never decrease and end at " +
                                     std::to_string(total));
+}
+
+void check(const AttentionInputs& in) {
+    check_offsets(in.q_offsets, in.num_sequences, in.total_q, "q_offsets");
+    check_offsets(in.k_offsets, in.num_sequences, in.total_k, "k_offsets");
+    for (std::int64_t s = 0; in.groups && s < in.num_sequences; ++s)
+        if (in.groups[s] < 0 || in.groups[s] >= in.num_groups)
+            throw std::invalid_argument("groups: expected 0 to " + std::to_string(in.num_groups - 1) + ", got " +
+                                        std::to_string(in.groups[s]));
 }
 
 // A thread's scratch: one allocation, aligned to a cache line, reused for every unit.
@@ -119,13 +134,15 @@ void pass_turn(void* counters, std::int64_t tile, std::int64_t turn) {
     static_cast<std::atomic<std::int64_t>*>(counters)[tile].store(turn + 1, std::memory_order_release);
 }
 
-// float64 sums by bucket [heads, buckets], one set a unit, added up in the order of the units.
+// float64 sums by bucket [groups, heads, buckets], one set a unit, added up in the order of the units.
 class BucketSums {
 public:
-    BucketSums(std::int64_t heads, const BucketTable& table, std::size_t num_units)
-        : size_(table.table ? heads * (table.num_thresholds + 1) : 0), sums_(size_ * num_units, 0.0) {}
+    BucketSums(const AttentionInputs& in, const BucketTable& table, std::size_t num_units)
+        : group_size_(table.table ? in.heads * (table.num_thresholds + 1) : 0),
+          size_(group_size_ * in.num_groups),
+          sums_(size_ * num_units, 0.0) {}
 
-    double* of(std::int64_t unit) { return sums_.data() + unit * size_; }
+    double* of(std::int64_t unit, std::int64_t group) { return sums_.data() + unit * size_ + group * group_size_; }
 
     void write(float* total) const {
         for (std::int64_t i = 0; i < size_; ++i) {
@@ -136,7 +153,7 @@ public:
     }
 
 private:
-    std::int64_t size_;
+    std::int64_t group_size_, size_;
     std::vector<double> sums_;
 };
 
@@ -154,45 +171,46 @@ void run_units(const std::vector<Unit>& units, std::size_t scratch_bytes, int nu
 
 }  // namespace
 
-void attention_forward(const AttentionInputs& in, const AttentionOutputs& outputs, std::int64_t total_k,
-                       InstructionSet set, int num_threads) {
-    check_offsets(in.q_offsets, in.num_sequences, outputs.total_q, "q_offsets");
-    check_offsets(in.k_offsets, in.num_sequences, total_k, "k_offsets");
-    const AttentionKernels& kernels = kernels_of(set);
+void attention_forward(const AttentionInputs& in, const ForwardOutputs& outputs, InstructionSet set, int num_threads) {
+    check(in);
+    const ForwardKernel& kernel = forward_kernel_of(set, in.element);
     const auto parts = [&](std::int64_t s, auto visit) {
-        for_each_part(s, lengths_of(in, s).queries, kernels.query_tile, visit);
+        for_each_part(s, lengths_of(in, s).queries, kernel.queries, visit);
     };
     const std::vector<Unit> units = units_of(in, [&](std::int64_t s, std::vector<Unit>& out) {
         parts(s, [&](const Part& part) { out.push_back({part, 0}); });
     });
-    run_units(units, kernels.scratch_bytes(in), num_threads, parts,
-              [&](const Part& part, std::int64_t, void* scratch) { kernels.forward(in, outputs, part, scratch); });
+    const TableStorage storage(in);
+    const ForwardTables tables = storage.tables();
+    run_units(units, kernel.scratch_bytes(in), num_threads, parts,
+              [&](const Part& part, std::int64_t, void* scratch) { kernel.run(in, tables, outputs, part, scratch); });
 }
 
-void attention_backward(const AttentionInputs& in, const AttentionGradients& gradients, const TableGradients& tables,
-                        std::int64_t total_k, InstructionSet set, int num_threads) {
-    check_offsets(in.q_offsets, in.num_sequences, gradients.total_q, "q_offsets");
-    check_offsets(in.k_offsets, in.num_sequences, total_k, "k_offsets");
-    const AttentionKernels& kernels = kernels_of(set);
+void attention_backward(const AttentionInputs& in, const BackwardArguments& arguments, const TableGradients& tables,
+                        InstructionSet set, int num_threads) {
+    check(in);
+    if (in.element != Element::kFloat32) throw std::invalid_argument("backward: expected float32");
+    const BackwardKernel& kernel = kernels_of(set).backward;
     const auto parts = [&](std::int64_t s, auto visit) {
-        for_each_part(s, lengths_of(in, s).keys, kernels.key_block, visit);
+        for_each_part(s, lengths_of(in, s).keys, kernel.keys, visit);
     };
     std::vector<Counters> counters;
     const std::vector<Unit> units = units_of(in, [&](std::int64_t s, std::vector<Unit>& out) {
         const auto [queries, keys] = lengths_of(in, s);
         void* own = nullptr;
-        if (keys > kernels.key_block) {
-            const std::int64_t tiles = (queries + kernels.backward_tile - 1) / kernels.backward_tile;
+        if (keys > kernel.keys) {
+            const std::int64_t tiles = (queries + kernel.queries - 1) / kernel.queries;
             counters.push_back(std::make_unique<std::atomic<std::int64_t>[]>(tiles * in.heads));
             own = counters.back().get();
         }
         parts(s, [&](const Part& part) { out.push_back({part, 0, own}); });
     });
-    BucketSums d_time(in.heads, in.time, units.size()), d_position(in.heads, in.position, units.size());
-    run_units(units, kernels.scratch_bytes(in), num_threads, parts,
+    BucketSums d_time(in, in.time, units.size()), d_position(in, in.position, units.size());
+    run_units(units, kernel.scratch_bytes(in), num_threads, parts,
               [&](const Part& part, std::int64_t u, void* scratch) {
                   const Turn turn{wait_for_turn, pass_turn, units[u].counters};
-                  kernels.backward(in, gradients, part, turn, d_time.of(u), d_position.of(u), scratch);
+                  const std::int64_t group = in.groups ? in.groups[part.sequence] : 0;
+                  kernel.run(in, arguments, part, turn, d_time.of(u, group), d_position.of(u, group), scratch);
               });
     d_time.write(tables.d_time);
     d_position.write(tables.d_position);

@@ -1,7 +1,9 @@
 // Backward attention of one block of keys: tiles of queries in order, weights computed again from the log-sum-exp.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_mask.h"
+#include "panels.h"
+#include "tile_bias.h"
 
 namespace alure {
 namespace {
@@ -26,7 +28,7 @@ struct BackwardScratch {
           channels(in.head_dim + in.num_cyclic),
           channel_stride(round_up(channels, kLanes)),
           value_stride(round_up(in.head_dim, kLanes)),
-          packs(arena.array<float>(in.heads * pack_size(in.head_dim))),
+          packs(arena.array<float>(in.key_heads * pack_size(in.head_dim))),
           queries(arena.array<float>(kBackwardTile * channels)),
           query_rows(arena.array<float>(kBackwardTile * channel_stride)),
           grad_out_rows(arena.array<float>(kBackwardTile * value_stride)),
@@ -38,8 +40,8 @@ struct BackwardScratch {
     [[nodiscard]] std::int64_t pack_size(std::int64_t head_dim) const {
         return kBackwardKeys * (channels + head_dim + 2 * channel_stride + value_stride);
     }
-    [[nodiscard]] KeyPack pack_of(std::int64_t head, std::int64_t head_dim) const {
-        float* keys = packs + head * pack_size(head_dim);
+    [[nodiscard]] KeyPack pack_of(std::int64_t key_head, std::int64_t head_dim) const {
+        float* keys = packs + key_head * pack_size(head_dim);
         float* values = keys + kBackwardKeys * channels;
         float* key_rows = values + kBackwardKeys * head_dim;
         float* dk = key_rows + kBackwardKeys * channel_stride;
@@ -56,27 +58,28 @@ struct BackwardScratch {
     TileBias bias;
 };
 
-inline float dot(const float* a, const float* b, std::int64_t size) {
-    Floats sums{};
-    std::int64_t i = 0;
-    for (; i + kLanes <= size; i += kLanes) sums += load(a + i) * load(b + i);
-    float sum = sum_of_lanes(sums);
-    for (; i < size; ++i) sum += a[i] * b[i];
-    return sum;
+// Channels of q or k times `factor`, then the cyclic channels as they are: rows of head_dim + num_cyclic floats.
+inline void pack_channels(const float* x, std::int64_t x_stride, std::int64_t head_dim, float factor,
+                          const float* cyclic, std::int64_t cyclic_stride, std::int64_t num_cyclic, std::int64_t rows,
+                          float* packed) {
+    for (std::int64_t r = 0; r < rows; ++r, packed += head_dim + num_cyclic) {
+        for (std::int64_t d = 0; d < head_dim; ++d) packed[d] = factor * x[r * x_stride + d];
+        for (std::int64_t c = 0; c < num_cyclic; ++c) packed[head_dim + c] = cyclic[r * cyclic_stride + c];
+    }
 }
 
 class BackwardBlock {
 public:
-    BackwardBlock(const AttentionInputs& in, const AttentionGradients& gradients, const Part& part, void* base)
+    BackwardBlock(const AttentionInputs& in, const BackwardArguments& arguments, const Part& part, void* base)
         : in_(in),
-          g_(gradients),
-          sequence_(sequence_at(in, part.sequence)),
+          g_(arguments),
+          sequence_(in, part.sequence),
           first_key_(part.begin),
           num_keys_(part.end - part.begin),
           k_row_(sequence_.k_row + part.begin),
           row_stride_(in.heads * in.head_dim),
           s_(in, base) {
-        for (std::int64_t head = 0; head < in.heads; ++head) pack_keys(head, s_.pack_of(head, in.head_dim));
+        for (std::int64_t head = 0; head < in.key_heads; ++head) pack_keys(head, s_.pack_of(head, in.head_dim));
         s_.bias.start_block(k_row_, first_key_, num_keys_);
     }
 
@@ -88,20 +91,22 @@ public:
         rows_ = rows;
         q_row_ = sequence_.q_row + begin;
         const std::int64_t position = begin + sequence_.shift;
-        if (within_block(visible_keys(in_, position, position + rows - 1, sequence_.num_keys), first_key_, num_keys_)
-                .empty())
-            return false;
-        s_.bias.start_tile(q_row_, position, rows);
+        sight_ = sequence_.mask.sight(position, position + rows - 1, first_key_, first_key_ + num_keys_);
+        if (sight_ == Sight::kHidden) return false;
+        s_.bias.start_tile(sequence_.mask, q_row_, position, rows);
         return true;
     }
 
     // Adds the tile's part to dk, dv and the tables, and leaves its dq in scratch.
     void add_head(std::int64_t head, double* d_time, double* d_position) {
-        const KeyPack pack = s_.pack_of(head, in_.head_dim);
-        pack_queries(in_, q_row_, rows_, head, s_.queries);
+        const KeyPack pack = s_.pack_of(head / (in_.heads / in_.key_heads), in_.head_dim);
+        pack_channels(static_cast<const float*>(in_.q.data) + q_row_ * in_.q.row_stride + head * in_.q.head_stride,
+                      in_.q.row_stride, in_.head_dim, in_.scale,
+                      in_.num_cyclic ? in_.q_cyclic + (q_row_ * in_.heads + head) * in_.num_cyclic : nullptr,
+                      in_.heads * in_.num_cyclic, in_.num_cyclic, rows_, s_.queries);
         pack_rows(s_.queries, s_.channels, rows_, s_.channels, s_.query_rows);
         pack_rows(g_.grad_out + q_offset(head), row_stride_, rows_, in_.head_dim, s_.grad_out_rows);
-        s_.bias.start_head(head);
+        s_.bias.start_head(sequence_.group * in_.heads + head);
         for (std::int64_t r = 0; r < rows_; r += kRows)
             weigh(head, r, smaller<std::int64_t>(kRows, rows_ - r), pack, d_time);
         s_.bias.finish_head(d_position);
@@ -126,10 +131,10 @@ public:
     }
 
     void write_dk_dv() const {
-        for (std::int64_t head = 0; head < in_.heads; ++head) {
+        for (std::int64_t head = 0; head < in_.key_heads; ++head) {
             const KeyPack pack = s_.pack_of(head, in_.head_dim);
             for (std::int64_t j = 0; j < num_keys_; ++j) {
-                const std::int64_t offset = ((k_row_ + j) * in_.heads + head) * in_.head_dim;
+                const std::int64_t offset = ((k_row_ + j) * in_.key_heads + head) * in_.head_dim;
                 for (std::int64_t d = 0; d < in_.head_dim; ++d) {
                     g_.dk[offset + d] = pack.dk[j * s_.channel_stride + d];  // the queries carry the scale
                     g_.dv[offset + d] = pack.dv[j * s_.value_stride + d];
@@ -145,13 +150,14 @@ private:
     [[nodiscard]] std::int64_t q_offset(std::int64_t head) const { return (q_row_ * in_.heads + head) * in_.head_dim; }
 
     void pack_keys(std::int64_t head, const KeyPack& pack) {
-        const std::int64_t offset = (k_row_ * in_.heads + head) * in_.head_dim;
-        pack_keys_transposed(in_, k_row_, num_keys_, head, pack.keys);
-        pack_transposed(in_.v + offset, row_stride_, num_keys_, in_.head_dim, 0, in_.head_dim, pack.values);
+        const float* k = static_cast<const float*>(in_.k.data) + k_row_ * in_.k.row_stride + head * in_.k.head_stride;
+        const float* v = static_cast<const float*>(in_.v.data) + k_row_ * in_.v.row_stride + head * in_.v.head_stride;
+        const float* cyclic = in_.num_cyclic ? in_.k_cyclic + k_row_ * in_.num_cyclic : nullptr;
+        pack_transposed(k, in_.k.row_stride, num_keys_, in_.head_dim, 0, s_.channels, pack.keys);
+        if (cyclic) pack_transposed(cyclic, in_.num_cyclic, num_keys_, in_.num_cyclic, in_.head_dim, s_.channels, pack.keys);
+        pack_transposed(v, in_.v.row_stride, num_keys_, in_.head_dim, 0, in_.head_dim, pack.values);
         // dk is not needed yet: it lends its space to the keys in rows
-        pack_channels(in_.k + offset, row_stride_, in_.head_dim, 1.0f,
-                      in_.num_cyclic ? in_.k_cyclic + k_row_ * in_.num_cyclic : nullptr, in_.num_cyclic, in_.num_cyclic,
-                      num_keys_, pack.dk);
+        pack_channels(k, in_.k.row_stride, in_.head_dim, 1.0f, cyclic, in_.num_cyclic, in_.num_cyclic, num_keys_, pack.dk);
         pack_rows(pack.dk, s_.channels, num_keys_, s_.channels, pack.key_rows);
         fill(pack.dk, {0, num_keys_ * s_.channel_stride}, Floats{});
         fill(pack.dv, {0, num_keys_ * s_.value_stride}, Floats{});
@@ -163,12 +169,10 @@ private:
         float* weights = s_.weights + r * kWeightStride;
         float* d_logits = s_.d_logits + r * kWeightStride;
         const float* grad_out = g_.grad_out + q_offset(head) + r * row_stride_;
-        const float* out = g_.out + q_offset(head) + r * row_stride_;
         for (std::int64_t i = 0; i < rows; ++i) {
-            const std::int64_t position = tile_ + r + i + sequence_.shift;
-            const Range visible =
-                within_block(visible_keys(in_, position, position, sequence_.num_keys), first_key_, num_keys_);
-            s_.bias.write(r + i, visible, whole, weights + i * kWeightStride);
+            s_.bias.write(r + i, whole, weights + i * kWeightStride);
+            if (sight_ == Sight::kMasked || num_keys_ < whole.end)
+                hide(tile_ + r + i + sequence_.shift, whole, weights + i * kWeightStride);
             fill(d_logits + i * kWeightStride, whole, Floats{});
         }
         multiply<Left::kRowMajor>(rows, s_.queries + r * s_.channels, s_.channels, pack.keys, s_.channels * kLanes,
@@ -176,9 +180,9 @@ private:
         multiply<Left::kRowMajor>(rows, grad_out, row_stride_, pack.values, in_.head_dim * kLanes, num_keys_,
                                   in_.head_dim, d_logits, kWeightStride);
         for (std::int64_t i = 0; i < rows; ++i, weights += kWeightStride, d_logits += kWeightStride) {
-            const float lse = g_.lse[head * g_.total_q + q_row_ + r + i];
+            const float lse = g_.lse[head * in_.total_q + q_row_ + r + i];
             const float reference = lse == -kInfinity ? 0.0f : lse;  // a query that sees nothing: weights 0, not NaN
-            const float delta = dot(grad_out + i * row_stride_, out + i * row_stride_, in_.head_dim);
+            const float delta = g_.delta[head * in_.total_q + q_row_ + r + i];
             for (std::int64_t j = 0; j < num_keys_; j += kLanes) {
                 const Floats weight = exp_lanes(load(weights + j) - reference);
                 store(weights + j, weight);
@@ -188,17 +192,35 @@ private:
         }
     }
 
+    // −inf for the keys of the block that query i does not see, and behind its last key.
+    void hide(std::int64_t i, Range whole, float* logits) const {
+        const Mask& mask = sequence_.mask;
+        const Range seen = mask.seen(i);
+        const auto key = [this](std::int64_t j) { return static_cast<std::int32_t>(j - first_key_); };
+        const std::int32_t self = i >= mask.history() && i < mask.num_keys() ? key(i) : -1;
+        for (std::int64_t j = whole.begin; j < whole.end; j += kLanes) {
+            const Ints keys = lane_numbers() + static_cast<std::int32_t>(j);
+            const Ints visible =
+                (keys < key(mask.contexts())) | ((keys >= key(seen.begin)) & (keys < key(seen.end))) | (keys == self);
+            const Ints inside = keys < static_cast<std::int32_t>(num_keys_);
+            store(logits + j, (visible & inside) ? load(logits + j) : splat(-kInfinity));
+        }
+    }
+
     const AttentionInputs& in_;
-    const AttentionGradients& g_;
+    const BackwardArguments& g_;
     const Sequence sequence_;
     const std::int64_t first_key_, num_keys_, k_row_, row_stride_;
     BackwardScratch s_;
     std::int64_t tile_ = 0, rows_ = 0, q_row_ = 0;  // the tile at hand
+    Sight sight_ = Sight::kWhole;
 };
 
-void backward(const AttentionInputs& in, const AttentionGradients& gradients, const Part& part, const Turn& turn,
+std::size_t backward_scratch_bytes(const AttentionInputs& in) { return BackwardScratch(in, nullptr).arena.used(); }
+
+void backward(const AttentionInputs& in, const BackwardArguments& arguments, const Part& part, const Turn& turn,
               double* d_time, double* d_position, void* scratch) {
-    BackwardBlock block(in, gradients, part, scratch);
+    BackwardBlock block(in, arguments, part, scratch);
     const std::int64_t num_tiles = (block.num_queries() + kBackwardTile - 1) / kBackwardTile;
     const std::int64_t order = part.begin / kBackwardKeys;
     for (std::int64_t tile = 0; tile < num_tiles; ++tile) {

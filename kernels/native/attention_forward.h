@@ -1,139 +1,382 @@
-// Forward attention of one tile of queries: blocks of keys in order, softmax on line.
+// Forward attention of a part of one sequence's queries: blocks of keys in order, all heads, tile by tile.
+//
+// Logits are in units of log 2. Where a bound on them says that no weight over- or underflows, a weight is 2^logit, as
+// it is; elsewhere a query's maximum so far is subtracted, and what was summed before shrinks when it grows.
 #pragma once
 
-#include "attention_tiles.h"
+#include "attention_mask.h"
+#include "position_diagonals.h"
+#include "time_buckets.h"
 
 namespace alure {
 namespace {
 
-constexpr std::int64_t kQueryTile = 192;  // divisible by kRows; a packed block of keys serves this many queries
-constexpr std::int64_t kKeyBlock = 256;   // packed keys and values of D = 64: 128 KiB, in the second cache
-constexpr std::int64_t kLogitStride = kKeyBlock + kLanes;
+constexpr float kSafe = 40.0f;  // |logit|: sums of weights and of weight · value stay far from the ends of float
 
-// One head's running softmax of every query of the tile.
-struct Softmax {
-    float* queries;  // [rows, channels], scaled
-    float* sums;     // Σ weight · value so far, [rows, value_stride]
-    float* maxima;   // [rows]
-    float* totals;   // [rows] Σ weight so far
+// Of one tile of queries and one head.
+struct TileState {
+    float* queries;  // packed
+    float* sums;     // Σ weight · value so far, [head_dim, kWidth]
+    float* totals;   // Σ weight so far, [kWidth]
+    float* maxima;   // [kWidth]; zeros where the logits are safe
 };
 
-struct ForwardScratch {
-    ForwardScratch(const AttentionInputs& in, void* base)
-        : arena(base),
-          channels(in.head_dim + in.num_cyclic),
-          value_stride(round_up(in.head_dim, kLanes)),
-          keys(arena.array<float>(kKeyBlock * channels)),
-          values(arena.array<float>(kKeyBlock * value_stride)),
-          logits(arena.array<float>(kRows * kLogitStride + kLanes)),
-          softmax(arena.array<float>(in.heads * softmax_size())),
-          bias(in, kQueryTile, kKeyBlock, arena) {}
+template <class Products>
+class Forward {
+public:
+    using Source = typename Products::Source;
+    static constexpr std::int64_t kTiles = Products::kTiles, kBlock = Products::kBlock, kQueries = kTiles * kWidth;
 
-    [[nodiscard]] std::int64_t softmax_size() const { return round_up(kQueryTile * (channels + value_stride + 2), 16); }
-    [[nodiscard]] Softmax softmax_of(std::int64_t head) const {
-        float* p = softmax + head * softmax_size();
-        return {p, p + kQueryTile * channels, p + kQueryTile * (channels + value_stride),
-                p + kQueryTile * (channels + value_stride + 1)};
+    Forward(const AttentionInputs& in, const ForwardTables* tables, void* scratch)
+        : in_(in),
+          tables_(tables),
+          arena_(scratch),
+          products_(in, arena_),
+          times_(in, tables, kTiles, kBlock, arena_),
+          positions_(in, kQueries, kBlock, arena_),
+          seen_begin_(arena_.array<std::int32_t>(kQueries)),
+          seen_end_(arena_.array<std::int32_t>(kQueries)),
+          sights_(arena_.array<Sight>(kTiles * kStrips)),
+          safe_(arena_.array<bool>(kTiles * in.heads)),
+          key_norms_(arena_.array<float>(in.key_heads)),
+          states_(arena_.array<float>(kTiles * in.heads * state_floats())) {}
+
+    [[nodiscard]] std::size_t scratch_bytes() const { return arena_.used(); }
+
+    void run(const ForwardOutputs& outputs, const Part& part) {
+        const Sequence sequence(in_, part.sequence);
+        begin_ = part.begin;
+        rows_ = part.end - part.begin;
+        q_row_ = sequence.q_row + part.begin;
+        position_ = part.begin + sequence.shift;
+        start(sequence);
+        for (std::int64_t block = 0; block < sequence.num_keys; block += kBlock) {
+            const std::int64_t end = smaller(block + kBlock, sequence.num_keys);
+            if (sequence.mask.sight(position_, position_ + rows_ - 1, block, end) != Sight::kHidden)
+                add_block(sequence, block, end);
+        }
+        for (std::int64_t head = 0; head < in_.heads; ++head)
+            for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) write(outputs, tile, head);
     }
 
-    Arena arena;
-    std::int64_t channels, value_stride;
-    float *keys, *values, *logits, *softmax;
-    TileBias bias;
+private:
+    static constexpr std::int64_t kStrips = (kBlock + kStrip - 1) / kStrip;
+
+    [[nodiscard]] std::int64_t state_floats() const {
+        return round_up(products_.query_floats() + products_.sum_floats() + 2 * kWidth, 16);
+    }
+    [[nodiscard]] TileState state(std::int64_t tile, std::int64_t head) const {
+        float* p = states_ + (tile * in_.heads + head) * state_floats();
+        float* sums = p + products_.query_floats();
+        return {p, sums, sums + products_.sum_floats(), sums + products_.sum_floats() + kWidth};
+    }
+    [[nodiscard]] std::int64_t tile_rows(std::int64_t tile) const {
+        return smaller<std::int64_t>(kWidth, rows_ - tile * kWidth);
+    }
+
+    // Packs the queries, and bounds every tile's logits: |q·k| <= |q||k|.
+    void start(const Sequence& sequence) {
+        times_.start_part(q_row_, rows_);
+        for (std::int64_t i = 0; i < round_up(rows_, kWidth); ++i) {
+            const Range seen = sequence.mask.seen(position_ + i);
+            seen_begin_[i] = static_cast<std::int32_t>(seen.begin);
+            seen_end_[i] = static_cast<std::int32_t>(seen.end);
+        }
+        const float cyclic_norm = find_key_norms(sequence);
+        for (std::int64_t head = 0; head < in_.heads; ++head)
+            for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) {
+                const TileState s = state(tile, head);
+                const std::int64_t row = q_row_ + tile * kWidth, rows = tile_rows(tile);
+                products_.pack_queries(row, rows, head, s.queries);
+                fill(s.sums, {0, products_.sum_floats()}, Floats{});
+                fill(s.totals, {0, kWidth}, Floats{});
+                safe_[tile * in_.heads + head] = is_safe(sequence, row, rows, head, cyclic_norm);
+                fill(s.maxima, {0, kWidth}, splat(safe_[tile * in_.heads + head] ? 0.0f : -kInfinity));
+            }
+    }
+
+    // The largest norm of a key of each head, among the blocks that the part sees; returns that of the cyclic channels.
+    float find_key_norms(const Sequence& sequence) {
+        for (std::int64_t head = 0; head < in_.key_heads; ++head) key_norms_[head] = 0.0f;
+        float cyclic = 0.0f;
+        for (std::int64_t block = 0; block < sequence.num_keys; block += kBlock) {
+            const std::int64_t end = smaller(block + kBlock, sequence.num_keys);
+            if (sequence.mask.sight(position_, position_ + rows_ - 1, block, end) == Sight::kHidden) continue;
+            for (std::int64_t j = sequence.k_row + block; j < sequence.k_row + end; ++j) {
+                const Source* keys = static_cast<const Source*>(in_.k.data) + j * in_.k.row_stride;
+                for (std::int64_t head = 0; head < in_.key_heads; ++head)
+                    key_norms_[head] = larger(key_norms_[head], squares(keys + head * in_.k.head_stride, in_.head_dim));
+                if (in_.num_cyclic) cyclic = larger(cyclic, squares(in_.k_cyclic + j * in_.num_cyclic, in_.num_cyclic));
+            }
+        }
+        for (std::int64_t head = 0; head < in_.key_heads; ++head) key_norms_[head] = __builtin_sqrtf(key_norms_[head]);
+        return __builtin_sqrtf(cyclic);
+    }
+
+    [[nodiscard]] bool is_safe(const Sequence& sequence, std::int64_t row, std::int64_t rows, std::int64_t head,
+                               float cyclic_norm) const {
+        const Source* queries = static_cast<const Source*>(in_.q.data) + row * in_.q.row_stride + head * in_.q.head_stride;
+        float norm = 0.0f, cyclic = 0.0f;
+        for (std::int64_t i = 0; i < rows; ++i) {
+            norm = larger(norm, squares(queries + i * in_.q.row_stride, in_.head_dim));
+            if (in_.num_cyclic)
+                cyclic = larger(cyclic, squares(in_.q_cyclic + ((row + i) * in_.heads + head) * in_.num_cyclic,
+                                                in_.num_cyclic));
+        }
+        const std::int64_t table = sequence.group * in_.heads + head;
+        const float scale = (in_.scale < 0 ? -in_.scale : in_.scale) * kLog2E;
+        const float bound = scale * __builtin_sqrtf(norm) * key_norms_[head / (in_.heads / in_.key_heads)] +
+                            kLog2E * __builtin_sqrtf(cyclic) * cyclic_norm;
+        return bound + tables_->largest[table] < kSafe && bound - tables_->smallest[table] < kSafe;
+    }
+
+    template <class T>
+    static float squares(const T* x, std::int64_t size) {
+        Floats sums{};
+        std::int64_t i = 0;
+        for (; i + kLanes <= size; i += kLanes) sums += load(x + i) * load(x + i);
+        float sum = i > 0 ? sum_of_lanes(sums) : 0.0f;
+        for (; i < size; ++i) sum += to_float(x[i]) * to_float(x[i]);
+        return sum;
+    }
+
+    void add_block(const Sequence& sequence, std::int64_t block, std::int64_t end) {
+        times_.start_block(sequence.k_row + block, end - block);
+        positions_.start_block(position_, rows_, block, end);
+        for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) {
+            find_sights(sequence.mask, tile, block, end);
+            times_.find(tile);
+        }
+        const std::int64_t heads_a_key = in_.heads / in_.key_heads;
+        for (std::int64_t head = 0; head < in_.heads; ++head) {
+            if (head % heads_a_key == 0)
+                products_.pack_keys(sequence.k_row + block, end - block, head / heads_a_key);
+            const std::int64_t table = sequence.group * in_.heads + head;
+            positions_.start_head(tables_->position + table * tables_->position_stride);
+            for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile)
+                add_tile(sequence.mask, tile, head, tables_->time + table * tables_->time_stride, block, end - block);
+        }
+    }
+
+    void find_sights(const Mask& mask, std::int64_t tile, std::int64_t block, std::int64_t end) {
+        const std::int64_t first = position_ + tile * kWidth, last = first + tile_rows(tile) - 1;
+        Sight* sights = sights_ + tile * kStrips;
+        for (std::int64_t begin = block; begin < end; begin += kStrip) {
+            const Sight sight = mask.sight(first, last, begin, smaller(begin + kStrip, end));
+            // a tile with targets has no diagonals of one bias
+            const bool has_targets = in_.position.table && last > mask.history();
+            *sights++ = sight == Sight::kWhole && has_targets ? Sight::kMasked : sight;
+        }
+    }
+
+    // One head of a tile takes in the block's keys.
+    void add_tile(const Mask& mask, std::int64_t tile, std::int64_t head, const float* table, std::int64_t block,
+                  std::int64_t num_keys) {
+        const Sight* sights = sights_ + tile * kStrips;
+        std::int64_t first = 0, last = (num_keys + kStrip - 1) / kStrip;
+        while (first < last && sights[first] == Sight::kHidden) ++first;
+        while (first < last && sights[last - 1] == Sight::kHidden) --last;
+        if (first == last) return;
+        const std::int64_t begin = first * kStrip, end = smaller(last * kStrip, num_keys);
+        const TileState s = state(tile, head);
+        const Strip* strips = times_.strips(tile);
+        products_.multiply_keys(s.queries, begin, end);
+        const bool safe = safe_[tile * in_.heads + head];
+        if (!safe) {
+            for (std::int64_t i = first; i < last; ++i)
+                write_logits(mask, tile, table, strips[i], sights[i], block, i * kStrip, smaller((i + 1) * kStrip, end));
+            raise_maxima(s, begin, end);
+        }
+        for (std::int64_t i = first; i < last; ++i) {
+            const std::int64_t key = i * kStrip, key_end = smaller(key + kStrip, end);
+            if (safe && sights[i] == Sight::kWhole) {
+                weigh(s, tile, table, strips[i], block, key, key_end);
+                continue;
+            }
+            if (safe) write_logits(mask, tile, table, strips[i], sights[i], block, key, key_end);
+            weigh_logits(s, key, key_end);
+        }
+        products_.multiply_values(begin, end, s.sums);
+    }
+
+    // Weights of a strip that is seen whole, from its scores.
+    void weigh(const TileState& s, std::int64_t tile, const float* table, Strip strip, std::int64_t block,
+               std::int64_t begin, std::int64_t end) {
+        const float base = strip.look_up == LookUp::kOne && in_.time.table ? table[strip.bucket] : 0.0f;
+        with_biases(strip.look_up, tile, table, block, base, [&](auto bias) {
+            const float factor = products_.factor();
+            weigh_rows(s, begin, end, [&](std::int64_t key, int v) {
+                return exp2_lanes<Products::kDegree>(load(products_.scores(key) + v * kLanes) * factor + bias(key, v));
+            });
+        });
+    }
+
+    // Weights of a strip whose logits are in place of the scores.
+    void weigh_logits(const TileState& s, std::int64_t begin, std::int64_t end) {
+        Floats references[2];
+        for (int v = 0; v < 2; ++v) {
+            const Floats maximum = load(s.maxima + v * kLanes);
+            references[v] = maximum == -kInfinity ? Floats{} : maximum;  // sees nothing yet: 2^(−inf − 0) = 0
+        }
+        weigh_rows(s, begin, end, [&](std::int64_t key, int v) {
+            return exp2_or_zero<Products::kDegree>(load(products_.scores(key) + v * kLanes) - references[v]);
+        });
+    }
+
+    template <class Weight>
+    void weigh_rows(const TileState& s, std::int64_t begin, std::int64_t end, Weight weight) {
+        Floats totals[2] = {load(s.totals), load(s.totals + kLanes)};
+        std::int64_t key = begin;
+        for (; key + 2 <= end; key += 2)
+#pragma GCC unroll 2
+            for (int v = 0; v < 2; ++v) {
+                const Floats a = weight(key, v), b = weight(key + 1, v);
+                totals[v] += a + b;
+                products_.store_weights(key, v, a, b);
+            }
+        if (key < end)
+            for (int v = 0; v < 2; ++v) {
+                const Floats a = weight(key, v);
+                totals[v] += a;
+                products_.store_weight(key, v, a);
+            }
+        for (int v = 0; v < 2; ++v) store(s.totals + v * kLanes, totals[v]);
+    }
+
+    // Calls work(bias), where bias(key, v) is what is added to the scores of a key and a vector of queries.
+    template <class Work>
+    void with_biases(LookUp look_up, std::int64_t tile, const float* table, std::int64_t block, float base, Work work) {
+        const auto with_time = [&](auto time) {
+            const std::int64_t i = position_ + tile * kWidth;
+            if (in_.position.table)
+                work([=, this](std::int64_t key, int v) {
+                    return time(key, v) + positions_.values(i + v * kLanes, block + key);
+                });
+            else
+                work(time);
+        };
+        const auto looked_up = [&]<LookUp kLookUp>() {
+            with_time([=, this](std::int64_t key, int v) { return times_.template values<kLookUp>(tile, key, v, table); });
+        };
+        switch (look_up) {
+            case LookUp::kOne:
+                return with_time([base](std::int64_t, int) { return splat(base); });
+            case LookUp::kPermute:
+                return looked_up.template operator()<LookUp::kPermute>();
+            case LookUp::kPermuteTwo:
+                return looked_up.template operator()<LookUp::kPermuteTwo>();
+            case LookUp::kPermuteFour:
+                return looked_up.template operator()<LookUp::kPermuteFour>();
+            case LookUp::kGather:
+                return looked_up.template operator()<LookUp::kGather>();
+        }
+    }
+
+    // Logits in place of a strip's scores: biases added, −inf where hidden.
+    void write_logits(const Mask& mask, std::int64_t tile, const float* table, Strip strip, Sight sight,
+                      std::int64_t block, std::int64_t begin, std::int64_t end) {
+        const float factor = products_.factor();
+        const std::int64_t first = position_ + tile * kWidth;
+        for (std::int64_t key = begin; key < end; ++key)
+            for (int v = 0; v < 2; ++v) {
+                float* scores = products_.scores(key) + v * kLanes;
+                if (sight == Sight::kHidden) {
+                    store(scores, splat(-kInfinity));
+                    continue;
+                }
+                const std::int64_t i = first + v * kLanes, j = block + key;
+                Floats logits = load(scores) * factor;
+                if (in_.time.table)
+                    logits += strip.look_up == LookUp::kOne ? splat(table[strip.bucket])
+                                                            : times_.template values<LookUp::kGather>(tile, key, v, table);
+                if (in_.position.table) logits += positions_.values(i, j, mask.history());
+                if (sight == Sight::kMasked) logits = seen(mask, tile * kWidth + v * kLanes, i, j) ? logits : splat(-kInfinity);
+                store(scores, logits);
+            }
+    }
+
+    // Which of the queries from row `row` of the part, position i, see key j.
+    [[nodiscard]] Ints seen(const Mask& mask, std::int64_t row, std::int64_t i, std::int64_t j) const {
+        const auto key = static_cast<std::int32_t>(j);
+        if (j < mask.contexts()) return splat(std::int32_t{-1});
+        if (j >= mask.history()) return lane_numbers() == static_cast<std::int32_t>(j - i);
+        return (load_ints(seen_begin_ + row) <= key) & (load_ints(seen_end_ + row) > key);
+    }
+
+    void raise_maxima(const TileState& s, std::int64_t begin, std::int64_t end) {
+        for (int v = 0; v < 2; ++v) {
+            const Floats before = load(s.maxima + v * kLanes);
+            Floats after = before;
+            for (std::int64_t key = begin; key < end; ++key)
+                after = larger_lanes(load(products_.scores(key) + v * kLanes), after);
+            const Floats reference = after == -kInfinity ? Floats{} : after;
+            const Floats shrink = exp2_or_zero<5>(before - reference);
+            store(s.maxima + v * kLanes, after);
+            store(s.totals + v * kLanes, load(s.totals + v * kLanes) * shrink);
+            for (std::int64_t d = 0; d < products_.sum_floats(); d += kWidth)
+                store(s.sums + d + v * kLanes, load(s.sums + d + v * kLanes) * shrink);
+        }
+    }
+
+    void write(const ForwardOutputs& outputs, std::int64_t tile, std::int64_t head) const {
+        const TileState s = state(tile, head);
+        const std::int64_t rows = tile_rows(tile), row = q_row_ + tile * kWidth;
+        float factors[kWidth];
+        for (std::int64_t i = 0; i < rows; ++i) {
+            const float total = s.totals[i];
+            const bool sees_nothing = total == 0.0f && (s.maxima[i] == 0.0f || s.maxima[i] == -kInfinity);
+            factors[i] = sees_nothing ? 0.0f : 1.0f / total;
+            outputs.lse[head * in_.total_q + row + i] =
+                sees_nothing ? -kInfinity
+                             : static_cast<float>(s.maxima[i] * 0.6931471805599453 + __builtin_logf(total));
+        }
+        for (std::int64_t i = rows; i < kWidth; ++i) factors[i] = 0.0f;
+        Source* out = static_cast<Source*>(outputs.out) + (row * in_.heads + head) * in_.head_dim;
+        const std::int64_t stride = in_.heads * in_.head_dim;
+        for (int v = 0; v < 2; ++v) {
+            const std::int64_t first = v * kLanes, lanes = smaller<std::int64_t>(kLanes, rows - first);
+            const Floats factor = load(factors + first);
+            std::int64_t d = 0;
+            for (; d + kLanes <= in_.head_dim; d += kLanes) {
+                Floats square[kLanes];
+                for (int i = 0; i < kLanes; ++i) square[i] = factor * load(s.sums + (d + i) * kWidth + first);
+                transpose(square);
+                for (std::int64_t i = 0; i < lanes; ++i) store(out + (first + i) * stride + d, square[i]);
+            }
+            for (; d < in_.head_dim; ++d)
+                for (std::int64_t i = 0; i < lanes; ++i)
+                    store(out + (first + i) * stride + d, factors[first + i] * s.sums[d * kWidth + first + i]);
+        }
+    }
+
+    const AttentionInputs& in_;
+    const ForwardTables* tables_;
+    Arena arena_;
+    Products products_;
+    TimeBuckets times_;
+    PositionDiagonals positions_;
+    std::int32_t *seen_begin_, *seen_end_;  // [kQueries] the history that each query sees
+    Sight* sights_;                         // [kTiles, kStrips]
+    bool* safe_;                            // [kTiles, heads]
+    float* key_norms_;                      // [key_heads]
+    float* states_;                         // [kTiles, heads] tile states
+    std::int64_t begin_ = 0, rows_ = 0, q_row_ = 0, position_ = 0;  // the part at hand
 };
 
-// Turns logits of one query into weights exp(logit − maximum) and rescales what was summed before.
-inline void soften(float* logits, Range keys, float& maximum, float& total, float* sums, std::int64_t value_stride) {
-    Floats largest = load(logits + keys.begin);
-    for (std::int64_t j = keys.begin + kLanes; j < keys.end; j += kLanes)
-        largest = larger_lanes(largest, load(logits + j));
-    const float updated = larger(maximum, largest_of_lanes(largest));
-    const float reference = updated == -kInfinity ? 0.0f : updated;  // nothing seen yet: weights are exp(−inf − 0) = 0
-    Floats sum{};
-    for (std::int64_t j = keys.begin; j < keys.end; j += kLanes) {
-        const Floats weight = exp_lanes(load(logits + j) - reference);
-        store(logits + j, weight);
-        sum += weight;
-    }
-    if (updated != maximum) {
-        const Floats shrink = exp_lanes(splat(maximum - reference));
-        for (std::int64_t d = 0; d < value_stride; d += kLanes) store(sums + d, load(sums + d) * shrink);
-        total *= shrink[0];
-        maximum = updated;
-    }
-    total += sum_of_lanes(sum);
+template <class Products>
+std::size_t forward_scratch_bytes(const AttentionInputs& in) {
+    return Forward<Products>(in, nullptr, nullptr).scratch_bytes();
 }
 
-// One head of one block: every query of the tile takes in the block's keys.
-inline void attend(const AttentionInputs& in, const Sequence& sequence, std::int64_t first_position, std::int64_t rows,
-                   std::int64_t block, std::int64_t num_keys, const ForwardScratch& s, const Softmax& softmax) {
-    for (std::int64_t r = 0; r < rows; r += kRows) {
-        const std::int64_t panel_rows = smaller<std::int64_t>(kRows, rows - r), position = first_position + r;
-        Range keys =
-            within_block(visible_keys(in, position, position + panel_rows - 1, sequence.num_keys), block, num_keys);
-        if (keys.empty()) continue;
-        keys.begin = keys.begin / kLanes * kLanes;
-        const Range whole{keys.begin, round_up(keys.end, kLanes)};
-        for (std::int64_t i = 0; i < panel_rows; ++i) {
-            const Range visible =
-                within_block(visible_keys(in, position + i, position + i, sequence.num_keys), block, num_keys);
-            s.bias.write(r + i, visible, whole, s.logits + i * kLogitStride);
-        }
-        multiply<Left::kRowMajor>(panel_rows, softmax.queries + r * s.channels, s.channels,
-                                  s.keys + keys.begin * s.channels, s.channels * kLanes, whole.end - whole.begin,
-                                  s.channels, s.logits + whole.begin, kLogitStride);
-        float* sums = softmax.sums + r * s.value_stride;
-        for (std::int64_t i = 0; i < panel_rows; ++i)
-            soften(s.logits + i * kLogitStride, whole, softmax.maxima[r + i], softmax.totals[r + i],
-                   sums + i * s.value_stride, s.value_stride);
-        multiply<Left::kRowMajor>(panel_rows, s.logits + keys.begin, kLogitStride, s.values + keys.begin * kLanes,
-                                  num_keys * kLanes, in.head_dim, keys.end - keys.begin, sums, s.value_stride);
-    }
+template <class Products>
+void forward(const AttentionInputs& in, const ForwardTables& tables, const ForwardOutputs& outputs, const Part& part,
+             void* scratch) {
+    Forward<Products>(in, &tables, scratch).run(outputs, part);
 }
 
-inline void write_outputs(const AttentionInputs& in, const AttentionOutputs& outputs, std::int64_t row,
-                          std::int64_t head, float maximum, float total, const float* sums) {
-    float* out = outputs.out + (row * in.heads + head) * in.head_dim;
-    const bool sees_nothing = maximum == -kInfinity && total == 0.0f;
-    const float factor = sees_nothing ? 0.0f : 1.0f / total;
-    for (std::int64_t d = 0; d < in.head_dim; ++d) out[d] = sums[d] * factor;
-    outputs.lse[head * outputs.total_q + row] = sees_nothing ? -kInfinity : maximum + __builtin_logf(total);
-}
-
-void forward(const AttentionInputs& in, const AttentionOutputs& outputs, const Part& part, void* base) {
-    ForwardScratch s(in, base);
-    const Sequence sequence = sequence_at(in, part.sequence);
-    const std::int64_t rows = part.end - part.begin, q_row = sequence.q_row + part.begin;
-    const std::int64_t first_position = part.begin + sequence.shift;
-    for (std::int64_t head = 0; head < in.heads; ++head) {
-        const Softmax softmax = s.softmax_of(head);
-        pack_queries(in, q_row, rows, head, softmax.queries);
-        fill(softmax.sums, {0, rows * s.value_stride}, Floats{});
-        for (std::int64_t r = 0; r < rows; ++r) {
-            softmax.maxima[r] = -kInfinity;
-            softmax.totals[r] = 0.0f;
-        }
-    }
-    const Range tile_keys = visible_keys(in, first_position, first_position + rows - 1, sequence.num_keys);
-    for (std::int64_t block = tile_keys.begin; block < tile_keys.end; block += kKeyBlock) {
-        const std::int64_t num_keys = smaller(kKeyBlock, tile_keys.end - block), k_row = sequence.k_row + block;
-        s.bias.start_block(k_row, block, num_keys);
-        s.bias.start_tile(q_row, first_position, rows);
-        for (std::int64_t head = 0; head < in.heads; ++head) {
-            pack_keys_transposed(in, k_row, num_keys, head, s.keys);
-            pack_rows(in.v + (k_row * in.heads + head) * in.head_dim, in.heads * in.head_dim, num_keys, in.head_dim,
-                      s.values);
-            s.bias.start_head(head);
-            attend(in, sequence, first_position, rows, block, num_keys, s, s.softmax_of(head));
-        }
-    }
-    for (std::int64_t head = 0; head < in.heads; ++head) {
-        const Softmax softmax = s.softmax_of(head);
-        for (std::int64_t r = 0; r < rows; ++r)
-            write_outputs(in, outputs, q_row + r, head, softmax.maxima[r], softmax.totals[r],
-                          softmax.sums + r * s.value_stride);
-    }
-}
+template <class Products>
+constexpr ForwardKernel forward_kernel{Forward<Products>::kQueries, forward_scratch_bytes<Products>,
+                                       Products::begin_thread, Products::end_thread, forward<Products>};
 
 }  // namespace
 }  // namespace alure

@@ -1,4 +1,5 @@
-// The boundary between attention.cpp (checks, work units, threads) and the kernels of one instruction set.
+// The boundary between attention.cpp (checks, tables, work units, threads) and the kernels of one instruction set.
+// kernels/attention/arguments.py has the formula. Plain data only: the kernels are compiled once for each set.
 #pragma once
 
 #include <cstddef>
@@ -6,49 +7,78 @@
 
 namespace alure {
 
-// bucket(x) = number of thresholds <= x; table [heads, num_thresholds + 1]. Without thresholds, table is null: no bias.
+enum class Element { kFloat32, kBfloat16 };
+
+// [rows, heads, head_dim] whose channels are neighbours; strides in elements.
+struct Rows {
+    const void* data;
+    std::int64_t row_stride, head_stride;
+};
+
+// bucket(x) = number of thresholds <= x. Without the bias, table is null.
 struct BucketTable {
     const std::int64_t* thresholds;  // increasing
     std::int64_t num_thresholds;
-    const float* table;
+    const float* table;  // [groups, heads, num_thresholds + 1]
 };
 
-// kernels/attention/ops.py has the formula. Rows are those of the packed tensors.
+// Who sees whom in one sequence, as arguments.py has it.
+struct Rules {
+    std::int64_t left, right, contexts, targets;
+};
+
 struct AttentionInputs {
-    const float* q;  // [total_q, heads, head_dim]
-    const float* k;  // [total_k, heads, head_dim]
-    const float* v;  // [total_k, heads, head_dim]
-    std::int64_t heads, head_dim;
+    Element element;
+    Rows q;                            // [total_q, heads, head_dim]
+    Rows k, v;                         // [total_k, key_heads, head_dim]
+    std::int64_t heads, key_heads, head_dim;
+    std::int64_t total_q, total_k;
     std::int64_t num_sequences;
     const std::int64_t* q_offsets;  // [num_sequences + 1]
     const std::int64_t* k_offsets;
     const std::int64_t* q_times;  // [total_q], or null without a time table
     const std::int64_t* k_times;
+    const Rules* rules;          // [num_sequences], or null: everyone sees everyone
+    const std::int64_t* groups;  // [num_sequences], or null: all read table 0
+    std::int64_t num_groups;
     BucketTable time, position;
     const float* q_cyclic;  // [total_q, heads, num_cyclic], or null where num_cyclic is 0
     const float* k_cyclic;  // [total_k, num_cyclic]
     std::int64_t num_cyclic;
-    bool causal;
-    std::int64_t window_left, window_right;  // −1: no limit
     float scale;
 };
 
-struct AttentionOutputs {
-    float* out;  // [total_q, heads, head_dim]
-    float* lse;  // [heads, total_q]
-    std::int64_t total_q;
+// The forward kernels count logits in units of log 2.
+constexpr float kLog2E = 1.44269504f;
+constexpr std::int64_t kTablePadding = 64;  // floats behind every row of a table, which wide look-ups read
+
+// What the forward kernels make of the biases once a call.
+struct ForwardTables {
+    const float* time;  // [groups, heads, time_stride], times log2 e
+    std::int64_t time_stride;
+    const float* position;  // [groups, heads, position_stride], times log2 e
+    std::int64_t position_stride;
+    const float* smallest;              // [groups, heads] least sum of both biases
+    const float* largest;               // [groups, heads]
+    const std::int32_t* thresholds;     // of times, saturated: exact for differences that fit int32
+    const std::int32_t* cells;          // [1024] bucket of the least int32 whose float begins with these 10 bits
+    std::int64_t most_in_cell;          // thresholds beyond it within one cell
 };
 
-struct AttentionGradients {
+struct ForwardOutputs {
+    void* out;   // [total_q, heads, head_dim], elements as of q
+    float* lse;  // [heads, total_q]
+};
+
+struct BackwardArguments {
     const float* grad_out;  // [total_q, heads, head_dim]
-    const float* out;
-    const float* lse;  // [heads, total_q]
-    std::int64_t total_q;
-    float* dq;          // [total_q, heads, head_dim], zeros before
-    float* dk;          // [total_k, heads, head_dim]
-    float* dv;          // [total_k, heads, head_dim]
-    float* d_q_cyclic;  // [total_q, heads, num_cyclic], zeros before
-    float* d_k_cyclic;  // [total_k, num_cyclic], zeros before
+    const float* lse;       // [heads, total_q]
+    const float* delta;     // [heads, total_q]
+    float* dq;              // [total_q, heads, head_dim], zeros before
+    float* dk;              // [total_k, key_heads, head_dim]
+    float* dv;              // [total_k, key_heads, head_dim]
+    float* d_q_cyclic;      // [total_q, heads, num_cyclic], zeros before
+    float* d_k_cyclic;      // [total_k, num_cyclic], zeros before
 };
 
 // Rows [begin, end) of a sequence: of its queries (forward) or of its keys (backward); all heads.
@@ -64,15 +94,27 @@ struct Turn {
     void* counters;  // null: nobody else adds to these rows
 };
 
-struct AttentionKernels {
-    std::int64_t query_tile;                               // most rows of a forward part
-    std::int64_t key_block;                                // most rows of a backward part
-    std::int64_t backward_tile;                            // queries a turn
+struct ForwardKernel {
+    std::int64_t queries;                                  // most rows of a part
     std::size_t (*scratch_bytes)(const AttentionInputs&);  // for one thread
-    void (*forward)(const AttentionInputs&, const AttentionOutputs&, const Part&, void* scratch);
+    void (*begin_thread)();                                // around the parts that one thread runs
+    void (*end_thread)();
+    void (*run)(const AttentionInputs&, const ForwardTables&, const ForwardOutputs&, const Part&, void* scratch);
+};
+
+struct BackwardKernel {
+    std::int64_t keys;     // most rows of a part
+    std::int64_t queries;  // queries a turn
+    std::size_t (*scratch_bytes)(const AttentionInputs&);
     // d_time and d_position: sums by bucket [heads, num_thresholds + 1], added to; not read without the table.
-    void (*backward)(const AttentionInputs&, const AttentionGradients&, const Part&, const Turn&, double* d_time,
-                     double* d_position, void* scratch);
+    void (*run)(const AttentionInputs&, const BackwardArguments&, const Part&, const Turn&, double* d_time,
+                double* d_position, void* scratch);
+};
+
+// Of one instruction set. The backward takes float32 only.
+struct AttentionKernels {
+    ForwardKernel forward_float32, forward_bfloat16;
+    BackwardKernel backward;
 };
 
 namespace portable {
@@ -83,6 +125,12 @@ extern const AttentionKernels attention_kernels;
 }
 namespace avx512 {
 extern const AttentionKernels attention_kernels;
+}
+namespace amx {
+extern const ForwardKernel forward_bfloat16;
+}
+namespace emulated_amx {
+extern const ForwardKernel forward_bfloat16;
 }
 
 }  // namespace alure

@@ -9,6 +9,10 @@
 #include <cstdint>
 #include <utility>
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #if !defined(ALURE_VECTOR_BYTES)
 #error "compile with -DALURE_VECTOR_BYTES=16, 32 or 64"
 #endif
@@ -26,9 +30,45 @@ typedef float UnalignedFloats __attribute__((vector_size(ALURE_VECTOR_BYTES), al
 
 constexpr float kInfinity = __builtin_inff();
 
+// Sixteen bits a lane: indices, and bfloat16, whose bits are the upper half of a float's.
+typedef std::uint16_t Halfs __attribute__((vector_size(ALURE_VECTOR_BYTES / 2)));
+typedef std::uint16_t UnalignedHalfs __attribute__((vector_size(ALURE_VECTOR_BYTES / 2), aligned(2), may_alias));
+typedef std::int32_t UnalignedInts __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(4), may_alias));
+
+struct Bfloat16 {
+    std::uint16_t bits;
+};
+
+inline Ints load_ints(const std::int32_t* p) { return *reinterpret_cast<const UnalignedInts*>(p); }
+inline Ints load_indices(const std::uint16_t* p) {
+    return __builtin_convertvector(*reinterpret_cast<const UnalignedHalfs*>(p), Ints);
+}
+inline void store_indices(std::uint16_t* p, Ints x) {
+    *reinterpret_cast<UnalignedHalfs*>(p) = __builtin_convertvector(x, Halfs);
+}
+
+inline Floats load(const Bfloat16* p) {
+    return reinterpret_cast<Floats>(load_indices(reinterpret_cast<const std::uint16_t*>(p)) << 16);
+}
+inline float to_float(float x) { return x; }
+inline float to_float(Bfloat16 x) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16); }
+
 inline Floats load(const float* p) { return *reinterpret_cast<const UnalignedFloats*>(p); }
 inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) = x; }
 inline Floats splat(float x) { return x - Floats{}; }  // x − 0 is x, −0 included
+inline Ints splat(std::int32_t x) { return x - Ints{}; }
+
+// Rounds to the nearest, ties to even; NaN stays NaN.
+inline void store(Bfloat16* p, Floats x) {
+    const Ints bits = reinterpret_cast<Ints>(x);
+    const Ints rounded = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & 0xffff;
+    store_indices(reinterpret_cast<std::uint16_t*>(p), x == x ? rounded : splat(std::int32_t{0x7fc0}));
+}
+inline void store(float* p, float x) { *p = x; }
+inline void store(Bfloat16* p, float x) {
+    const std::uint32_t bits = __builtin_bit_cast(std::uint32_t, x);
+    p->bits = x == x ? static_cast<std::uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16) : 0x7fc0;
+}
 
 template <class T>
 constexpr T smaller(T a, T b) {
@@ -98,6 +138,62 @@ inline Floats exp_lanes(Floats x) {
     y = y * (r * r) + r + 1.0f;
     const Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(y) + (reinterpret_cast<Ints>(shifted) << 23));
     return x < -87.0f ? Floats{} : scaled;
+}
+
+// 2^x, at most 2 ulp, for −126 <= x < 128; NaN stays. x = n + r with |r| <= 1/2: a minimax polynomial for 2^r, n added to
+// the exponent bits. Of degree 3 it is within 1e-4, enough for weights that are rounded to bfloat16.
+template <int kDegree>
+inline Floats exp2_lanes(Floats x) {
+    static_assert(kDegree == 3 || kDegree == 5);
+    const Floats shifted = x + 12582912.0f;  // 1.5·2^23: the integer ends up in the low bits
+    const Floats r = x - (shifted - 12582912.0f);
+    Floats y;
+    if constexpr (kDegree == 3) {
+        y = splat(5.5008925e-2f) * r + 2.4221095e-1f;
+        y = y * r + 6.9328290e-1f;
+    } else {
+        y = splat(1.3264726e-3f) * r + 9.6715130e-3f;
+        y = y * r + 5.5507336e-2f;
+        y = y * r + 2.4022242e-1f;
+        y = y * r + 6.9314700e-1f;
+    }
+    y = y * r + 1.0f;
+    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(y) + (reinterpret_cast<Ints>(shifted) << 23));
+}
+
+// The same for any x < 128: exactly 0 where float would go denormal, so at −infinity too.
+template <int kDegree>
+inline Floats exp2_or_zero(Floats x) {
+    return x < -126.0f ? Floats{} : exp2_lanes<kDegree>(x);
+}
+
+// Lane i is table[index[i]], 0 <= index < kLanes.
+inline Floats permute(Floats table, Ints index) {
+#if defined(__AVX512F__) && ALURE_VECTOR_BYTES == 64
+    return _mm512_permutexvar_ps(reinterpret_cast<__m512i>(index), table);
+#elif defined(__AVX2__) && ALURE_VECTOR_BYTES == 32
+    return _mm256_permutevar8x32_ps(table, reinterpret_cast<__m256i>(index));
+#else
+    Floats result;
+    for (int i = 0; i < kLanes; ++i) result[i] = table[index[i]];
+    return result;
+#endif
+}
+
+// Lane i is table[index[i]].
+inline Floats gather(const float* table, Ints index) {
+#if defined(__AVX512F__) && ALURE_VECTOR_BYTES == 64
+    return _mm512_i32gather_ps(reinterpret_cast<__m512i>(index), table, 4);
+#elif defined(__AVX2__) && ALURE_VECTOR_BYTES == 32
+    return _mm256_i32gather_ps(table, reinterpret_cast<__m256i>(index), 4);
+#else
+    Floats result;
+    for (int i = 0; i < kLanes; ++i) result[i] = table[index[i]];
+    return result;
+#endif
+}
+inline Ints gather(const std::int32_t* table, Ints index) {
+    return reinterpret_cast<Ints>(gather(reinterpret_cast<const float*>(table), index));
 }
 
 template <int... I>

@@ -1,9 +1,9 @@
-// The biases of a tile of queries against a block of keys, prepared once and used by every head.
+// The biases of a tile of queries against a block of keys in the backward: prepared once, used by every head, and the
+// gradients of the tables.
 #pragma once
 
-#include "attention_kernels.h"
+#include "attention_mask.h"
 #include "scratch.h"
-#include "simd.h"
 
 namespace alure {
 namespace {
@@ -71,6 +71,7 @@ public:
             row_runs_ = arena.array<Run*>(rows + 1);
         }
         if (has_position_) {
+            while (zero_bucket_ < in.position.num_thresholds && in.position.thresholds[zero_bucket_] <= 0) ++zero_bucket_;
             diagonal_buckets_ = arena.array<std::int32_t>(rows + keys);
             diagonal_values_ = arena.array<float>(rows + keys + 2 * kLanes);
             diagonal_sums_ = arena.array<float>(rows + keys + 2 * kLanes);
@@ -83,9 +84,10 @@ public:
         if (has_time_) finder_.start(in_.time, in_.k_times + k_row, num_keys, reached_);
     }
 
-    // Queries from row q_row of the packed tensors, at positions from `first_position` of their sequence.
-    void start_tile(std::int64_t q_row, std::int64_t first_position, std::int64_t rows) {
-        rows_ = rows;
+    // Queries from row q_row of the packed tensors, at positions from `first` of their sequence.
+    void start_tile(const Mask& mask, std::int64_t q_row, std::int64_t first, std::int64_t rows) {
+        history_ = mask.history();
+        first_ = first;
         if (has_time_) {
             row_runs_[0] = runs_;
             for (std::int64_t r = 0; r < rows; ++r)
@@ -93,43 +95,41 @@ public:
         }
         if (!has_position_) return;
         // A position bucket depends on query − key alone, so a row's biases are a stretch of the same array, shifted.
+        newest_ = smaller(first + rows - 1, history_);
+        num_diagonals_ = newest_ - smaller(first, history_) + num_keys_;
         std::int64_t bucket = in_.position.num_thresholds;
-        for (std::int64_t x = 0; x < rows + num_keys_ - 1; ++x) {
-            const std::int64_t distance = first_position + rows - 1 - first_key_ - x;
-            while (bucket > 0 && in_.position.thresholds[bucket - 1] > distance) --bucket;
+        for (std::int64_t x = 0; x < num_diagonals_; ++x) {
+            while (bucket > 0 && in_.position.thresholds[bucket - 1] > newest_ - first_key_ - x) --bucket;
             diagonal_buckets_[x] = static_cast<std::int32_t>(bucket);
         }
     }
 
-    void start_head(std::int64_t head) {
-        if (has_time_) time_values_ = in_.time.table + head * (in_.time.num_thresholds + 1);
+    // `table`: group · heads + head.
+    void start_head(std::int64_t table) {
+        if (has_time_) time_values_ = in_.time.table + table * (in_.time.num_thresholds + 1);
         if (!has_position_) return;
-        const float* values = in_.position.table + head * (in_.position.num_thresholds + 1);
-        for (std::int64_t x = 0; x < rows_ + num_keys_ - 1; ++x) {
-            diagonal_values_[x] = values[diagonal_buckets_[x]];
+        position_values_ = in_.position.table + table * (in_.position.num_thresholds + 1);
+        for (std::int64_t x = 0; x < num_diagonals_; ++x) {
+            diagonal_values_[x] = position_values_[diagonal_buckets_[x]];
             diagonal_sums_[x] = 0.0f;
         }
-        for (int i = 0; i < 2 * kLanes; ++i) diagonal_sums_[rows_ + num_keys_ - 1 + i] = 0.0f;
+        for (int i = 0; i < 2 * kLanes; ++i) diagonal_sums_[num_diagonals_ + i] = 0.0f;
+        target_sum_ = 0.0;
     }
 
-    // Biases of query `row` of the tile, −inf for keys outside `visible`, into logits[written), whole vectors.
-    void write(std::int64_t row, Range visible, Range written, float* logits) const {
-        if (visible.empty()) return fill(logits, written, splat(-kInfinity));
+    // Biases of query `row` of the tile into logits[written), whole vectors.
+    void write(std::int64_t row, Range written, float* logits) const {
         if (has_time_)
             write_time(row, written, logits);
         else
             fill(logits, written, Floats{});
-        if (has_position_) {
-            const float* values = diagonal_values_ + rows_ - 1 - row;
-            for (std::int64_t j = written.begin; j < written.end; j += kLanes)
-                store(logits + j, load(logits + j) + load(values + j));
-        }
-        const Floats hidden = splat(-kInfinity);
-        for (std::int64_t j = written.begin; j < visible.begin; j += kLanes)
-            store(logits + j,
-                  lane_numbers() >= static_cast<std::int32_t>(visible.begin - j) ? load(logits + j) : hidden);
-        for (std::int64_t j = visible.end / kLanes * kLanes; j < written.end; j += kLanes)
-            store(logits + j, lane_numbers() < static_cast<std::int32_t>(visible.end - j) ? load(logits + j) : hidden);
+        if (!has_position_) return;
+        const std::int64_t target = target_of(row);
+        const float at_target = target < 0 ? 0.0f : logits[target] + position_values_[zero_bucket_];
+        const float* values = diagonal_values_ + diagonal_of(row);
+        for (std::int64_t j = written.begin; j < written.end; j += kLanes)
+            store(logits + j, load(logits + j) + load(values + j));
+        if (target >= 0) logits[target] = at_target;
     }
 
     // Adds a row of gradients of logits (0 where hidden, whole vectors) to the sums by bucket.
@@ -140,16 +140,30 @@ public:
                 d_time[run->bucket] += sum_of(d_logits, begin, run->end);
         }
         if (!has_position_) return;
-        float* sums = diagonal_sums_ + rows_ - 1 - row;
+        const std::int64_t target = target_of(row);
+        float* sums = diagonal_sums_ + diagonal_of(row);
+        const float before = target < 0 ? 0.0f : sums[target];
         for (std::int64_t j = 0; j < num_keys_; j += kLanes) store(sums + j, load(sums + j) + load(d_logits + j));
+        if (target < 0) return;
+        sums[target] = before;
+        target_sum_ += d_logits[target];
     }
 
     void finish_head(double* d_position) const {
         if (!has_position_) return;
-        for (std::int64_t x = 0; x < rows_ + num_keys_ - 1; ++x) d_position[diagonal_buckets_[x]] += diagonal_sums_[x];
+        for (std::int64_t x = 0; x < num_diagonals_; ++x) d_position[diagonal_buckets_[x]] += diagonal_sums_[x];
+        d_position[zero_bucket_] += target_sum_;
     }
 
 private:
+    // Targets all stand right after the history, where the diagonals end; a target's own key, where it is one of the
+    // block (−1 else), stands there too.
+    [[nodiscard]] std::int64_t diagonal_of(std::int64_t row) const { return newest_ - smaller(first_ + row, history_); }
+    [[nodiscard]] std::int64_t target_of(std::int64_t row) const {
+        const std::int64_t i = first_ + row, key = i - first_key_;
+        return i >= history_ && key >= 0 && key < num_keys_ ? key : -1;
+    }
+
     void write_time(std::int64_t row, Range written, float* logits) const {
         const Run* run = row_runs_[row];
         while (run->end <= written.begin) ++run;
@@ -177,9 +191,14 @@ private:
     Run* runs_ = nullptr;
     Run** row_runs_ = nullptr;  // [rows + 1] where each row's runs begin
     const float* time_values_ = nullptr;
-    std::int32_t* diagonal_buckets_ = nullptr;  // [rows + keys − 1], from the newest query and oldest key on
+    std::int32_t* diagonal_buckets_ = nullptr;  // from the newest query and oldest key on
     float *diagonal_values_ = nullptr, *diagonal_sums_ = nullptr;
-    std::int64_t first_key_ = 0, num_keys_ = 0, rows_ = 0;
+    const float* position_values_ = nullptr;
+    double target_sum_ = 0.0;  // of the logits between a target and itself
+    std::int64_t zero_bucket_ = 0, num_diagonals_ = 0;
+    std::int64_t first_key_ = 0, num_keys_ = 0;  // of the block
+    std::int64_t first_ = 0, newest_ = 0;        // positions of the tile's first query, and of its last, if of history
+    std::int64_t history_ = 0;
 };
 
 }  // namespace
