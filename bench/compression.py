@@ -68,7 +68,7 @@ class InteractionCase:
         layers = tuple(type(layer)(**{name: t.to(device) for name, t in vars(layer).items()}) for layer in start.layers)
         self.c = InteractionCompression(start.seeds.to(device), layers, HEADS)
         self.parameters = [self.c.seeds, *(getattr(layer, f.name) for layer in layers for f in fields(layer))]
-        # Keys and values of the n vectors; then what the k seeds need: small beside them.
+        # Keys and values of the n vectors; then what the k seeds need, which is small beside them.
         self.flops = 2.0 * users * (2 * n * d * d + 2 * k * n * d + k * d * d * (2 + 4 + 6 * len(layers)))
         self.moved = 4.0 * users * (n * d + k * d)
 

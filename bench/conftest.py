@@ -11,7 +11,7 @@ from alure.bench.clock import Clock, copy_rate
 from alure.bench.race import Contest, Race
 from alure.engine.profiling import matrix_rate
 
-SECONDS, QUICK_SECONDS = 6.0, 1.0  # of laps a contest, all implementations together
+SECONDS, QUICK_SECONDS = 8.0, 1.0  # of laps a contest, all implementations together
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
@@ -31,28 +31,31 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 
 class Schedule:
-    """Seconds of laps for the next contest: with --minutes, half of an equal share of the time that is left."""
+    """Seconds of laps for a contest. --minutes are shared by the suites as they have contests, so that none starves;
+    half of a contest's share goes into laps, and what comes after the end of its suite's share is skipped.
+    """
 
-    def __init__(self, config: pytest.Config, contests: int) -> None:
+    def __init__(self, config: pytest.Config, items: list[pytest.Item]) -> None:
         minutes = config.getoption("--minutes")
         self.most = QUICK_SECONDS if config.getoption("--quick") else SECONDS
-        self.contests = contests
-        self.ends = None if minutes is None else time.monotonic() + 60 * minutes
+        self.seconds_in_all = None if minutes is None else 60.0 * minutes
+        self.began = time.monotonic()
+        self.items = items
+        self.last_of = {item.path: index for index, item in enumerate(items)}  # suite -> its last contest
 
-    def seconds(self) -> float:
-        if self.ends is None:
+    def seconds(self, item: pytest.Item) -> float:
+        if self.seconds_in_all is None:
             return self.most
-        left = self.ends - time.monotonic()
+        last = self.last_of[item.path]
+        left = self.began + self.seconds_in_all * (last + 1) / len(self.items) - time.monotonic()
         if left <= 0:
             pytest.skip("no time left of --minutes")
-        share = left / max(1, self.contests)
-        self.contests -= 1
-        return min(self.most, share / 2)
+        return min(self.most, left / (last + 1 - self.items.index(item)) / 2)
 
 
 @pytest.fixture(scope="session")
 def schedule(request: pytest.FixtureRequest) -> Schedule:
-    return Schedule(request.config, len(request.session.items))
+    return Schedule(request.config, request.session.items)
 
 
 @pytest.fixture(scope="session")
@@ -89,12 +92,16 @@ def limits(device: torch.device) -> Callable[[torch.dtype], dict[str, float]]:
 
 @pytest.fixture
 def race(
-    benchmark: Any, schedule: Schedule, clock: Clock, limits: Callable[[torch.dtype], dict[str, float]]
+    benchmark: Any,
+    request: pytest.FixtureRequest,
+    schedule: Schedule,
+    clock: Clock,
+    limits: Callable[[torch.dtype], dict[str, float]],
 ) -> Callable[[Contest], None]:
     """`race(contest)`: one pytest-benchmark record a contest; a round is a lap of everyone, laps are in extra_info."""
 
     def run(contest: Contest) -> None:
-        racing = Race(contest, clock, schedule.seconds())
+        racing = Race(contest, clock, schedule.seconds(request.node))
         benchmark.extra_info.update(
             suite=contest.suite,
             case=contest.case,

@@ -17,8 +17,8 @@ SESSION = 20  # events, within half an hour
 
 
 def lengths_of(shape: str, tokens: int) -> list[int]:
-    """Lengths that sum to `tokens`. "equal N"; "lognormal": mean 512, σ 1; "heavy-tailed": by rank, half the tokens
-    to the longest as in Zipf's law of exponent 1.5, at most 16,384.
+    """Lengths that sum to `tokens`. "equal N"; "lognormal": mean 512, σ 1; "heavy-tailed": Zipf's law of exponent 1.5
+    over groups of 64 users, the first of whom have half the tokens, at most 16,384.
     """
     if shape.startswith("equal"):
         length = int(shape.split()[1])
@@ -29,7 +29,7 @@ def lengths_of(shape: str, tokens: int) -> list[int]:
         if shape == "lognormal":
             length = round(rng.lognormal(math.log(512) - 0.5, 1.0))
         else:
-            length = round(min(tokens // 2, 16_384) / (len(drawn) + 1) ** 1.5)
+            length = round(min(tokens // 2, 16_384) / (len(drawn) % 64 + 1) ** 1.5)
         drawn.append(max(1, min(length, tokens - sum(drawn))))
     return [int(n) for n in rng.permutation(drawn)]
 

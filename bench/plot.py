@@ -1,7 +1,7 @@
 """The attention race as a figure: rate against length, and how many times as long as ours on lengths that differ."""
 
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import matplotlib
 
@@ -32,7 +32,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
     rows = [row for row in rows if row["dtype"] == dtype]
     jagged = list(dict.fromkeys(row["shape"] for row in rows if not row["shape"].startswith("equal")))
-    style = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "alure"}
+    style: Any = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "alure"}
     with plt.rc_context(style | {"text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED}):
         figure, axes = plt.subplots(
             1,
@@ -130,7 +130,7 @@ def _colour(name: str) -> str:
     return next((colour for word, colour in COLOURS.items() if word in name), MUTED)
 
 
-def _quiet(axis: Axes, grid: str) -> None:
+def _quiet(axis: Axes, grid: Literal["x", "y"]) -> None:
     axis.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
     axis.tick_params(length=0)
     axis.grid(axis=grid, color=GRID, lw=0.8)

@@ -96,8 +96,9 @@ class Race:
         self._runs: dict[str, Callable[[], Any]] = {}
         self._planned: dict[str, int] = {}
         self._rounds_done = 0
-        for entry in contest.entries:
-            self._qualify(entry, seconds / len(contest.entries))
+        times = {entry.name: elapsed for entry in contest.entries if (elapsed := self._qualify(entry)) is not None}
+        for name, elapsed in times.items():
+            self._planned[name] = _laps(seconds / len(times), elapsed)
 
     @property
     def rounds(self) -> int:
@@ -119,23 +120,29 @@ class Race:
             for name, laps in self.laps.items()
         ]
 
-    def _qualify(self, entry: Entry, seconds: float) -> None:
-        """The first run compiles and is checked, the second tells memory and time."""
+    def _qualify(self, entry: Entry) -> float | None:
+        """Seconds of a run, None where the entry is left out. The first run compiles and is checked, the second tells
+        memory and time.
+        """
         try:
             run, check = entry.prepare()
             problem = check(run())
         except entry.refusals as error:
             self.left_out[entry.name] = _first_line(error)
-            return
+            return None
         if problem:
             self.left_out[entry.name] = problem
             self.wrong.append(f"{entry.name}: {problem}")
-            return
+            return None
         self.peaks[entry.name], elapsed = self.clock.peak(run)
         self._runs[entry.name] = run
-        laps = max(LEAST_LAPS, int(seconds / elapsed)) if elapsed < seconds else 1
-        self._planned[entry.name] = min(MOST_LAPS, laps)
         self.laps[entry.name] = []
+        return elapsed
+
+
+def _laps(seconds: float, elapsed: float) -> int:
+    """Laps that fit into `seconds`, one where none does."""
+    return min(MOST_LAPS, max(LEAST_LAPS, int(seconds / elapsed))) if elapsed < seconds else 1
 
 
 def _first_line(error: BaseException) -> str:

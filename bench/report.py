@@ -55,7 +55,7 @@ def _rates(info: dict[str, Any], seconds: float) -> dict[str, float]:
 
 
 def environment() -> dict[str, Any]:
-    """What a figure depends on: device, commit, versions, threads."""
+    """What a figure depends on; `load` of the last minute includes this run."""
     git = ["git", "-C", str(Path.cwd())]
     commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
     dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
@@ -63,6 +63,7 @@ def environment() -> dict[str, Any]:
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
+        "load": round(os.getloadavg()[0], 1),
         "commit": commit.stdout.strip() or None,
         "dirty": bool(dirty.stdout.strip()),
         "torch": torch.__version__,
