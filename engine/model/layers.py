@@ -8,6 +8,7 @@ from torch.nn import functional as F
 
 from alure.engine.config import ModelConfig
 from alure.kernels.attention import (
+    AttentionPlan,
     PositionBias,
     TimeBias,
     jagged_attention,
@@ -39,6 +40,16 @@ class LearnedTimeBias(nn.Module):
         return TimeBias(self.thresholds, self.table, self.periods, self.cosine, self.sine)
 
 
+def grouped_time_bias(biases: list[TimeBias]) -> TimeBias:
+    """Biases with the same thresholds and periods as one, for a launch in which each has a group of sequences."""
+    first = biases[0]
+    table = torch.stack([bias.table for bias in biases])
+    if first.periods is None:
+        return TimeBias(first.thresholds, table)
+    cosine, sine = ([getattr(bias, name) for bias in biases] for name in ("cosine", "sine"))
+    return TimeBias(first.thresholds, table, first.periods, torch.stack(cosine), torch.stack(sine))
+
+
 class LearnedPositionBias(nn.Module):
     """Per-head bias over the distance in the sequence, i − j."""
 
@@ -54,14 +65,17 @@ class LearnedPositionBias(nn.Module):
         return PositionBias(self.thresholds, self.table)
 
 
+def grouped_position_bias(biases: list[PositionBias]) -> PositionBias:
+    return PositionBias(biases[0].thresholds, torch.stack([bias.table for bias in biases]))
+
+
 class AttentionLayer(nn.Module):
     """Pre-norm jagged attention with time and position bias, then a gated FFN (SwiGLU)."""
 
-    def __init__(self, config: ModelConfig, heads: int, window: int | None) -> None:
+    def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
         width, hidden = config.width, 2 * config.width
-        self.heads, self.causal = heads, config.causal
-        self.window = None if window is None else (window, 0 if config.causal else window)
+        self.heads = heads
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
@@ -71,24 +85,28 @@ class AttentionLayer(nn.Module):
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
 
-    def forward(self, x: Tensor, offsets: Tensor, timestamps: Tensor) -> Tensor:
-        """x [n, d] → [n, d]."""
-        q, k, v = self.qkv(self.attention_norm(x)).view(x.shape[0], 3, self.heads, -1).unbind(1)
-        attended = jagged_attention(
-            q,
-            k,
-            v,
-            offsets,
-            q_timestamps=timestamps,
-            k_timestamps=timestamps,
-            time_bias=self.time_bias(),
-            position_bias=self.position_bias(),
-            causal=self.causal,
-            window_size=self.window,
-        )
+    def project(self, x: Tensor) -> Tensor:
+        """x [n, d] → queries, keys and values [n, 3, H, d/H]."""
+        return self.qkv(self.attention_norm(x)).view(x.shape[0], 3, self.heads, -1)
+
+    def finish(self, x: Tensor, attended: Tensor) -> Tensor:
+        """x [n, d] and what its queries found [n, H, d/H] → [n, d]."""
         x = x + self.output(attended.reshape(x.shape))
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
         return x + self.down(F.silu(gate) * up)
+
+
+def run_together(layers: list[AttentionLayer], tokens: list[Tensor], plan: AttentionPlan) -> list[Tensor]:
+    """One layer of several sources, [n, d] each, with the same number of heads: their attention is one launch.
+
+    The plan's sequences are those of the sources one after another, its groups the sources.
+    """
+    q, k, v = torch.cat([layer.project(x) for layer, x in zip(layers, tokens)]).unbind(1)
+    time_bias = grouped_time_bias([layer.time_bias() for layer in layers])
+    position_bias = grouped_position_bias([layer.position_bias() for layer in layers])
+    attended = jagged_attention(q, k, v, plan=plan, time_bias=time_bias, position_bias=position_bias)
+    parts = attended.split([x.shape[0] for x in tokens])
+    return [layer.finish(x, part) for layer, x, part in zip(layers, tokens, parts)]
 
 
 class SourceContext(NamedTuple):

@@ -1,5 +1,6 @@
 """`UserModel`: event histories to user embeddings. The half of a checkpoint that the batch refresh runs."""
 
+import itertools
 from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -14,8 +15,9 @@ from alure.engine.model.catalog import Catalog
 from alure.engine.model.checkpoint import fill, read_checkpoint
 from alure.engine.model.compression import make_compression
 from alure.engine.model.encoder import SourceEncoder
-from alure.engine.model.layers import AttentionLayer, SourceContext, Tap
+from alure.engine.model.layers import AttentionLayer, SourceContext, Tap, run_together
 from alure.engine.model.schema import EventSchema, module_plan
+from alure.kernels import AttentionPlan
 
 
 class UserState(NamedTuple):
@@ -34,26 +36,62 @@ class SourceStack(nn.Module):
         heads = own.heads if own and own.heads else config.heads
         window = own.window if own and own.window else config.window
         self.source, self.heads = source, heads
+        self.window = None if window is None else (window, 0 if config.causal else window)
         self.encoder = SourceEncoder(config, len(schema.event_attributes(source)), schema.event_dense_dim(source))
-        self.layers = nn.ModuleList(AttentionLayer(config, heads, window) for _ in range(tapped[-1]))
+        self.layers = nn.ModuleList(AttentionLayer(config, heads) for _ in range(tapped[-1]))
         self.taps = nn.ModuleDict({str(layer): Tap(config, heads) for layer in tapped})
 
-    def forward(
-        self, tokens: Tensor, sequence: EventSequence, reference_times: Tensor
-    ) -> tuple[list[Tensor], SourceContext]:
-        """tokens [n, d] → (one [B, m, d] a tap, the last tap's keys and values). Absent users cost nothing."""
-        present = sequence.lengths.nonzero().squeeze(1)
-        offsets = torch.cat([sequence.offsets[present], sequence.offsets[-1:]])
-        snapshot_times = reference_times[present]
-        pooled: list[Tensor] = []
-        for depth, layer in enumerate(self.layers, start=1):
-            tokens = layer(tokens, offsets, sequence.timestamps)
-            if str(depth) in self.taps:
-                tap = self.taps[str(depth)]
-                assert isinstance(tap, Tap)
-                context = tap.context(tokens, offsets, sequence.timestamps)
-                pooled.append(spread(tap(context, snapshot_times), present, reference_times.shape[0]))
-        return pooled, context._replace(offsets=sequence.offsets)
+    def layer(self, depth: int) -> AttentionLayer:
+        found = self.layers[depth - 1]
+        assert isinstance(found, AttentionLayer)
+        return found
+
+    def tap(self, depth: int) -> Tap | None:
+        if str(depth) not in self.taps:
+            return None
+        found = self.taps[str(depth)]
+        assert isinstance(found, Tap)
+        return found
+
+
+class Stream:
+    """One source's tokens on their way through its stack. Users without events in the source cost nothing."""
+
+    def __init__(self, stack: SourceStack, tokens: Tensor, sequence: EventSequence, reference_times: Tensor) -> None:
+        self.stack, self.tokens, self.sequence = stack, tokens, sequence
+        self.users = reference_times.shape[0]
+        self.present = sequence.lengths.nonzero().squeeze(1)
+        self.offsets = torch.cat([sequence.offsets[self.present], sequence.offsets[-1:]])
+        self.snapshot_times = reference_times[self.present]
+        self.pooled: list[Tensor] = []  # [B, m, d] a tap
+        self.context: SourceContext | None = None  # of the last tap
+
+    def pool(self, depth: int) -> None:
+        """What the tap after layer `depth` sees, where there is one."""
+        tap = self.stack.tap(depth)
+        if tap is None:
+            return
+        context = tap.context(self.tokens, self.offsets, self.sequence.timestamps)
+        self.pooled.append(spread(tap(context, self.snapshot_times), self.present, self.users))
+        self.context = context._replace(offsets=self.sequence.offsets)
+
+
+def plan_together(streams: list[Stream], causal: bool) -> AttentionPlan:
+    """Self-attention of the streams, one after another, as one batch; each is a group with its own window and bias."""
+    starts = [0, *itertools.accumulate(int(stream.offsets[-1]) for stream in streams)]
+    begins = [stream.offsets[:-1] + start for stream, start in zip(streams, starts)]
+    end = begins[0].new_tensor([starts[-1]])
+    groups = torch.arange(len(streams), device=end.device)
+    layer = streams[0].stack.layer(1)
+    return AttentionPlan(
+        torch.cat([*begins, end]),
+        q_timestamps=torch.cat([stream.sequence.timestamps for stream in streams]),
+        time_thresholds=layer.time_bias.thresholds,
+        position_thresholds=layer.position_bias.thresholds,
+        causal=causal,
+        window_size=[stream.stack.window for stream in streams],
+        groups=groups.repeat_interleave(groups.new_tensor([len(begin) for begin in begins])),
+    )
 
 
 def spread(x: Tensor, rows: Tensor, count: int) -> Tensor:
@@ -108,19 +146,38 @@ class UserModel(nn.Module):
         sequences = {stack.source: batch.sequences[stack.source] for stack in self.sources()}
         rows = {source: catalog.event_rows(source, s) for source, s in sequences.items() if s.total}
         table, rows = gather_rows(self.table, rows)
-        pooled: list[Tensor] = []
-        contexts: dict[str, SourceContext] = {}
+        streams: dict[str, Stream] = {}
         for stack in self.sources():
             source, sequence = stack.source, sequences[stack.source]
-            if not sequence.total:
+            if sequence.total:
+                dense = catalog.event_dense(source, sequence)
+                tokens = stack.encoder(rows[source], table, dense, sequence, batch.as_of)
+                streams[source] = Stream(stack, tokens, sequence, batch.as_of)
+        self._run_layers(list(streams.values()))
+
+        pooled: list[Tensor] = []
+        for stack in self.sources():
+            if stack.source in streams:
+                pooled += streams[stack.source].pooled
+            else:
                 shape = (len(batch), self.config.seeds, self.config.width)
                 pooled += [self.table.new_zeros(shape) for _ in stack.taps]
-                continue
-            dense = catalog.event_dense(source, sequence)
-            tokens = stack.encoder(rows[source], table, dense, sequence, batch.as_of)
-            tapped, contexts[source] = stack(tokens, sequence, batch.as_of)
-            pooled += tapped
+        contexts = {source: stream.context for source, stream in streams.items() if stream.context is not None}
         return UserState(self.compression(torch.cat(pooled, dim=1)), contexts)
+
+    def _run_layers(self, streams: list[Stream]) -> None:
+        """Layer by layer, the sources with the same number of heads together."""
+        plans: dict[tuple[str, ...], AttentionPlan] = {}
+        for depth in range(1, max((len(stream.stack.layers) for stream in streams), default=0) + 1):
+            deep = [stream for stream in streams if depth <= len(stream.stack.layers)]
+            for heads in dict.fromkeys(stream.stack.heads for stream in deep):
+                together = [stream for stream in deep if stream.stack.heads == heads]
+                key = tuple(stream.stack.source for stream in together)
+                plan = plans[key] = plans.get(key) or plan_together(together, self.config.causal)
+                layers = [stream.stack.layer(depth) for stream in together]
+                found = run_together(layers, [stream.tokens for stream in together], plan)
+                for stream, stream.tokens in zip(together, found):
+                    stream.pool(depth)
 
 
 def gather_rows(table: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:
