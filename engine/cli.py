@@ -232,6 +232,7 @@ def refresh(
     as_of: AsOf = None,
     incremental: Annotated[bool, typer.Option(help="Only users with new events; others are carried forward.")] = False,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Events a batch.")] = None,
+    precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
     config: ConfigFile = None,
     as_json: Json = False,
@@ -248,7 +249,7 @@ def refresh(
         store,
         as_of=parse_time(as_of),
         incremental=incremental,
-        config=override(load_config(config).refresh, token_budget=token_budget),
+        config=override(load_config(config).refresh, token_budget=token_budget, precision=precision),
         workers=workers,
     )
     finish(job.run(), as_json)

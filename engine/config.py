@@ -114,6 +114,9 @@ class RefreshConfig(Section):
     token_budget: int = Field(32_768, ge=1, description="events a batch; a longer history is a batch of its own")
     unit_users: int = Field(32_768, ge=1, description="users a unit of work: one idempotent write")
     max_events: int | None = Field(None, ge=1, description="newest events a source (default: all)")
+    precision: Literal["auto", "float32", "bfloat16"] = Field(
+        "auto", description="of weights and activations; auto: bfloat16 on GPUs and on CPUs with AMX, else float32"
+    )
 
 
 class GraphConfig(Section):

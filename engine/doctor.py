@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from alure.engine.graph.engines import faiss_gpus, has_faiss
-from alure.kernels.backend import has_native, has_triton, resolve_backend
+from alure.kernels.backend import has_native, has_triton, native_instruction_set, resolve_backend
 
 OPERATORS: dict[str, str] = {  # operator: the module whose BACKENDS names its implementations
     "jagged_attention": "alure.kernels.attention.ops",
@@ -56,11 +56,6 @@ def machine() -> dict[str, Any]:
         text = info.read_text()
         flags = set(next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), []))
     names = {"amx_bf16": "AMX-bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
-    native = None
-    if has_native():
-        from alure.kernels import _native
-
-        native = _native.instruction_set()
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
@@ -68,7 +63,7 @@ def machine() -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "cpu_has": [label for flag, label in names.items() if flag in flags],
-        "native_kernels_use": native,
+        "native_kernels_use": native_instruction_set(),
     }
 
 

@@ -16,6 +16,15 @@ def has_native() -> bool:
     return importlib.util.find_spec("alure.kernels._native") is not None
 
 
+def native_instruction_set() -> str | None:
+    """What the native kernels use on this machine, such as "avx2"; None where they are not built."""
+    if not has_native():
+        return None
+    from alure.kernels import _native
+
+    return str(_native.instruction_set())
+
+
 def triton_interprets() -> bool:
     """Whether Triton kernels run in Triton's interpreter (TRITON_INTERPRET=1), which works on CPU tensors."""
     if not has_triton():

@@ -127,6 +127,10 @@ class UserModel(nn.Module):
     def device(self) -> torch.device:
         return self.table.device
 
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.table.dtype
+
     def catalog(self, events: Events) -> Catalog:
         """What `forward` needs of a log's items; InputError where the log does not fit the model."""
         self.schema.check_log(EventSchema.of(events.manifest))

@@ -1,5 +1,6 @@
 """Embeds units: packs users by token budget, runs the model, puts the rows back in order, carries unchanged users."""
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,6 +17,18 @@ from alure.engine.model import UserModel
 from alure.engine.refresh.planner import Unit, count_events, pack
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.rows import embedding_schema
+from alure.kernels.backend import native_instruction_set
+
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def resolve_precision(precision: str, device: torch.device) -> str:
+    """What "auto" means on a device: bfloat16 where matrix units multiply it, float32 elsewhere."""
+    if precision != "auto":
+        return precision
+    fast = device.type == "cuda" or native_instruction_set() == "amx"
+    return "bfloat16" if fast else "float32"
 
 
 @dataclass(frozen=True)
@@ -47,7 +60,10 @@ class Embedder:
     """One model on one device, over one event log."""
 
     def __init__(self, model: UserModel, events: Events, snapshot: Snapshot, device: torch.device) -> None:
-        self.model = model.to(device).eval()
+        dtype = DTYPES[resolve_precision(snapshot.config.precision, device)]
+        if dtype != model.dtype:
+            model = copy.deepcopy(model)  # the caller's keeps its own
+        self.model = model.to(device, dtype).eval()
         self.catalog = self.model.catalog(events)
         self.events, self.snapshot, self.device = events, snapshot, device
         self.width = model.config.num_embeddings * model.config.width

@@ -17,7 +17,7 @@ from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
 from alure.engine.model import UserModel, model_digest
 from alure.engine.progress import say, track
-from alure.engine.refresh.embedder import Embedder, Snapshot, Work
+from alure.engine.refresh.embedder import Embedder, Snapshot, Work, resolve_precision
 from alure.engine.refresh.planner import Unit, count_events, generation_id, plan_units
 from alure.engine.refresh.report import RefreshReport
 from alure.engine.refresh.workers import Paths, embed_units, run_workers
@@ -53,7 +53,9 @@ class RefreshJob:
         self.store = store if isinstance(store, EmbeddingStore) else EmbeddingStore(store, create=True)
         self.as_of = self.events.manifest.last_timestamp if as_of is None else as_of
         self.incremental = incremental
-        self.config = config or RefreshConfig()
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        config = config or RefreshConfig()
+        self.config = config.model_copy(update={"precision": resolve_precision(config.precision, device)})
         self.workers = workers
         if not 0 <= self.as_of <= LATEST:
             raise InputError(f"as_of: expected unix seconds from 0 to {LATEST}, got {self.as_of}; milliseconds?")
@@ -102,11 +104,12 @@ class RefreshJob:
                 f"--incremental: generation {base.generation} is of model {base.model[:12]}, this one is "
                 f"{self.digest[:12]}; embeddings of two models are never mixed. Run without --incremental"
             )
-        if base.properties.get("max_events") != self.config.max_events:
-            raise InputError(
-                f"--incremental: generation {base.generation} read max_events = {base.properties.get('max_events')}, "
-                f"got {self.config.max_events}; run without --incremental"
-            )
+        for name in ("max_events", "precision"):
+            if base.properties.get(name) != getattr(self.config, name):
+                raise InputError(
+                    f"--incremental: generation {base.generation} has {name} = {base.properties.get(name)}, "
+                    f"got {getattr(self.config, name)}; run without --incremental"
+                )
         return base.generation
 
     def _embed(self, snapshot: Snapshot, units: list[Unit], num_done: int, flag: StopFlag) -> Work:
@@ -157,6 +160,7 @@ class RefreshJob:
             "k": config.num_embeddings,
             "d": config.width,
             "max_events": self.config.max_events,
+            "precision": self.config.precision,
             "base": snapshot.base,
             "events": self.events.manifest.fingerprint,
         }
@@ -196,6 +200,7 @@ class RefreshJob:
             seconds=seconds,
             users_per_second=work.embedded / max(seconds, 1e-9),
             device="cuda" if torch.cuda.is_available() else "cpu",
+            precision=self.config.precision,
             workers=self.workers,
         )
 

@@ -75,6 +75,7 @@ def generation_id(as_of: int, model: str, events: Events, config: RefreshConfig,
     `token_budget` is left out: it decides how users share batches, not what comes out, so a job that ran out of memory
     goes on with a smaller one. base: the generation that an incremental refresh carries users forward from.
     """
-    identity = [as_of, model, events.manifest.fingerprint, config.unit_users, config.max_events, base]
+    log = events.manifest.fingerprint
+    identity = [as_of, model, log, config.unit_users, config.max_events, config.precision, base]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return f"{datetime.fromtimestamp(as_of, UTC):%Y%m%dT%H%M%SZ}-{digest}"

@@ -26,4 +26,5 @@ class RefreshReport:
     seconds: float
     users_per_second: float
     device: str
+    precision: str
     workers: int

@@ -239,8 +239,10 @@ def test_incremental_never_mixes_models_or_history_lengths(world: Path, tmp_path
     other = save_model(tmp_path / "model", Events.open(world / "events"), seed=1)
     with pytest.raises(InputError, match="embeddings of two models are never mixed"):
         RefreshJob(other, world / "events", tmp_path / "store", incremental=True, config=SMALL).run()
-    with pytest.raises(InputError, match="read max_events = None, got 3"):
+    with pytest.raises(InputError, match="has max_events = None, got 3"):
         refresh(world, tmp_path / "store", SMALL.model_copy(update={"max_events": 3}), incremental=True)
+    with pytest.raises(InputError, match="has precision = float32, got bfloat16"):
+        refresh(world, tmp_path / "store", SMALL.model_copy(update={"precision": "bfloat16"}), incremental=True)
     RefreshJob(other, world / "events", tmp_path / "store", config=SMALL).run()  # in full it stands beside the other
     assert len(EmbeddingStore(tmp_path / "store").generations("embeddings")) == 2
 
@@ -254,6 +256,22 @@ def test_embeddings_that_are_not_finite_stop_the_job_and_name_users(world: Path,
     with pytest.raises(AlureError, match=r"embeddings of .* users are not finite, among them 5"):
         job.run()
     assert job.store.generations() == []
+
+
+def test_bfloat16_is_another_generation_near_the_float32_one(world: Path, tmp_path: Path) -> None:
+    model = UserModel.load(world / "model")
+    in_half = SMALL.model_copy(update={"precision": "bfloat16"})
+    report = RefreshJob(model, world / "events", tmp_path, config=in_half).run()
+    assert report.precision == "bfloat16"
+    assert model.dtype == torch.float32  # the caller's own model stays as it is
+    exact = EmbeddingStore(world / "store").read_embeddings()
+    half = EmbeddingStore(tmp_path).read_embeddings()
+    assert half["generation"][0] != exact["generation"][0]
+    assert half["user_id"].equals(exact["user_id"])
+    a, b = (torch.tensor(t["embedding"].to_pylist()).unflatten(1, (report.k, report.d)) for t in (exact, half))
+    assert not torch.equal(a, b)
+    assert torch.cosine_similarity(a, b, dim=-1).min() > 0.999
+    torch.testing.assert_close(b.norm(dim=-1), torch.ones(b.shape[:2]), rtol=0, atol=1e-2)
 
 
 def test_a_model_in_memory_is_not_the_checkpoint(world: Path, tmp_path: Path) -> None:
