@@ -19,7 +19,6 @@ from alure.engine.store import EmbeddingStore
 from alure.engine.store.rows import embedding_schema
 from alure.kernels.backend import native_instruction_set
 
-
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
