@@ -44,9 +44,13 @@ OPERATORS = {
 
 
 def compile_cases(
-    modules: dict[str, str], only: Collection[str], slow: bool, workers: int | None = None
+    modules: dict[str, str],
+    only: Collection[str],
+    slow: bool,
+    architectures: Collection[int] = ARCHITECTURES,
+    workers: int | None = None,
 ) -> tuple[list[Compiled], list[str]]:
-    """(the cases of the operators `only` compiled for every architecture; the names of all cases of all operators).
+    """(the cases of the operators `only` as compiled; the names of all cases of all operators).
 
     `modules`: operator → the module that lists its cases. Without `slow` only those in AHEAD_OF_TIME are compiled.
     Runs in fresh processes: what was imported under TRITON_INTERPRET=1 cannot be compiled.
@@ -60,7 +64,7 @@ def compile_cases(
             ((operator, modules[operator]), position, architecture)
             for operator in only
             for position in range(len(listed[operator][0]) + (len(listed[operator][1]) if slow else 0))
-            for architecture in ARCHITECTURES
+            for architecture in architectures
         ]
         return list(pool.map(_compile, *zip(*jobs))), names
 

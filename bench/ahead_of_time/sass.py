@@ -45,12 +45,12 @@ class Loop:
     nested: list["Loop"] = field(default_factory=list)
 
     def unrolled(self) -> int:
-        """How many iterations of the PTX's loop one iteration holds: the machine instructions of most PTX instructions.
+        """How many iterations of the PTX's loop one iteration holds: so often every PTX instruction is there.
 
-        Only of those that become one machine instruction each: memory, special function and tensor core operations.
+        Counts those that as a rule become one machine instruction: memory, special function and tensor core operations.
         """
         lines = Counter(instruction.ptx_line for instruction in self.own if instruction.name in _ONE_TO_ONE)
-        return Counter(lines.values()).most_common(1)[0][0] if lines else 1
+        return min(lines.values(), default=1)
 
 
 def parse(text: str) -> tuple[list[Instruction], dict[str, int]]:

@@ -29,7 +29,7 @@ def two_loops_kernel(p_x, p_counter, n, BLOCK: tl.constexpr):
 
 _LOOPS = {"plain": 1024, "exponential": 1024}
 AHEAD_OF_TIME = [
-    (spilling_kernel, {"p_x": "*fp32:16"}, {"BLOCK": 16384}, {"num_warps": 1}, {"name": "spilling"}),
+    (spilling_kernel, {"p_x": "*fp32:16"}, {"BLOCK": 8192}, {"num_warps": 1}, {"name": "spilling"}),
     (
         two_loops_kernel,
         {"p_x": "*fp32:16", "p_counter": "*fp32:16", "n": "i32"},
