@@ -1,6 +1,6 @@
 """Jagged attention with a relative-time bias, beside every open way to compute it, or to compute it without the bias.
 
-Not counted: the compilation of FlexAttention and of Triton, the block mask, the padding, the dense bias.
+Not counted: compilation, our plan, the block mask, the padding, the dense bias.
 """
 
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from alure.bench.race import Contest, Entry
 SUITE = "attention"
 WITH_BIAS: dict[str, Callable[[Histories], Peer]] = {
     "alure, time bias": partial(alure, with_bias=True),
+    "alure, time bias, no plan": partial(alure, with_bias=True, planned=False),
     "FlexAttention compiled, time bias": partial(flex, with_bias=True),
     "padded SDPA, dense bias built before": padded,
     "HSTU's bias of before 2024-12": hstu,

@@ -77,15 +77,13 @@ def clock(device: torch.device) -> Clock:
 def limits(device: torch.device) -> Callable[[torch.dtype], dict[str, float]]:
     """Measured limits that shares are taken of: FLOP/s of a large matrix product of a dtype, bytes/s of a copy.
 
+    Measured anew for every contest: the report takes the best of a run, for a shared machine may be busy at any one.
     A CPU may multiply bfloat16 far slower than float32; there the limit is float32's.
     """
-    measured = {torch.float32: matrix_rate(device)}
-    copied = copy_rate(device)
 
     def of(dtype: torch.dtype) -> dict[str, float]:
-        if dtype not in measured:
-            measured[dtype] = max(matrix_rate(device, dtype), measured[torch.float32])
-        return {"matrix_rate": measured[dtype], "copy_rate": copied}
+        rates = [matrix_rate(device, product) for product in {dtype, torch.float32}]
+        return {"matrix_rate": max(rates), "copy_rate": copy_rate(device)}
 
     return of
 

@@ -23,14 +23,16 @@ def read_rows(results: Path) -> list[dict[str, Any]]:
     """
     stamp = environment()
     rows = []
-    for entry in json.loads(results.read_text())["benchmarks"]:
-        info = entry["extra_info"]
+    contests = [entry["extra_info"] for entry in json.loads(results.read_text())["benchmarks"]]
+    for info in contests:
+        alike = [other for other in contests if other["dtype"] == info["dtype"]]
+        limits = {name: max(other[name] for other in alike) for name in ("matrix_rate", "copy_rate")}
         case = {name: info[name] for name in ("suite", "case", "dtype")} | info["facts"]
         times = {result["implementation"]: statistics.median(result["laps_s"]) for result in info["results"]}
         ours = [times[result["implementation"]] for result in info["results"] if result["ours"]]
         for result in info["results"]:
             row = case | {name: result[name] for name in ("implementation", "ours", "peak_bytes")}
-            row |= _spread(result["laps_s"]) | _rates(info, times[result["implementation"]])
+            row |= _spread(result["laps_s"]) | _rates(info | limits, times[result["implementation"]])
             if ours:
                 row["ours_is_faster_by"] = times[result["implementation"]] / ours[0]
             rows.append(row | stamp)

@@ -71,10 +71,10 @@ def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> flo
 
 
 def _product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
-    """FLOP/s of a product of two size × size matrices, best of ten."""
+    """FLOP/s of a product of two size × size matrices, best of five."""
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
-    for _ in range(10):
+    for _ in range(5):
         if device.type == "cuda":
             torch.cuda.synchronize()
         started = time.perf_counter()
