@@ -27,7 +27,7 @@ test-gpu: $(VENV)/.alure-dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu -q
 
 kernels: $(VENV)/.alure-dev  ## every Triton kernel compiled for A100, H100 and B200, no GPU needed; against its budget
-	$(BIN)/python -P -m alure.bench.ahead_of_time --budget bench/ahead_of_time/budget.json $(FLAGS)
+	$(BIN)/python -m alure.bench.ahead_of_time --budget bench/ahead_of_time/budget.json $(FLAGS)
 
 lint: $(VENV)/.alure-dev
 	$(BIN)/ruff check .

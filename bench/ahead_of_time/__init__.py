@@ -1,6 +1,6 @@
 """The ahead-of-time gate: every Triton kernel compiled for GPUs that are not here, and held to a budget.
 
-    python -P -m alure.bench.ahead_of_time            what `make kernels` runs
+    python -m alure.bench.ahead_of_time            what `make kernels` runs
 
 A kernel.py lists what it ships in `AHEAD_OF_TIME`, and what would take the tests too long in `AHEAD_OF_TIME_SLOW`:
 tuples (kernel, signature, constexprs[, options[, facts]]).
@@ -16,7 +16,8 @@ tuples (kernel, signature, constexprs[, options[, facts]]).
 A loop gets its name from a comment `# loop: NAME` in a file of the kernel's folder: on the `for` line, or on the
 statement that calls the helper with the loop in it. One helper inlined three times is three loops, named where it is
 called. Loops nested in a named one count with it, every instruction once, unless they have another name.
-Several loops of one name (a peeled copy) are represented by the longest.
+Of several loops of one name (a peeled copy) the longest counts. A loop that the compiler unrolled whole or merged into
+the one around it is not measured; the budget knows which there are, so that one cannot vanish unseen.
 
 `sass` reads machine code, `compiled` makes it and measures, `budget` judges, `__main__` prints.
 """

@@ -17,7 +17,7 @@ HINT = "\nIf a change is meant to cost this much, `--update` writes the new budg
 
 def main() -> int:
     parser = argparse.ArgumentParser(
-        prog="python -P -m alure.bench.ahead_of_time",
+        prog="python -m alure.bench.ahead_of_time",
         description="Compile every Triton kernel for sm_80, sm_90 and sm_100, without a GPU, and check its budget.",
     )
     parser.add_argument("operators", nargs="*", default=list(OPERATORS), help=f"some of {', '.join(OPERATORS)} (all)")

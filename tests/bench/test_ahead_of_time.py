@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from alure.bench.ahead_of_time import budget
-from alure.bench.ahead_of_time.compiled import ARCHITECTURES, OPERATORS, Compiled, compile_cases
+from alure.bench.ahead_of_time.compiled import ARCHITECTURES, OPERATORS, compile_cases
 
 pytest.importorskip("triton")
 BUDGET = Path(budget.__file__).with_name("budget.json")
@@ -25,7 +25,7 @@ def check(slow: bool, architectures: tuple[int, ...]) -> None:
     assert {this.case.split(":")[0] for this in compiled} == OPERATORS.keys(), "an operator without AHEAD_OF_TIME"
     found = budget.faults(compiled, names, budget.read(BUDGET))
     lines = [f"{case} sm_{architecture}: {line}" for (case, architecture), lines in found.items() for line in lines]
-    assert not lines, "\n".join([*lines, "`python -P -m alure.bench.ahead_of_time OPERATOR --update` accepts them"])
+    assert not lines, "\n".join([*lines, "`python -m alure.bench.ahead_of_time OPERATOR --update` accepts them"])
 
 
 def test_spills_and_loops_are_seen() -> None:
