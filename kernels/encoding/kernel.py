@@ -1,4 +1,4 @@
-"""Triton kernel of `encode_events`.
+"""Triton kernel of `encode_events`; kernel_backward.py has those of its backward.
 
 One program makes BLOCK_T rows × BLOCK_D columns of the output. It gathers the table's rows attribute by attribute and
 multiplies them by that attribute's weight, streams the dense features through the same accumulator, and adds the CFEE
@@ -13,37 +13,14 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alure.kernels.encoding import kernel_backward
 from alure.kernels.encoding.arguments import EventColumns, EventEncoder
+from alure.kernels.encoding.kernel_features import cycle, decay, octave
 from alure.kernels.jagged import segment_ids
 
 BLOCK_T = 32
 MAX_BLOCK_D = 128
 MAX_BLOCK_K = {2: 64, 4: 32}  # by bytes of the table's dtype; larger tiles of float32 spill
-
-
-@triton.jit
-def log1p(x):
-    """log(1 + x) to full relative precision for x >= 0: the rounding of 1 + x is divided out."""
-    u = 1.0 + x
-    return tl.where(u == 1.0, x, tl.log(u) * (x / tl.where(u == 1.0, 1.0, u - 1.0)))
-
-
-@triton.jit
-def sine_and_cosine(turns):
-    """sin(2πx) and cos(2πx). Turns reduce exactly, so no slow path for large angles, and its stack, is compiled in."""
-    turns -= tl.floor(turns)
-    quarter = tl.floor(turns * 4.0 + 0.5)
-    y = (turns - quarter * 0.25) * 6.283185307179586  # in [−π/4, π/4]
-    z = y * y
-    # minimax polynomials of Cephes' sinf and cosf, error below 1e-7
-    sine = y + y * z * (-1.6666654611e-1 + z * (8.3321608736e-3 - z * 1.9515295891e-4))
-    cosine = 1.0 - 0.5 * z + z * z * (4.166664568298827e-2 + z * (-1.388731625493765e-3 + z * 2.443315711809948e-5))
-    swapped = (quarter == 1.0) | (quarter == 3.0)
-    rotated_sine = tl.where(swapped, cosine, sine)
-    rotated_cosine = tl.where(swapped, sine, cosine)
-    rotated_sine = tl.where((quarter == 2.0) | (quarter == 3.0), -rotated_sine, rotated_sine)
-    rotated_cosine = tl.where((quarter == 1.0) | (quarter == 2.0), -rotated_cosine, rotated_cosine)
-    return rotated_sine, rotated_cosine
 
 
 @triton.jit
@@ -108,44 +85,27 @@ def encode_events_kernel(
             b_weight = tl.load(p_dense_weight + o_dense, mask=m_k[:, None] & m_d[None, :], other=0.0)
             b_out = tl.dot(b_dense.to(DOT), b_weight.to(DOT), b_out, input_precision="tf32x3")
 
-    # temporal decay: integers until the differences are taken
-    i_sequence = tl.load(p_sequence + i_t, mask=m_t, other=0)
-    b_begin = tl.load(p_offsets + i_sequence, mask=m_t, other=0).to(tl.int64)
-    b_end = tl.load(p_offsets + i_sequence + 1, mask=m_t, other=0).to(tl.int64)
-    b_time = tl.load(p_times + i_t, mask=m_t, other=0)
-    b_previous = tl.load(p_times + i_t - 1, mask=m_t & (i_t > b_begin), other=0)
-    b_gap = tl.where(i_t > b_begin, b_time - b_previous, 0)
-    b_age = tl.maximum(tl.load(p_reference_times + i_sequence, mask=m_t, other=0) - b_time, 0)
+    # temporal decay and cycles: rank-1 updates
+    b_time, b_order, b_age, b_gap = decay(p_sequence, p_offsets, p_times, p_reference_times, i_t, m_t, tau)
     b_w = tl.load(p_time_weight + i_d, mask=m_d, other=0.0).to(tl.float32)
-    b_out += log1p(b_age.to(tl.float32) / tau)[:, None] * b_w[None, :]
+    b_out += b_age[:, None] * b_w[None, :]
     b_w = tl.load(p_time_weight + D + i_d, mask=m_d, other=0.0).to(tl.float32)
-    b_out += log1p(b_gap.to(tl.float32) / tau)[:, None] * b_w[None, :]
-
-    # cycles: t mod p in integers, then in turns
+    b_out += b_gap[:, None] * b_w[None, :]
     if p_utc_offsets is not None:
         b_time += tl.load(p_utc_offsets + i_t, mask=m_t, other=0)
     for p in tl.static_range(P):
-        period = tl.load(p_periods + p)
-        b_rest = b_time % period
-        b_rest = tl.where(b_rest < 0, b_rest + period, b_rest)  # % truncates towards 0
-        phase = tl.load(p_phases + p).to(tl.float32) * 0.15915494309189535
-        b_sine, b_cosine = sine_and_cosine(b_rest.to(tl.float32) / period.to(tl.float32) + phase)
+        b_sine, b_cosine = cycle(b_time, p_periods, p_phases, p)
         b_w = tl.load(p_time_weight + (2 + p) * D + i_d, mask=m_d, other=0.0).to(tl.float32)
         b_out += b_sine[:, None] * b_w[None, :]
         b_w = tl.load(p_time_weight + (2 + P + p) * D + i_d, mask=m_d, other=0.0).to(tl.float32)
         b_out += b_cosine[:, None] * b_w[None, :]
 
-    # absolute position from the newest event, and frequency: ⌊log2(1 + count)⌋ by shifts
+    # absolute position and frequency
     m_td = m_t[:, None] & m_d[None, :]
-    b_order = tl.minimum(b_end - 1 - i_t, num_positions - 1)
-    o_position = b_order[:, None] * D + i_d[None, :]
+    o_position = tl.minimum(b_order, num_positions - 1)[:, None] * D + i_d[None, :]
     b_out += tl.load(p_position_table + o_position, mask=m_td, other=0.0).to(tl.float32)
     if p_counts is not None:
-        b_count = tl.load(p_counts + i_t, mask=m_t, other=0) + 1
-        b_bucket = tl.zeros((BLOCK_T,), tl.int64)
-        for s in tl.static_range(1, F):
-            b_bucket += tl.where((b_count >> s) > 0, 1, 0)
-        o_frequency = b_bucket[:, None] * D + i_d[None, :]
+        o_frequency = octave(p_counts, i_t, m_t, F)[:, None] * D + i_d[None, :]
         b_out += tl.load(p_frequency_table + o_frequency, mask=m_td, other=0.0).to(tl.float32)
     tl.store(p_out + i_t[:, None] * D + i_d[None, :], b_out.to(p_out.dtype.element_ty), mask=m_td)
 
@@ -225,4 +185,5 @@ AHEAD_OF_TIME = [
     _case(4, 64, 192, 384, torch.bfloat16),
     _case(8, 128, 512, 768, torch.bfloat16),
     _case(8, 100, 100, 50, torch.float32),
+    *kernel_backward.AHEAD_OF_TIME,
 ]

@@ -176,6 +176,10 @@ def _encode_backward(
 
         result = native.encode_events_backward(grad, table, events, encoder, wants_dense)
         return list(_sound(result, table, events, encoder))
+    if backend == "triton":
+        from alure.kernels.encoding import kernel_backward
+
+        return list(kernel_backward.encode_events_backward(grad, table, events, encoder, wants_dense))
     return list(reference.encode_events_backward(grad, table, events, encoder, wants_dense))
 
 

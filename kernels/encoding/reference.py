@@ -1,4 +1,4 @@
-"""`encode_events` in eager PyTorch: the oracle of the other backends, and the backward of Triton.
+"""`encode_events` in eager PyTorch: the oracle of the other backends.
 
 Rows are worked on in blocks that fit a cache, never sequence by sequence; all sums run in float32, or in float64 where
 the table is float64. Nothing here depends on the order in which threads run.

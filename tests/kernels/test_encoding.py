@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from support.encoding import DAY, NOW, Problem, random_problem, with_gradients
 from support.tolerance import TARGETS as PORTABLE_TARGETS
@@ -163,10 +163,44 @@ def test_a_user_alone_is_the_user_in_a_batch(backend: str, lengths: list[int], s
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
 def test_the_backward_is_deterministic(backend: str, device: str) -> None:
     require(backend, device)
-    problem = random_problem([300, 200], rows=3).to(torch.float32, device)  # every row of the table is hit often
+    problem = random_problem([60, 40], rows=3).to(torch.float32, device)  # every row of the table is hit often
     first, second = (with_gradients(problem, problem.run(backend)) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
+
+
+@settings(max_examples=30, deadline=None)
+@given(
+    index=st.lists(st.integers(-1, 4), min_size=1, max_size=40),
+    chunk=st.integers(1, 4),
+    joined=st.sampled_from([2, 4]),
+)
+@example(index=[3] * 40, chunk=1, joined=2)
+@example(index=[-1] * 9, chunk=2, joined=2)
+@example(index=[0, 1, 1, 2, 2, 2, 2, 2, 3], chunk=2, joined=2)
+def test_triton_sums_rows_by_index(index: list[int], chunk: int, joined: int) -> None:
+    """Runs that fill chunks, cross one or many, end with them, and the missing; small integers sum exactly."""
+    require("triton", "cpu")
+    from alure.kernels.encoding import kernel_backward
+
+    x = torch.arange(3.0 * len(index)).view(-1, 3)
+    expected = torch.zeros(6, 3)
+    for row, i in zip(x, index):
+        if i >= 0:
+            expected[i] += row
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(kernel_backward, "CHUNK", chunk)
+        patch.setattr(kernel_backward, "JOINED", joined)
+        assert torch.equal(kernel_backward.sum_rows(x, torch.tensor(index), 6), expected)
+
+
+def test_triton_splits_add_up() -> None:
+    """More splits of the events than one, the last of them short."""
+    require("triton", "cpu")
+    problem = random_problem([70, 0, 31]).to(torch.float32)
+    for name, x in with_gradients(problem, problem.run("triton")).items():
+        expected = with_gradients(problem, problem.run("reference"))[name]
+        torch.testing.assert_close(x, expected, rtol=1e-4, atol=1e-4, msg=lambda m, name=name: f"{name}: {m}")
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
