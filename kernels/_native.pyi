@@ -113,3 +113,24 @@ def encode_events_backward(
     instruction_set: str,
     num_threads: int,
 ) -> bool: ...
+def search_neighbors(
+    queries: _Float32,
+    database: _Float32,
+    list_offsets: _Int64,
+    probes: _Int64,
+    rank: _Int64,
+    exclude_row: _Int64,
+    keys: _Int64,
+    metric: str,
+    instruction_set: str,
+    num_threads: int,
+) -> bool: ...
+def assign_clusters(
+    x: _Float32,
+    centroids: _Float32,
+    scores: _Float32,
+    index: _Int64,
+    metric: str,
+    instruction_set: str,
+    num_threads: int,
+) -> None: ...

@@ -49,5 +49,6 @@ inline InstructionSet chosen(const std::string& name) {
 void bind_candidates(nb::module_& m);
 void bind_attention(nb::module_& m);
 void bind_encoding(nb::module_& m);
+void bind_neighbors(nb::module_& m);
 
 }  // namespace alure

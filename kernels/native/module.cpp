@@ -20,4 +20,5 @@ NB_MODULE(_native, m) {
     bind_candidates(m);
     bind_attention(m);
     bind_encoding(m);
+    bind_neighbors(m);
 }

@@ -4,6 +4,7 @@ Shapes, dtypes and devices are checked in Python; what needs the values (finite 
 checked inside the operators, so that torch.compile and export can trace through.
 """
 
+import importlib
 from types import ModuleType
 from typing import Literal
 
@@ -17,7 +18,7 @@ from alure.kernels.neighbors.duplicates import first_copies
 from alure.kernels.neighbors.scores import Search, decode
 from alure.kernels.operators import operator
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "native", "reference")
 FLOATS = (torch.float32, torch.float64, torch.float16, torch.bfloat16)
 INTEGERS = (torch.int32, torch.int64)
 MAX_ROWS = (1 << 31) - 1
@@ -156,8 +157,8 @@ def _(
 
 
 def _resolve(backend: str, x: Tensor, keep: int) -> str:
-    """Under "auto" the reference takes what Triton does not: float64, and more than TRITON_KEEPS best."""
-    if backend == "auto" and (x.dtype == torch.float64 or keep > TRITON_KEEPS):
+    """Under "auto" the reference takes float64, and on a GPU more than TRITON_KEEPS best."""
+    if backend == "auto" and (x.dtype == torch.float64 or (x.is_cuda and keep > TRITON_KEEPS)):
         return "reference"
     return resolve_backend(backend, x.device, BACKENDS)
 
@@ -165,15 +166,13 @@ def _resolve(backend: str, x: Tensor, keep: int) -> str:
 def _implementation(backend: str) -> ModuleType:
     if backend == "reference":
         return reference
-    from alure.kernels.neighbors import kernel
-
-    return kernel
+    return importlib.import_module(f"alure.kernels.neighbors.{'kernel' if backend == 'triton' else 'native'}")
 
 
 def _computed(x: Tensor, backend: str) -> Tensor:
     """`x` contiguous in the precision it is computed in."""
-    if x.dtype == torch.float64 and backend == "triton":
-        raise TypeError("backend: 'triton' computes in float32, got float64; use backend='reference' or call .float()")
+    if x.dtype == torch.float64 and backend != "reference":
+        raise TypeError(f"backend: {backend!r} computes in float32, got float64; use 'reference' or call .float()")
     return x.detach().to(torch.float64 if x.dtype == torch.float64 else torch.float32).contiguous()
 
 

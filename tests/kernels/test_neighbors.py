@@ -1,5 +1,6 @@
 """assign_clusters, grouped_topk and train_kmeans against brute force in float64, FAISS, and each other."""
 
+import importlib
 from typing import Any
 
 import numpy as np
@@ -10,13 +11,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alure.kernels import assign_clusters, grouped_topk, train_kmeans
-from alure.kernels.backend import has_triton
+from alure.kernels.backend import has_native, has_triton
 from alure.kernels.neighbors import reference
 from alure.kernels.neighbors.duplicates import first_copies
 from alure.kernels.neighbors.scores import MISSING, decode, encode
 
 TRITON = pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="needs triton"))
-BACKENDS = ["reference", TRITON]
+needs_native = pytest.mark.skipif(not has_native(), reason="needs the compiled module")
+NATIVE = pytest.param("native", marks=needs_native)
+BACKENDS = ["reference", NATIVE, TRITON]
 METRICS = ["ip", "l2"]
 
 
@@ -293,7 +296,6 @@ def test_leaves_its_inputs_alone() -> None:
         ({"exclude": torch.tensor([1])}, r"exclude: expected shape \[2\]"),
         ({"k": 0}, "k: expected at least 1"),
         ({"metric": "cosine"}, "metric: expected 'ip' or 'l2'"),
-        ({"backend": "native"}, "backend: this operator offers .*; got .native."),
         ({"backend": "fast"}, "expected one of"),
     ],
 )
@@ -327,7 +329,117 @@ def test_triton_ignores_what_lies_beyond_its_rows() -> None:
     check(found, brute_force(database[:3], database, torch.tensor([0, 17, 18, 50]), probes, 4))
 
 
+# ---- the native search
+
+
+def instruction_sets() -> list[str]:
+    return importlib.import_module("alure.kernels._native").instruction_sets() if has_native() else []
+
+
+def clustered(n: int, d: int, nlist: int, seed: int = 0, spread: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
+    """(database by list, offsets, probes nearest first) of points around centres; the last tenth are copies."""
+    centres = random(nlist, d, seed=seed)
+    x = centres[torch.arange(n) % nlist] + spread * random(n, d, seed=seed + 1)
+    x[n - n // 10 :] = x[0].clone()
+    _, probes = assign_clusters(x, centres, nlist, metric="l2", backend="reference")
+    order = probes[:, 0].argsort(stable=True)
+    offsets = torch.cat([torch.tensor([0]), torch.bincount(probes[:, 0], minlength=nlist).cumsum(0)])
+    return x[order], offsets, probes[order]
+
+
+@needs_native
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(
+    ("n", "d", "nlist", "nprobe", "k"),
+    [(3000, 64, 12, 6, 15), (1500, 7, 40, 9, 3), (700, 130, 3, 3, 256), (2500, 16, 1, 1, 1), (900, 1, 5, 2, 40)],
+)
+def test_native_equals_the_reference(
+    instruction_set: str, metric: Any, n: int, d: int, nlist: int, nprobe: int, k: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = importlib.import_module("alure.kernels.neighbors.native")
+    monkeypatch.setattr(native, "INSTRUCTION_SET", instruction_set)
+    x, offsets, probes = clustered(n, d, nlist)
+    ids = torch.randperm(n, generator=torch.Generator().manual_seed(1))
+    arguments = (x, x, offsets, probes[:, :nprobe], k)
+    found = grouped_topk(*arguments, ids=ids, exclude=ids, metric=metric, backend="native")
+    expected = grouped_topk(*arguments, ids=ids, exclude=ids, metric=metric, backend="reference")
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
+@needs_native
+@settings(max_examples=60, deadline=None)
+@given(data=st.data())
+def test_native_equals_brute_force_on_anything(data: st.DataObject) -> None:
+    nq, nb = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 90))
+    d, nlist, nprobe = data.draw(st.integers(1, 20)), data.draw(st.integers(1, 5)), data.draw(st.integers(0, 4))
+    k, seed = data.draw(st.integers(1, 40)), data.draw(st.integers(0, 99))
+    metric: Any = data.draw(st.sampled_from(METRICS))
+    integers = data.draw(st.booleans())
+    queries, database = random(nq, d, seed=seed, integers=integers), random(nb, d, seed=seed + 1, integers=integers)
+    database *= data.draw(st.sampled_from([0.0, 1e-20, 1.0, 1e6]))
+    offsets = lists(nb, nlist, seed)
+    probes = torch.randint(-1, nlist, (nq, nprobe), generator=torch.Generator().manual_seed(seed))
+    exclude = torch.randint(-1, nb + 3, (nq,), generator=torch.Generator().manual_seed(seed))
+    found = grouped_topk(queries, database, offsets, probes, k, exclude=exclude, metric=metric, backend="native")
+    check(found, brute_force(queries, database, offsets, probes, k, metric, exclude=exclude))
+
+
+@needs_native
+@pytest.mark.parametrize("metric", METRICS)
+def test_native_is_the_same_for_any_threads_and_shares(metric: Any) -> None:
+    x, offsets, probes = clustered(2000, 24, 9)
+    before = torch.get_num_threads()
+    whole = []
+    try:
+        for threads in (1, 2, 3):
+            torch.set_num_threads(threads)
+            whole.append(grouped_topk(x, x, offsets, probes[:, :4], 10, metric=metric, backend="native"))
+    finally:
+        torch.set_num_threads(before)
+    for start in range(0, 2000, 333):
+        part = slice(start, start + 333)
+        found = grouped_topk(x[part], x, offsets, probes[part, :4], 10, metric=metric, backend="native")
+        for D, I in whole:
+            assert torch.equal(found[0], D[part])
+            assert torch.equal(found[1], I[part])
+
+
+@needs_native
+@pytest.mark.parametrize("spread", [0.0, 1e-7, 1e-4])
+def test_vectors_closer_than_products_resolve(spread: float) -> None:
+    """Near copies: no float32 product parts them, the exact scores do."""
+    x = torch.nn.functional.normalize(random(1, 32) + spread * random(800, 32, seed=1), dim=1)
+    arguments = (x, x, lists(800, 4), torch.arange(4).expand(800, 4), 12)
+    found = grouped_topk(*arguments, exclude=torch.arange(800), backend="native")
+    expected = grouped_topk(*arguments, exclude=torch.arange(800), backend="reference")
+    assert torch.equal(found[1], expected[1])
+    assert torch.equal(found[0], expected[0])
+
+
 # ---- assign_clusters
+
+
+@needs_native
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "c", "d", "nprobe"), [(500, 400, 64, 50), (77, 33, 5, 33), (300, 1000, 8, 1)])
+def test_native_assignment(
+    instruction_set: str, metric: Any, n: int, c: int, d: int, nprobe: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    native = importlib.import_module("alure.kernels.neighbors.native")
+    monkeypatch.setattr(native, "INSTRUCTION_SET", instruction_set)
+    x, centroids = random(n, d), random(c, d, seed=1)
+    centroids[c // 2] = centroids[c // 3]
+    D, I = assign_clusters(x, centroids, nprobe, metric=metric, backend="native")
+    exact = scores_of(x[:, None], centroids[None], metric) * (1 if metric == "ip" else -1)
+    torch.testing.assert_close(D, exact.gather(1, I), rtol=1e-5, atol=1e-4)
+    best = exact.topk(nprobe, dim=1, largest=metric == "ip").values
+    torch.testing.assert_close(D, best, rtol=1e-5, atol=1e-4)
+    tied = D[:, 1:] == D[:, :-1]
+    assert (I[:, 1:] > I[:, :-1])[tied].all()
+    assert all(len(set(row)) == nprobe for row in I.tolist())
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

@@ -1,0 +1,43 @@
+"""The CPU, float32: hands tensors to the C++ of kernels/native, which groups the queries of a list into products.
+
+A product only nominates rows, with a margin for its rounding; what may be among the k best is scored exactly. So the
+result does not depend on threads, instruction set or batch. Extra memory: the database once more, and some 20 MB a
+thread.
+"""
+
+import torch
+from torch import Tensor
+
+from alure.kernels import _native
+from alure.kernels.neighbors.scores import Search
+
+INSTRUCTION_SET: str = _native.instruction_set()
+
+
+def search(task: Search) -> Tensor:
+    """The k best keys of every query, best first, [nq, k] int64 (MISSING where fewer were found)."""
+    keys = torch.empty((task.queries.shape[0], task.k), dtype=torch.int64)
+    sound = _native.search_neighbors(
+        task.queries.numpy(),
+        task.database.numpy(),
+        task.list_offsets.contiguous().numpy(),
+        task.probes.contiguous().numpy(),
+        task.rank.contiguous().numpy(),
+        task.exclude_row.contiguous().numpy(),
+        keys.numpy(),
+        task.metric,
+        INSTRUCTION_SET,
+        torch.get_num_threads(),
+    )
+    if not sound:
+        raise ValueError("list_offsets, probes, rank: expected offsets of the database, its lists, and ranks < 2³¹")
+    return keys
+
+
+def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tensor, Tensor]:
+    """(D, I) of the nprobe best centroids of every row; scores are one float32 matrix product."""
+    D = torch.empty((x.shape[0], nprobe), dtype=torch.float32)
+    I = torch.empty((x.shape[0], nprobe), dtype=torch.int64)
+    threads = torch.get_num_threads()
+    _native.assign_clusters(x.numpy(), centroids.numpy(), D.numpy(), I.numpy(), metric, INSTRUCTION_SET, threads)
+    return D, I
