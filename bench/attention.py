@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from alure.bench.histories import Histories
+from alure.bench.histories import HEADS, Histories
 from alure.bench.peers import Peer
 from alure.bench.peers.alure import alure
 from alure.bench.peers.flash import package, pytorch
@@ -98,6 +98,7 @@ def _contest(histories: Histories, case: str, entries: list[Entry], backward: bo
         "users": len(histories.lengths),
         "tokens": sum(histories.lengths),
         "longest": max(histories.lengths),
+        "heads": HEADS,
         "head_dim": histories.head_dim,
         "backward": backward,
     }

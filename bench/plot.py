@@ -25,7 +25,7 @@ PEERS_OF_BARS = 8
 def draw(rows: list[dict[str, Any]], path: Path) -> None:
     """Writes an SVG of the forward rows of the attention suite at head_dim 64, in the dtype with most cases."""
     rows = [r for r in rows if r["suite"] == "attention" and r.get("median_s") and not r["backward"]]
-    rows = [r for r in rows if r["head_dim"] == 64]
+    rows = [r for r in rows if r["head_dim"] == 64 and "no plan" not in r["implementation"]]
     if not rows:
         raise ValueError("plot: expected timed rows of the attention suite with head_dim 64, got none")
     dtypes = [row["dtype"] for row in rows]
@@ -34,20 +34,18 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     jagged = list(dict.fromkeys(row["shape"] for row in rows if not row["shape"].startswith("equal")))
     style: Any = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "alure"}
     with plt.rc_context(style | {"text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED}):
-        figure, axes = plt.subplots(
-            1,
-            1 + len(jagged),
-            figsize=(7 + 3.6 * len(jagged), 4.2),
-            width_ratios=[1.9, *[1] * len(jagged)],
-            squeeze=False,
-        )
-        _rates(axes[0, 0], rows)
-        for axis, shape in zip(axes[0, 1:], jagged):
-            _ratios(axis, [row for row in rows if row["shape"] == shape])
+        figure = plt.figure(figsize=(8.4, 7.6 if jagged else 4.2))
+        below = 0.5 if jagged else 0.0  # the bars' part of the height
+        _rates(figure.add_axes((0.045, below + 0.12 * (1 - below), 0.6, (1 - below) * 0.76)), rows)
+        for index, shape in enumerate(jagged):
+            place = (0.02 + index / len(jagged), 0.085, 0.92 / len(jagged), below - 0.175)
+            _ratios(figure.add_axes(place), [row for row in rows if row["shape"] == shape])
         first = rows[0]
         where = f"{first['device']}, {first['threads']} thread{'s' if first['threads'] > 1 else ''}"
-        figure.text(0.012, 0.012, f"Forward, 4 heads of 64, {dtype}. {where}. PyTorch {first['torch']}.", color=MUTED)
-        figure.tight_layout(rect=(0, 0.04, 1, 1), w_pad=2.5)
+        conditions = (
+            f"Forward, {first['heads']} heads of {first['head_dim']}, {dtype}. {where}. PyTorch {first['torch']}."
+        )
+        figure.text(0.02, 0.015, f"{conditions} Dashed: without a bias.", color=MUTED, fontsize=8)
         path.parent.mkdir(parents=True, exist_ok=True)
         figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
         plt.close(figure)
@@ -67,7 +65,7 @@ def _rates(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.set_xticks(lengths, [f"{n:,}" for n in lengths])
     axis.xaxis.set_minor_locator(NullLocator())
     axis.set_ylim(bottom=0)
-    axis.set_title(f"Sequences of equal length: {unit}", loc="left", color=INK)
+    axis.set_title(f"Sequences of equal length: {unit}", loc="left", color=INK, fontsize=9)
     axis.set_xlabel("events in a sequence", color=MUTED)
     _quiet(axis, "y")
     if not lengths:
@@ -101,7 +99,9 @@ def _ratios(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.set_ylim(len(rows) - 0.4, -0.8)
     axis.set_yticks([])
     users = f"{rows[0]['users']:,} users, the longest of {rows[0]['longest']:,} events"
-    axis.set_title(f"{rows[0]['shape'].capitalize()} lengths: time, ours = 1\n{users}", loc="left", color=INK)
+    axis.set_title(
+        f"{rows[0]['shape'].capitalize()} lengths: time, ours = 1\n{users}", loc="left", color=INK, fontsize=9
+    )
     _quiet(axis, "x")
 
 

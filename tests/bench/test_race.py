@@ -89,7 +89,15 @@ def test_peak_is_the_memory_held_at_once() -> None:
 def results_of(folder: Path, entries: list[dict[str, Any]], left_out: dict[str, str], case: str) -> Path:
     info = {"suite": "attention", "case": case, "dtype": "float32", "flops": 2e9, "moved": 1e9}
     info |= {"matrix_rate": 1e11, "copy_rate": 1e10, "results": entries, "left_out": left_out}
-    info["facts"] = {"shape": case, "longest": 64, "users": 2, "tokens": 128, "head_dim": 64, "backward": False}
+    info["facts"] = {
+        "shape": case,
+        "longest": 64,
+        "users": 2,
+        "tokens": 128,
+        "heads": 4,
+        "head_dim": 64,
+        "backward": False,
+    }
     path = folder / "results.json"
     path.write_text(json.dumps({"benchmarks": [{"extra_info": info}]}))
     return path
