@@ -1,7 +1,8 @@
 """A race: the implementations of one case, each checked before it is timed, then timed in turn, round after round.
 
 Shared machines drift, so one after the other would compare two different machines. A round times every implementation
-once; a slow one sits out rounds, evenly, so that it does not spend the time of the others.
+once; a slow one sits out rounds, evenly, so that it does not spend the time of the others. pytest-benchmark's record of
+a contest is of the rounds; the laps are in its extra_info.
 """
 
 from collections.abc import Callable, Sequence
