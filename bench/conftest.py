@@ -74,7 +74,7 @@ def clock(device: torch.device) -> Clock:
 
 
 @pytest.fixture(scope="session")
-def limits(device: torch.device) -> Callable[[torch.dtype], dict[str, float]]:
+def limits(device: torch.device, clock: Clock) -> Callable[[torch.dtype], dict[str, float]]:
     """Measured limits that shares are taken of: FLOP/s of a large matrix product of a dtype, bytes/s of a copy.
 
     Measured anew for every contest: the report takes the best of a run, for a shared machine may be busy at any one.
@@ -82,8 +82,8 @@ def limits(device: torch.device) -> Callable[[torch.dtype], dict[str, float]]:
     """
 
     def of(dtype: torch.dtype) -> dict[str, float]:
-        rates = [matrix_rate(device, product) for product in {dtype, torch.float32}]
-        return {"matrix_rate": max(rates), "copy_rate": copy_rate(device)}
+        rates = [matrix_rate(device, product, clock.seconds) for product in {dtype, torch.float32}]
+        return {"matrix_rate": max(rates), "copy_rate": copy_rate(clock)}
 
     return of
 
@@ -104,7 +104,7 @@ def race(
             suite=contest.suite,
             case=contest.case,
             dtype=str(contest.dtype).removeprefix("torch."),
-            facts=contest.facts,
+            facts=contest.facts | {"clock": clock.kind},
             flops=contest.flops,
             moved=contest.moved,
             **limits(contest.dtype),

@@ -41,7 +41,7 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
             place = (0.02 + index / len(jagged), 0.085, 0.92 / len(jagged), below - 0.175)
             _ratios(figure.add_axes(place), [row for row in rows if row["shape"] == shape])
         first = rows[0]
-        where = f"{first['device']}, {first['threads']} thread{'s' if first['threads'] > 1 else ''}"
+        where = f"{first['device']}, {first['threads']} thread{'s' if first['threads'] > 1 else ''}, {first['clock']}"
         conditions = (
             f"Forward, {first['heads']} heads of {first['head_dim']}, {dtype}. {where}. PyTorch {first['torch']}."
         )

@@ -1,6 +1,7 @@
 """`alure profile`: where a stage's time goes, as a trace for Perfetto and as a table."""
 
 import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -63,23 +64,25 @@ def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: i
     }
 
 
-def matrix_rate(device: torch.device, dtype: torch.dtype = torch.float32) -> float:
+def matrix_rate(
+    device: torch.device, dtype: torch.dtype = torch.float32, clock: Callable[[], float] = time.perf_counter
+) -> float:
     """FLOP/s of a large matrix product of `dtype` on this machine; of a small one where a large one takes seconds."""
     small, large = 256, 8192 if device.type == "cuda" else 2048
-    rate = _product_rate(device, dtype, small)
-    return rate if 2 * large**3 / rate > 2.0 else _product_rate(device, dtype, large)
+    rate = _product_rate(device, dtype, small, clock)
+    return rate if 2 * large**3 / rate > 2.0 else _product_rate(device, dtype, large, clock)
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, size: int) -> float:
+def _product_rate(device: torch.device, dtype: torch.dtype, size: int, clock: Callable[[], float]) -> float:
     """FLOP/s of a product of two size × size matrices, best of five."""
     a = torch.randn(size, size, device=device).to(dtype)
     best = float("inf")
     for _ in range(5):
         if device.type == "cuda":
             torch.cuda.synchronize()
-        started = time.perf_counter()
+        started = clock()
         a @ a
         if device.type == "cuda":
             torch.cuda.synchronize()
-        best = min(best, time.perf_counter() - started)
+        best = min(best, clock() - started)
     return 2 * size**3 / best
