@@ -95,6 +95,7 @@ def results_of(folder: Path, entries: list[dict[str, Any]], left_out: dict[str, 
         "users": 2,
         "tokens": 128,
         "heads": 4,
+        "clock": "wall clock",
         "head_dim": 64,
         "backward": False,
     }
