@@ -106,10 +106,10 @@ def render(rows: list[dict[str, Any]]) -> str:
         lines += [_line(row) for row in sorted((r for r in block if "median_s" in r), key=lambda r: r["median_s"])]
         lines += [f"   {row['implementation']:<38} – {row['left_out']}" for row in block if "left_out" in row]
     legend = (
-        "* ours. ×: time over our first line of the case, timed in turn in the same run; n: laps. On one thread of a\n"
-        "CPU all times are CPU time. Shares: of the rate of a large matrix product of the dtype (of float32 where that\n"
-        "is faster), and of a copy's bytes/s, measured here. MB: the most memory held during a call beyond its inputs,\n"
-        "its result included. What a peer prepares beforehand is in neither."
+        "* ours. ×: time over our first line of the case, timed in turn in the same run; n: laps. On one thread of\n"
+        "a CPU all times are CPU time. Shares: of the rate of a large matrix product of the dtype (of float32 where\n"
+        "that is faster), and of a copy's bytes/s, measured here. MB: the most memory held during a call beyond its\n"
+        "inputs, its result included. What a peer prepares beforehand is in neither."
     )
     return "\n".join([*lines, "", legend]) if rows else "no results"
 
