@@ -7,7 +7,7 @@ tuples (kernel, signature, constexprs[, options[, facts]]).
 
     signature   every argument that is not a constexpr → its type: "*bf16", "*i64", "i32", "fp32"; ":16" after it says
                 that the value (of a pointer: the address) is a multiple of 16, as the launcher sees for torch tensors
-    constexprs  argument → value; a string key only, as in the kernel's parameters
+    constexprs  every other argument → its value
     options     launch options: {"num_warps": 4, "num_stages": 2}
     facts       {"name": "forward bf16 64 time", "loops": {"uniform": 128 * 64}}
                 name    of the case in budget.json; without it the kernel's name and all constexprs

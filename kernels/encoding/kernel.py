@@ -66,7 +66,7 @@ def encode_events_kernel(
     b_out += tl.load(p_bias + i_d, mask=m_d, other=0.0).to(tl.float32)[None, :]
 
     # content: Σ_a table[ids[:, a]] @ id_weight[a]
-    for a in range(A):
+    for a in range(A):  # loop: attributes
         b_id = tl.load(p_ids + i_t * A + a, mask=m_t, other=-1)
         m_id = b_id >= 0
         for e in range(0, D_E, BLOCK_E):
@@ -77,7 +77,7 @@ def encode_events_kernel(
             b_w = tl.load(p_id_weight + o_w, mask=m_e[:, None] & m_d[None, :], other=0.0)
             b_out = tl.dot(b_x.to(DOT), b_w.to(DOT), b_out, input_precision="tf32x3")
     if p_dense is not None:
-        for k in range(0, D_DENSE, BLOCK_K):
+        for k in range(0, D_DENSE, BLOCK_K):  # loop: dense
             i_k = k + tl.arange(0, BLOCK_K)
             m_k = i_k < D_DENSE
             b_dense = tl.load(p_dense + i_t[:, None] * D_DENSE + i_k, mask=m_t[:, None] & m_k, other=0.0)
@@ -176,7 +176,11 @@ def _case(attributes: int, d_e: int, width: int, d_dense: int, dtype: torch.dtyp
         signature |= {"p_counts": "*i64:16", "p_utc_offsets": "*i64:16"}
     else:
         constexprs |= {"p_dense": None, "p_dense_weight": None, "p_counts": None, "p_utc_offsets": None}
-    return encode_events_kernel, signature, constexprs, options
+    facts = {
+        "name": f"forward {kind} {attributes}x{d_e} {d_dense} {width}",
+        "loops": dict.fromkeys(("attributes", "dense") if d_dense else ("attributes",), BLOCK_T * constexprs["BLOCK_D"]),
+    }
+    return encode_events_kernel, signature, constexprs, options, facts
 
 
 AHEAD_OF_TIME = [
