@@ -176,9 +176,10 @@ def _case(attributes: int, d_e: int, width: int, d_dense: int, dtype: torch.dtyp
         signature |= {"p_counts": "*i64:16", "p_utc_offsets": "*i64:16"}
     else:
         constexprs |= {"p_dense": None, "p_dense_weight": None, "p_counts": None, "p_utc_offsets": None}
+    loops = ("attributes", "dense") if d_dense else ("attributes",)
     facts = {
         "name": f"forward {kind} {attributes}x{d_e} {d_dense} {width}",
-        "loops": dict.fromkeys(("attributes", "dense") if d_dense else ("attributes",), BLOCK_T * constexprs["BLOCK_D"]),
+        "loops": dict.fromkeys(loops, BLOCK_T * constexprs["BLOCK_D"]),
     }
     return encode_events_kernel, signature, constexprs, options, facts
 
