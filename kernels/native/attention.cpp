@@ -22,6 +22,7 @@ constexpr std::int64_t kGroupWork = 1 << 19;
 
 const AttentionKernels& kernels_of(InstructionSet set) {
 #if defined(__x86_64__)
+    set = vectors_of(set);
     if (set == InstructionSet::kAvx512) return avx512::attention_kernels;
     if (set == InstructionSet::kAvx2) return avx2::attention_kernels;
 #endif
@@ -30,7 +31,12 @@ const AttentionKernels& kernels_of(InstructionSet set) {
 
 const ForwardKernel& forward_kernel_of(InstructionSet set, Element element) {
     const AttentionKernels& kernels = kernels_of(set);
-    return element == Element::kFloat32 ? kernels.forward_float32 : kernels.forward_bfloat16;
+    if (element == Element::kFloat32) return kernels.forward_float32;
+    if (set == InstructionSet::kEmulatedAmx) return emulated_amx::forward_bfloat16;
+#if defined(ALURE_HAS_AMX)
+    if (set == InstructionSet::kAmx) return amx::forward_bfloat16;
+#endif
+    return kernels.forward_bfloat16;
 }
 
 void check_offsets(const std::int64_t* offsets, std::int64_t num_sequences, std::int64_t total, const char* name) {
@@ -157,12 +163,28 @@ private:
     std::vector<double> sums_;
 };
 
-// Runs the parts of every unit: work(part, unit index, scratch).
-template <class Parts, class Work>
-void run_units(const std::vector<Unit>& units, std::size_t scratch_bytes, int num_threads, Parts parts, Work work) {
+// What a thread of the forward holds while it works.
+class ForwardThread {
+public:
+    ForwardThread(const ForwardKernel& kernel, std::size_t scratch_bytes) : scratch_(scratch_bytes), kernel_(kernel) {
+        kernel_.begin_thread();
+    }
+    ~ForwardThread() { kernel_.end_thread(); }
+    ForwardThread(const ForwardThread&) = delete;
+    ForwardThread& operator=(const ForwardThread&) = delete;
+    [[nodiscard]] void* get() const { return scratch_.get(); }
+
+private:
+    Scratch scratch_;
+    const ForwardKernel& kernel_;
+};
+
+// Runs the parts of every unit: work(part, unit index, scratch); begin() makes a thread's scratch.
+template <class Begin, class Parts, class Work>
+void run_units(const std::vector<Unit>& units, int num_threads, Begin begin, Parts parts, Work work) {
     parallel_for(
-        static_cast<std::int64_t>(units.size()), num_threads, [=] { return Scratch(scratch_bytes); },
-        [&](const Scratch& scratch, std::int64_t u) {
+        static_cast<std::int64_t>(units.size()), num_threads, begin,
+        [&](const auto& scratch, std::int64_t u) {
             const auto run = [&](const Part& part) { work(part, u, scratch.get()); };
             if (units[u].group_end == 0) return run(units[u].part);
             for (std::int64_t s = units[u].part.sequence; s < units[u].group_end; ++s) parts(s, run);
@@ -182,7 +204,9 @@ void attention_forward(const AttentionInputs& in, const ForwardOutputs& outputs,
     });
     const TableStorage storage(in);
     const ForwardTables tables = storage.tables();
-    run_units(units, kernel.scratch_bytes(in), num_threads, parts,
+    const std::size_t scratch_bytes = kernel.scratch_bytes(in);
+    const auto begin = [&] { return ForwardThread(kernel, scratch_bytes); };
+    run_units(units, num_threads, begin, parts,
               [&](const Part& part, std::int64_t, void* scratch) { kernel.run(in, tables, outputs, part, scratch); });
 }
 
@@ -206,7 +230,9 @@ void attention_backward(const AttentionInputs& in, const BackwardArguments& argu
         parts(s, [&](const Part& part) { out.push_back({part, 0, own}); });
     });
     BucketSums d_time(in, in.time, units.size()), d_position(in, in.position, units.size());
-    run_units(units, kernel.scratch_bytes(in), num_threads, parts,
+    const std::size_t scratch_bytes = kernel.scratch_bytes(in);
+    const auto begin = [=] { return Scratch(scratch_bytes); };
+    run_units(units, num_threads, begin, parts,
               [&](const Part& part, std::int64_t u, void* scratch) {
                   const Turn turn{wait_for_turn, pass_turn, units[u].counters};
                   const std::int64_t group = in.groups ? in.groups[part.sequence] : 0;

@@ -155,6 +155,7 @@ private:
             positions_.start_head(tables_->position + table * tables_->position_stride);
             for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile)
                 add_tile(sequence.mask, tile, head, tables_->time + table * tables_->time_stride, block, end - block);
+            products_.finish_values();
         }
     }
 
@@ -180,21 +181,29 @@ private:
         const std::int64_t begin = first * kStrip, end = smaller(last * kStrip, num_keys);
         const TileState s = state(tile, head);
         const Strip* strips = times_.strips(tile);
-        products_.multiply_keys(s.queries, begin, end);
-        const bool safe = safe_[tile * in_.heads + head];
-        if (!safe) {
-            for (std::int64_t i = first; i < last; ++i)
-                write_logits(mask, tile, table, strips[i], sights[i], block, i * kStrip, smaller((i + 1) * kStrip, end));
-            raise_maxima(s, begin, end);
-        }
-        for (std::int64_t i = first; i < last; ++i) {
-            const std::int64_t key = i * kStrip, key_end = smaller(key + kStrip, end);
-            if (safe && sights[i] == Sight::kWhole) {
-                weigh(s, tile, table, strips[i], block, key, key_end);
-                continue;
+        const auto end_of = [&](std::int64_t i) { return smaller((i + 1) * kStrip, end); };
+        if (safe_[tile * in_.heads + head]) {
+            constexpr std::int64_t kSliceStrips = Products::kSlice / kStrip;
+            products_.multiply_keys(s.queries, begin, smaller((first / kSliceStrips + 1) * Products::kSlice, end));
+            for (std::int64_t i = first; i < last; ++i) {
+                if (i == first || i % kSliceStrips == 0) {  // products go ahead, while the weights are computed
+                    const std::int64_t next = (i / kSliceStrips + 1) * Products::kSlice;
+                    if (next < end) products_.multiply_keys(s.queries, next, smaller(next + Products::kSlice, end));
+                    products_.continue_values();
+                }
+                if (sights[i] == Sight::kWhole) {
+                    weigh(s, tile, table, strips[i], block, i * kStrip, end_of(i));
+                } else {
+                    write_logits(mask, tile, table, strips[i], sights[i], block, i * kStrip, end_of(i));
+                    weigh_logits(s, i * kStrip, end_of(i));
+                }
             }
-            if (safe) write_logits(mask, tile, table, strips[i], sights[i], block, key, key_end);
-            weigh_logits(s, key, key_end);
+        } else {
+            products_.multiply_keys(s.queries, begin, end);
+            for (std::int64_t i = first; i < last; ++i)
+                write_logits(mask, tile, table, strips[i], sights[i], block, i * kStrip, end_of(i));
+            raise_maxima(s, begin, end);
+            for (std::int64_t i = first; i < last; ++i) weigh_logits(s, i * kStrip, end_of(i));
         }
         products_.multiply_values(begin, end, s.sums);
     }

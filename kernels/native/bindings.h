@@ -42,6 +42,7 @@ auto or_null(OptionalArray& array) {
 inline InstructionSet chosen(const std::string& name) {
     for (const InstructionSet set : instruction_sets())
         if (name == name_of(set)) return set;
+    if (name == name_of(InstructionSet::kEmulatedAmx)) return InstructionSet::kEmulatedAmx;
     throw std::invalid_argument("instruction_set: this machine does not run '" + name + "'");
 }
 

@@ -19,6 +19,7 @@ constexpr std::int64_t kMostPartialFloats = std::int64_t{1} << 24;
 
 const EncodingKernels& kernels_of(InstructionSet set) {
 #if defined(__x86_64__)
+    set = vectors_of(set);
     if (set == InstructionSet::kAvx512) return avx512::encoding_kernels;
     if (set == InstructionSet::kAvx2) return avx2::encoding_kernels;
 #endif

@@ -5,10 +5,14 @@
 
 namespace alure {
 
-enum class InstructionSet { kPortable, kAvx2, kAvx512 };
+// kAmx adds bfloat16 tiles to kAvx512. kEmulatedAmx runs the same kernels on any machine, slowly, for tests.
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx, kEmulatedAmx };
 
-// Those that this CPU and operating system support, best first; never empty.
+// Those that this CPU and operating system support, best first; never empty, and never the emulation.
 std::vector<InstructionSet> instruction_sets();
+
+// The set of the vector kernels that go with `set`.
+InstructionSet vectors_of(InstructionSet set);
 
 const char* name_of(InstructionSet set);
 

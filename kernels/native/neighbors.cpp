@@ -29,6 +29,7 @@ constexpr std::int64_t kAssignFloats = 1 << 15;        // scores of a block of r
 
 const NeighborKernels& kernels_of(InstructionSet set) {
 #if defined(__x86_64__)
+    set = vectors_of(set);
     if (set == InstructionSet::kAvx512) return avx512::neighbor_kernels;
     if (set == InstructionSet::kAvx2) return avx2::neighbor_kernels;
 #endif

@@ -61,7 +61,8 @@ public:
     using Source = T;
     static constexpr std::int64_t kTiles = 8;   // of a part: a packed block of keys serves this many
     static constexpr std::int64_t kBlock = 96;  // keys: with D = 64, what a tile needs of it is 60 KiB
-    static constexpr int kDegree = 5;           // of the polynomial for weights
+    static constexpr std::int64_t kSlice = kBlock;
+    static constexpr int kDegree = 5;  // of the polynomial for weights
 
     VectorProducts(const AttentionInputs& in, Arena& arena)
         : in_(in),
@@ -115,6 +116,9 @@ public:
         multiply_tile<By::kColumn, true>(in_.head_dim, values_ + begin * in_.head_dim, in_.head_dim,
                                          scores_ + begin * kWidth, end - begin, sums);
     }
+
+    void continue_values() {}
+    void finish_values() {}
 
     static void begin_thread() {}
     static void end_thread() {}

@@ -17,6 +17,7 @@ from alure.kernels.attention import native, reference
 from alure.kernels.attention.arguments import Batch, Bias
 
 INSTRUCTION_SETS = _native.instruction_sets()
+EMULATED = "emulated amx"  # the kernel of the tiles on any machine; its vectors are the portable ones
 OPTIONS = {
     "bidirectional": {},
     "causal": {"causal": True},
@@ -27,6 +28,12 @@ OPTIONS = {
 
 @pytest.fixture(params=INSTRUCTION_SETS)
 def instruction_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.setattr(native, "INSTRUCTION_SET", request.param)
+    return request.param
+
+
+@pytest.fixture(params=[*INSTRUCTION_SETS, EMULATED])
+def bfloat16_set(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     monkeypatch.setattr(native, "INSTRUCTION_SET", request.param)
     return request.param
 
@@ -91,6 +98,92 @@ def test_any_batch(lengths, head_dim, num_heads, window, causal, seed, span) -> 
     assert_exact(replace(problem, causal=causal, window_size=window))
 
 
+def assert_exact_in_bfloat16(problem: Problem) -> None:
+    """The products are exact and summed in float32; weights and the output are rounded to bfloat16, each by 2^-9."""
+    problem = problem.to(torch.bfloat16)
+    exact, got = problem.to(torch.float64).run("reference"), problem.run("native")
+    assert got.dtype == torch.bfloat16
+    assert (got.double() - exact).abs().max() <= 2**-7 * problem.v.abs().max()
+
+
+@pytest.mark.parametrize("head_dim", [1, 3, 16, 48, 64, 80, 128, 256])
+def test_bfloat16(head_dim: int, bfloat16_set: str, poisoned: None) -> None:
+    lengths = [0, 1, 15, 16, 17, 33, 130]
+    problem = random_problem(lengths, num_heads=2, num_kv_heads=1, head_dim=head_dim, num_groups=2).to(torch.bfloat16)
+    assert_exact_in_bfloat16(problem)
+    exact, plain = problem.to(torch.float64).run("reference"), problem.dense(torch.bfloat16).double()
+    error, usual_error = ((x.double() - exact).abs().max() for x in (problem.run("native"), plain))
+    assert error <= 3 * usual_error
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "targets"])
+def test_bfloat16_masks_and_cross_attention(option: str, bfloat16_set: str, poisoned: None) -> None:
+    problem = random_problem([0, 3, 200, 1, 50, 7], [9, 0, 130, 300, 64, 2], head_dim=24)
+    targets = {"num_targets": torch.tensor([2, 0, 40, 1, 20, 1]), "num_contexts": torch.tensor([3, 0, 5, 17, 0, 0])}
+    assert_exact_in_bfloat16(replace(problem, **(targets if option == "targets" else OPTIONS[option])))
+
+
+def test_a_part_of_many_tiles_of_bfloat16(bfloat16_set: str) -> None:
+    """More queries than a part has, and more keys than a block."""
+    assert_exact_in_bfloat16(random_problem([700, 40], num_heads=1, head_dim=40))
+
+
+def forward_only(problem: Problem, dtype: torch.dtype) -> Tensor:
+    with torch.no_grad():
+        return problem.to(dtype).run("native")
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_logits_that_no_bound_holds(dtype: torch.dtype, bfloat16_set: str) -> None:
+    """Logits of ±1e4 in some rows, beside rows of small ones, masked and not; a scale of 0, and one below."""
+    problem = random_problem([150, 90, 33], head_dim=16).to(dtype)
+    q = problem.q.detach().clone()
+    q[::3] *= 2000
+    for options in OPTIONS.values():
+        large = replace(problem, q=q, **options)
+        exact = large.to(torch.float64).run("reference").detach()
+        error = (forward_only(large, dtype).double() - exact).abs().max()
+        # a logit of 1e4 in float32 is wrong by 1e-3
+        assert error <= (2e-2 if dtype == torch.float32 else 2**-7 * 4)
+    values, offsets = problem.v.detach(), problem.q_offsets
+    for scale in (0.0, -0.3, 1e-35):
+        arguments = {"q_offsets": offsets, "softmax_scale": scale}
+        want = jagged_attention(*(3 * [values.double()]), **arguments, backend="reference")
+        got = jagged_attention(*(3 * [values]), **arguments, backend="native")
+        torch.testing.assert_close(got.double(), want, rtol=0, atol=1e-5 if dtype == torch.float32 else 2**-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_any_strides_give_the_same_bits(dtype: torch.dtype, bfloat16_set: str) -> None:
+    problem = random_problem([70, 5, 33], num_heads=3, head_dim=20).to(dtype)
+    packed = torch.stack([problem.q, problem.k, problem.v], 1).detach()  # [T, 3, H, D]
+    heads_first = problem.k.detach().transpose(0, 1).contiguous().transpose(0, 1)
+    backwards = problem.v.detach().flip(-1).contiguous().flip(-1)
+    spread = torch.stack([problem.v.detach()] * 2, -1)[..., 0]  # channels that are not neighbours
+    want = forward_only(problem, dtype)
+    for q, k, v in (
+        (packed[:, 0], packed[:, 1], packed[:, 2]),
+        (problem.q, heads_first, backwards),
+        (problem.q, problem.k, spread),
+    ):
+        with torch.no_grad():
+            assert torch.equal(replace(problem, q=q, k=k, v=v).run("native"), want)
+
+
+def test_bfloat16_is_the_same_in_any_batch_and_with_any_threads(bfloat16_set: str) -> None:
+    problem = random_problem([5, 200, 1, 17, 530, 0, 64], head_dim=16, num_heads=1).to(torch.bfloat16)
+    whole, rows = forward_only(problem, torch.bfloat16), problem.q_offsets.tolist()
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        assert torch.equal(forward_only(problem, torch.bfloat16), whole)
+    finally:
+        torch.set_num_threads(before)
+    for order in ([6, 5, 4, 3, 2, 1, 0], [4], [1, 3, 1]):
+        expected = torch.cat([whole[rows[s] : rows[s + 1]] for s in order])
+        assert torch.equal(forward_only(pick(problem, order), torch.bfloat16), expected)
+
+
 def bias_of_bursts() -> list[Tensor]:
     generator = torch.Generator().manual_seed(4)
     sessions = torch.randint(0, 20, (400,), generator=generator)
@@ -103,12 +196,22 @@ def bias_of_bursts() -> list[Tensor]:
     ]
 
 
+THRESHOLDS = {
+    "half octaves": time_thresholds(),
+    "none": torch.zeros(0, dtype=torch.int64),
+    "one": torch.tensor([0]),
+    "64": time_thresholds(1, 2**30)[-64:],
+    "300 in line": torch.arange(-150, 150) * 86_400,
+    "beyond int32": torch.tensor([-(2**62), -(2**33), -(2**31), -5, 2**24 + 1, 2**31 - 1, 2**31, 2**62]),
+}
+
+
 @pytest.mark.parametrize("case", range(5))
-def test_buckets_are_exact_for_any_times(case: int, instruction_set: str) -> None:
+@pytest.mark.parametrize("thresholds", THRESHOLDS.values(), ids=THRESHOLDS.keys())
+def test_buckets_are_exact_for_any_times(case: int, thresholds: Tensor, instruction_set: str) -> None:
     """v picks single keys and the table is the only logit, so a wrong bucket anywhere changes an output visibly."""
     times = bias_of_bursts()[case]
-    thresholds = time_thresholds()
-    table = torch.linspace(-6, 6, thresholds.numel() + 1)[None]
+    table = torch.linspace(-6, 6, thresholds.numel() + 1).roll(1)[None]  # neighbours differ
     n = times.numel()
     values = torch.eye(n)[:, None]
     nothing = torch.zeros(n, 1, n)
@@ -163,6 +266,20 @@ def test_a_user_is_the_same_in_any_batch(instruction_set: str) -> None:
         expected = [torch.cat([x[part] for part in parts]) for x in whole]
         got = gradients(pick(problem, order), torch.cat([grad[part] for part in parts]))
         assert all(torch.equal(a, b) for a, b in zip(got, expected))
+
+
+@pytest.mark.parametrize("poison", [3.0, float("nan"), float("inf")])
+def test_nothing_leaks_in_bfloat16(poison: float, bfloat16_set: str) -> None:
+    problem = random_problem([40, 300, 7, 130], head_dim=12).to(torch.bfloat16)
+    begin, end = problem.q_offsets[1:3].tolist()
+    changed = replace(problem, **{name: getattr(problem, name).detach().clone() for name in ("q", "k", "v")})
+    for x in (changed.q, changed.k, changed.v):
+        x[begin:end] = poison
+    before, after = forward_only(problem, torch.bfloat16), forward_only(changed, torch.bfloat16)
+    assert torch.equal(before[:begin], after[:begin])
+    assert torch.equal(before[end:], after[end:])
+    assert not torch.equal(before[begin:end], after[begin:end])
+    assert after[begin:end].isfinite().all() == (poison == 3.0)
 
 
 @pytest.mark.parametrize("poison", [3.0, float("nan"), float("inf")])

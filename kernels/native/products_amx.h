@@ -1,0 +1,234 @@
+// The two products of attention in bfloat16 tiles: Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ, both of 32 rows × 32 queries at a time in
+// four tiles of sums. Cyclic channels are float32: x = high + low, and of the four products of two such sums the three
+// largest become channels.
+//
+// A tile of sums takes 16 cycles a product while the vectors compute weights, so the products of the next keys, and
+// those with the values of the tile before, are handed out ahead of the weights that do not wait for them.
+#pragma once
+
+#include "amx_tiles.h"
+#include "attention_kernels.h"
+#include "scratch.h"
+#include "time_buckets.h"
+
+namespace alure {
+namespace {
+
+static_assert(kLanes == 16 && kWidth == 32);
+
+class AmxProducts {
+public:
+    using Source = Bfloat16;
+    static constexpr std::int64_t kTiles = 16;   // of a part: a block of transposed values serves 512 queries
+    static constexpr std::int64_t kBlock = 128;  // keys whose products are summed in tiles
+    static constexpr std::int64_t kSlice = 32;   // keys
+    static constexpr int kDegree = 3;            // of the polynomial for weights
+
+    AmxProducts(const AttentionInputs& in, Arena& arena)
+        : in_(in),
+          depth_(round_up(in.head_dim + 3 * in.num_cyclic, 32)),
+          value_channels_(round_up(in.head_dim, 32)),
+          has_scale_(in.scale > 1e-30f || in.scale < -1e-30f),
+          rows_(arena.array<Bfloat16>(16 * depth_)),
+          keys_(arena.array<Bfloat16>(kBlock * depth_)),
+          values_(arena.array<Bfloat16>(kBlock * value_channels_)),
+          scores_(arena.array<float>(kBlock * kWidth)),
+          weights_{arena.array<std::int32_t>(kBlock / 2 * kWidth), arena.array<std::int32_t>(kBlock / 2 * kWidth)} {}
+
+    [[nodiscard]] std::int64_t query_floats() const { return depth_ / 2 * kWidth; }
+    [[nodiscard]] std::int64_t sum_floats() const { return value_channels_ * kWidth; }
+    [[nodiscard]] float factor() const { return has_scale_ ? in_.scale * kLog2E : kLog2E; }
+
+    // [2 groups of 16 queries, pairs of channels, 16 queries, 2]
+    void pack_queries(std::int64_t row, std::int64_t rows, std::int64_t head, float* packed) const {
+        const auto* x = static_cast<const Bfloat16*>(in_.q.data) + row * in_.q.row_stride + head * in_.q.head_stride;
+        const float* cyclic = in_.q_cyclic + (row * in_.heads + head) * in_.num_cyclic;
+        for (std::int64_t first = 0; first < kWidth; first += 16, packed += depth_ / 2 * 16) {
+            fill_zeros(rows_, 16 * depth_);
+            for (std::int64_t i = 0; i < 16 && first + i < rows; ++i) {
+                Bfloat16* to = rows_ + i * depth_;
+                if (has_scale_)
+                    __builtin_memcpy(to, x + (first + i) * in_.q.row_stride, in_.head_dim * sizeof(Bfloat16));
+                for (std::int64_t c = 0; c < in_.num_cyclic; ++c) {
+                    const float channel = cyclic[(first + i) * in_.heads * in_.num_cyclic + c];
+                    const Split split(has_scale_ ? channel / in_.scale : channel);
+                    put_channels(to + in_.head_dim + 3 * c, split.high, split.high, split.low);
+                }
+            }
+            for (std::int64_t pair = 0; pair < depth_ / 2; pair += 16) {
+                Floats square[16];
+                for (int i = 0; i < 16; ++i) square[i] = load(reinterpret_cast<const float*>(rows_ + i * depth_) + pair);
+                transpose(square);
+                for (int i = 0; i < 16; ++i) store(packed + (pair + i) * 16, square[i]);
+            }
+        }
+    }
+
+    // Keys [kBlock, depth], and values transposed, [channels, kBlock]; zeros up to a whole slice.
+    void pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) {
+        const auto* k = static_cast<const Bfloat16*>(in_.k.data) + row * in_.k.row_stride + head * in_.k.head_stride;
+        const std::int64_t padded = round_up(rows, kSlice), tail = depth_ - in_.head_dim;
+        for (std::int64_t r = 0; r < rows; ++r) {
+            Bfloat16* to = keys_ + r * depth_;
+            __builtin_memcpy(to, k + r * in_.k.row_stride, in_.head_dim * sizeof(Bfloat16));
+            if (tail > 0) fill_zeros(to + in_.head_dim, tail);
+            for (std::int64_t c = 0; c < in_.num_cyclic; ++c) {
+                const Split split(in_.k_cyclic[(row + r) * in_.num_cyclic + c]);
+                put_channels(to + in_.head_dim + 3 * c, split.high, split.low, split.high);
+            }
+        }
+        fill_zeros(keys_ + rows * depth_, (padded - rows) * depth_);
+        for (std::int64_t first = 0; first < padded; first += 32)
+            for (std::int64_t channel = 0; channel < value_channels_; channel += 16)
+                transpose_values(row + first, smaller<std::int64_t>(32, rows - first), head, channel,
+                                 values_ + channel * kBlock + first);
+    }
+
+    // Scores of the slices of keys [begin, end), [keys, kWidth].
+    void multiply_keys(const float* queries, std::int64_t begin, std::int64_t end) const {
+        const std::int64_t key_stride = depth_ * 2;
+        for (std::int64_t key = begin / kSlice * kSlice; key < end; key += kSlice) {
+            zero_tile<0>();
+            zero_tile<1>();
+            zero_tile<2>();
+            zero_tile<3>();
+            for (std::int64_t pair = 0; pair < depth_ / 2; pair += 16) {
+                load_tile<4>(keys_ + key * depth_ + 2 * pair, key_stride);
+                load_tile<6>(queries + pair * 16, 64);
+                multiply_tiles<0, 4, 6>();
+                load_tile<7>(queries + (depth_ / 2 + pair) * 16, 64);
+                multiply_tiles<1, 4, 7>();
+                load_tile<5>(keys_ + (key + 16) * depth_ + 2 * pair, key_stride);
+                multiply_tiles<2, 5, 6>();
+                multiply_tiles<3, 5, 7>();
+            }
+            float* scores = scores_ + key * kWidth;
+            store_tile<0>(scores, kWidth * 4);
+            store_tile<1>(scores + 16, kWidth * 4);
+            store_tile<2>(scores + 16 * kWidth, kWidth * 4);
+            store_tile<3>(scores + 16 * kWidth + 16, kWidth * 4);
+        }
+    }
+    [[nodiscard]] float* scores(std::int64_t key) const { return scores_ + key * kWidth; }
+
+    // Weights [pairs of keys, kWidth queries, 2], rounded to the nearest.
+    void store_weights(std::int64_t key, int v, Floats weight, Floats next) const {
+        const Ints high = (reinterpret_cast<Ints>(next) + 0x8000) & std::int32_t(0xffff0000);
+        const Ints low = (reinterpret_cast<Ints>(weight) + 0x8000) >> 16 & 0xffff;
+        store(reinterpret_cast<float*>(weights_[current_] + key / 2 * kWidth + v * kLanes),
+              reinterpret_cast<Floats>(high | low));
+    }
+    void store_weight(std::int64_t key, int v, Floats weight) const { store_weights(key, v, weight, Floats{}); }
+
+    // sums [value_channels, kWidth] += values · weights of keys [begin, end), once continue_values has been called often
+    // enough, or finish_values. The next weights go elsewhere.
+    void multiply_values(std::int64_t begin, std::int64_t end, float* sums) {
+        finish_values();
+        const std::int64_t first = begin / kSlice * kSlice, last = round_up(end, kSlice);
+        std::int32_t* weights = weights_[current_];
+        fill_zeros(weights + first / 2 * kWidth, (begin - first) / 2 * kWidth);
+        fill_zeros(weights + (end + 1) / 2 * kWidth, (last - end) / 2 * kWidth);
+        pending_ = {weights, sums, first, last, 0};
+        current_ = 1 - current_;
+    }
+
+    void continue_values() {
+        const std::int64_t slices = (pending_.end - pending_.begin) / kSlice;
+        if (slices == 0) return;
+        const std::int64_t share = (value_channels_ + 32 * slices - 1) / (32 * slices) * 32;
+        const std::int64_t end = smaller(pending_.channel + share, value_channels_);
+        for (; pending_.channel < end; pending_.channel += 32) add_values(pending_.channel);
+    }
+
+    void finish_values() {
+        if (pending_.begin == pending_.end) return;
+        for (; pending_.channel < value_channels_; pending_.channel += 32) add_values(pending_.channel);
+        pending_ = {};
+    }
+
+    static void begin_thread() { begin_tiles(); }
+    static void end_thread() { end_tiles(); }
+
+private:
+    struct Split {
+        explicit Split(float x) {
+            store(&high, x);
+            store(&low, x - to_float(high));
+        }
+        Bfloat16 high, low;
+    };
+
+    // A product with the values that is not finished: channels from `channel` on are to do.
+    struct Pending {
+        const std::int32_t* weights;
+        float* sums;
+        std::int64_t begin, end, channel;
+    };
+
+    template <class T>
+    static void fill_zeros(T* p, std::int64_t count) {
+        __builtin_memset(p, 0, count * sizeof(T));
+    }
+
+    static void put_channels(Bfloat16* to, Bfloat16 a, Bfloat16 b, Bfloat16 c) {
+        to[0] = a;
+        to[1] = b;
+        to[2] = c;
+    }
+
+    // Channels [channel, channel + 16) of 32 values from row `row`, of which the first `rows` are there.
+    void transpose_values(std::int64_t row, std::int64_t rows, std::int64_t head, std::int64_t channel,
+                          Bfloat16* to) const {
+        const std::int64_t channels = smaller<std::int64_t>(16, in_.head_dim - channel);
+        const auto* v = static_cast<const Bfloat16*>(in_.v.data) + head * in_.v.head_stride + channel;
+        const auto row_of = [&](std::int64_t i) {
+            std::uint16_t lanes[16] = {};
+            if (i >= rows || channels <= 0) return Ints{};
+            const Bfloat16* x = v + (row + i) * in_.v.row_stride;
+            if (channels == 16) return load_indices(reinterpret_cast<const std::uint16_t*>(x));
+            __builtin_memcpy(lanes, x, channels * sizeof(Bfloat16));
+            return load_indices(lanes);
+        };
+        Floats square[16];
+        for (int i = 0; i < 16; ++i) square[i] = reinterpret_cast<Floats>(row_of(2 * i) | row_of(2 * i + 1) << 16);
+        transpose(square);
+        for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(to + i * kBlock), square[i]);
+    }
+
+    void add_values(std::int64_t channel) const {
+        constexpr std::int64_t kStride = kWidth * 4;
+        float* sums = pending_.sums + channel * kWidth;
+        load_tile<0>(sums, kStride);
+        load_tile<1>(sums + 16, kStride);
+        load_tile<2>(sums + 16 * kWidth, kStride);
+        load_tile<3>(sums + 16 * kWidth + 16, kStride);
+        for (std::int64_t key = pending_.begin; key < pending_.end; key += kSlice) {
+            load_tile<4>(values_ + channel * kBlock + key, kBlock * 2);
+            load_tile<6>(pending_.weights + key / 2 * kWidth, kStride);
+            multiply_tiles<0, 4, 6>();
+            load_tile<7>(pending_.weights + key / 2 * kWidth + 16, kStride);
+            multiply_tiles<1, 4, 7>();
+            load_tile<5>(values_ + (channel + 16) * kBlock + key, kBlock * 2);
+            multiply_tiles<2, 5, 6>();
+            multiply_tiles<3, 5, 7>();
+        }
+        store_tile<0>(sums, kStride);
+        store_tile<1>(sums + 16, kStride);
+        store_tile<2>(sums + 16 * kWidth, kStride);
+        store_tile<3>(sums + 16 * kWidth + 16, kStride);
+    }
+
+    const AttentionInputs& in_;
+    std::int64_t depth_, value_channels_;
+    bool has_scale_;  // of about 0, nothing is to be divided by: then queries are zeros
+    Bfloat16* rows_;  // [16, depth]
+    Bfloat16* keys_;
+    Bfloat16* values_;
+    float* scores_;
+    std::int32_t* weights_[2];  // of this tile, and of the tile before
+    int current_ = 0;
+    Pending pending_{};
+};
+
+}  // namespace
+}  // namespace alure
