@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 from alure.bench.clock import Clock
+from alure.bench.conftest import Schedule
 from alure.bench.plot import draw
 from alure.bench.race import Contest, Entry, LeftOut, Race, difference, forward_entry
 from alure.bench.report import append_lines, read_rows, render, results_path
@@ -154,3 +156,18 @@ def test_a_forward_entry_checks_what_it_times() -> None:
     one = forward_entry("alure", lambda: torch.ones(3), torch.zeros(3), torch.float32)
     run, check = one.prepare()
     assert "off the reference" in check(run())
+
+
+def test_minutes_are_shared_and_late_contests_skipped(monkeypatch: pytest.MonkeyPatch) -> None:
+    now = 0.0
+    monkeypatch.setattr("alure.bench.conftest.time.monotonic", lambda: now)
+    options: Any = SimpleNamespace(getoption=lambda name: {"--minutes": 1.0, "--quick": False}[name])
+    items: list[Any] = [SimpleNamespace(path=suite) for suite in ("a", "a", "a", "b")]
+    schedule = Schedule(options, items)
+    assert schedule.seconds(items[0]) == pytest.approx(45 / 3 / 2)
+    now = 44.0  # suite a ends at 45 s of 60
+    assert schedule.seconds(items[2]) == pytest.approx(0.5)
+    now = 46.0
+    with pytest.raises(pytest.skip.Exception, match="no time left"):
+        schedule.seconds(items[2])
+    assert schedule.seconds(items[3]) == pytest.approx(7.0)
