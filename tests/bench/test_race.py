@@ -162,7 +162,7 @@ def test_minutes_are_shared_and_late_contests_skipped(monkeypatch: pytest.Monkey
     now = 0.0
     monkeypatch.setattr("alure.bench.conftest.time.monotonic", lambda: now)
     options: Any = SimpleNamespace(getoption=lambda name: {"--minutes": 1.0, "--quick": False}[name])
-    items: list[Any] = [SimpleNamespace(path=suite) for suite in ("a", "a", "a", "b")]
+    items: list[Any] = [SimpleNamespace(path=name[0], name=name) for name in ("a1", "a2", "a3", "b1")]
     schedule = Schedule(options, items)
     assert schedule.seconds(items[0]) == pytest.approx(45 / 3 / 2)
     now = 44.0  # suite a ends at 45 s of 60
