@@ -13,7 +13,13 @@ from alure.kernels.attention import (
     time_thresholds,
 )
 from alure.kernels.candidates import Candidates, Engagements, NeighborLists, join_candidates
-from alure.kernels.compression import DotLinearCompression, InteractionCompression, InteractionLayer, compress
+from alure.kernels.compression import (
+    DotLinearCompression,
+    InteractionCompression,
+    InteractionLayer,
+    compress,
+    compress_int8,
+)
 from alure.kernels.encoding import EventEncoder, encode_events
 from alure.kernels.neighbors import assign_clusters, grouped_topk, train_kmeans
 from alure.kernels.quantization import ResidualCodebooks, residual_quantize, train_residual_codebooks

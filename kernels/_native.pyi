@@ -6,6 +6,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _Float32: TypeAlias = NDArray[np.float32]
+_Int8: TypeAlias = NDArray[np.int8]
 _Int32: TypeAlias = NDArray[np.int32]
 _Int64: TypeAlias = NDArray[np.int64]
 _Uint8: TypeAlias = NDArray[np.uint8]
@@ -133,4 +134,27 @@ def assign_clusters(
     metric: str,
     instruction_set: str,
     num_threads: int,
+) -> None: ...
+
+class DotLinear:
+    """x, float32 or the bits of bfloat16, and the parameters of one dot-linear compression."""
+
+    def __init__(
+        self,
+        x: _Float32 | None,
+        x_bfloat16: _Uint16 | None,
+        linear: _Float32,
+        mix: _Float32,
+        hidden_weight: _Float32,
+        hidden_bias: _Float32,
+        output_weight: _Float32,
+        output_bias: _Float32,
+        gate: _Float32,
+    ) -> None: ...
+
+def compress_dot_linear(
+    given: DotLinear, embeddings: _Float32, hidden: _Float32, instruction_set: str, num_threads: int
+) -> None: ...
+def compress_dot_linear_int8(
+    given: DotLinear, codes: _Int8, scales: _Float32, instruction_set: str, num_threads: int
 ) -> None: ...

@@ -1,10 +1,21 @@
-"""`compress`: the n pooled vectors of a user become k unit embeddings."""
+"""`compress` and `compress_int8`: the n pooled vectors of a user become k unit embeddings.
 
+The functions every backend module (reference, kernel, native) implements; `c` is a DotLinearCompression:
+
+    dot_linear(x, c)      -> embeddings [B, k, d] in x's dtype, hidden [B, h] before its activation, float32
+    dot_linear_int8(x, c) -> codes int8 [B, k, d], scales float32 [B, k]
+    normalize(v)          -> L2(RMSNorm(v)) in v's dtype        (reference and kernel: the end of the interaction form)
+    normalize_int8(v)     -> the same as codes and scales
+
+The backward is the reference's for all of them.
+"""
+
+import importlib
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn import functional as F
 
 from alure.kernels.backend import resolve_backend
 from alure.kernels.compression import reference
@@ -17,7 +28,10 @@ from alure.kernels.compression.parameters import (
 )
 from alure.kernels.operators import operator
 
-BACKENDS = ("triton", "reference")
+BACKENDS = ("triton", "native", "reference")
+NATIVE_FLOATS = (torch.float32, torch.bfloat16)
+TRITON_MAX_ROW = 1024  # bytes of a row of X: tiles of rows stay in shared memory
+TRITON_MAX_SUMMARY = 32768  # bytes of XᵀW [d, r + k], which stays in registers
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
@@ -34,7 +48,8 @@ def compress(x: Tensor, compression: DotLinearCompression | InteractionCompressi
     Args:
         x: [B, n, d].
         compression: the parameters, in x's dtype and on its device; they decide the form.
-        backend: "auto", "triton" or "reference"; what is not a kernel of its own (MLP, projections) is torch.matmul.
+        backend: "auto", "triton", "native" (float32 and bfloat16 with float32 sums) or "reference". In the interaction
+            form it is that of the attention; its projections, and the MLP of "triton", are torch.matmul.
 
     Returns:
         [B, k, d] in x's dtype, differentiable in x and in every parameter; the backward is deterministic.
@@ -42,120 +57,193 @@ def compress(x: Tensor, compression: DotLinearCompression | InteractionCompressi
     Raises:
         TypeError, ValueError: naming the tensor, what was expected, and what came.
     """
+    chosen = _check(x, compression, backend)
+    if isinstance(compression, InteractionCompression):
+        return _normalize(compress_interaction(x, compression, backend), chosen)
+    embeddings, _ = _dot_linear(x, *compression.tensors(), chosen)
+    return embeddings
+
+
+@torch.no_grad()
+def compress_int8(
+    x: Tensor, compression: DotLinearCompression | InteractionCompression, *, backend: str = "auto"
+) -> tuple[Tensor, Tensor]:
+    """`compress` for inference, embeddings e as bytes: e ≈ scale · code, at most scale / 2 off in each value.
+
+    Arguments and errors as `compress`; nothing here is differentiable. The largest value of an embedding has the code
+    127 or −127; codes are rounded half to even.
+
+    Returns:
+        codes int8 [B, k, d] and scales float32 [B, k]. A zero embedding has scale 0; one with a value that is not
+        finite has codes 0 and a scale of NaN.
+    """
+    chosen = _check(x, compression, backend)
+    if isinstance(compression, InteractionCompression):
+        codes, scales = _normalize_int8(compress_interaction(x, compression, backend), chosen)
+    else:
+        codes, scales = _dot_linear_int8(x, *compression.tensors(), chosen)
+    return codes, scales
+
+
+def _check(x: Tensor, compression: DotLinearCompression | InteractionCompression, backend: str) -> str:
+    """The backend of the operators here; raises where x and the parameters do not fit together."""
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() != 3:
         raise ValueError(f"x: expected shape [batch, n, d], got {list(x.shape)}")
     if isinstance(compression, InteractionCompression):
         check_interaction(x, compression)
-        ours = _resolve(backend, x, x.shape[2], 0)
-        return _normalize(compress_interaction(x, compression, backend), ours)
+        chosen = _resolve(backend, x, 0)
+        return "reference" if chosen == "native" else chosen  # normalising alone has no native kernel
     check_dot_linear(x, compression)
-    rows_of_w = compression.linear.shape[0] + compression.mix.shape[1]
-    return _compress_dot_linear(x, compression, _resolve(backend, x, x.shape[2], rows_of_w))
+    return _resolve(backend, x, compression.linear.shape[0] + compression.mix.shape[1])
 
 
-def _resolve(backend: str, x: Tensor, d: int, rows_of_w: int) -> str:
-    """The backend of the two kernels here. "auto" takes the reference where the kernels have no such shape or dtype."""
+def _resolve(backend: str, x: Tensor, weights: int) -> str:
+    """The backend for x and r + k = `weights`, 0 where only the end is needed. "auto" takes one that can."""
     chosen = resolve_backend(backend, x.device, BACKENDS)
-    if chosen == "reference":
-        return chosen
-    from alure.kernels.compression import kernel
-
     reasons = []
-    if x.dtype == torch.float64:
-        reasons.append("computes in float32, got float64 vectors")
-    if rows_of_w > kernel.MAX_WEIGHTS:
-        reasons.append(f"holds r + k up to {kernel.MAX_WEIGHTS}, got {rows_of_w}")
-    if d > kernel.MAX_D:
-        reasons.append(f"holds d up to {kernel.MAX_D}, got {d}")
-    if reasons and backend == "triton":
-        raise ValueError(f"backend: 'triton' {'; '.join(reasons)}; use backend='reference'")
+    if chosen == "native" and x.dtype not in NATIVE_FLOATS:
+        reasons.append(f"takes float32 and bfloat16, got {x.dtype}")
+    if chosen == "triton":
+        if x.dtype == torch.float64:
+            reasons.append("computes in float32, got float64 vectors")
+        if weights:
+            d, size = x.shape[2], x.element_size()
+            if d * size > TRITON_MAX_ROW:
+                reasons.append(f"holds d up to {TRITON_MAX_ROW // size} in {x.dtype}, got {d}")
+            elif _power_of_2(d) * _power_of_2(weights) * size > TRITON_MAX_SUMMARY:
+                most = TRITON_MAX_SUMMARY // size // _power_of_2(d)
+                reasons.append(f"holds r + k up to {most} with d = {d} in {x.dtype}, got {weights}")
+    if reasons and backend != "auto":
+        raise ValueError(f"backend: '{backend}' {'; '.join(reasons)}; use backend='reference'")
     return "reference" if reasons else chosen
 
 
-def _compress_dot_linear(x: Tensor, compression: DotLinearCompression, backend: str) -> Tensor:
-    c = compression
-    z, products = _dot_linear(x, c.linear, c.mix, backend)
-    hidden = F.gelu(reference.rms_norm(products.flatten(1)) @ c.hidden_weight + c.hidden_bias, approximate="tanh")
-    update = (hidden @ c.output_weight + c.output_bias).view_as(z)
-    return _gate_normalize(z, update, c.gate, backend)
+def _power_of_2(size: int) -> int:
+    return 1 << max(4, (size - 1).bit_length())  # at least 16, the smallest side of a matrix product
 
 
-def _normalize(x: Tensor, backend: str) -> Tensor:
-    """L2(RMSNorm(x)): the last kernel with nothing added."""
-    zero = torch.zeros((), dtype=x.dtype, device=x.device)
-    return _gate_normalize(x, zero.expand_as(x), zero.expand(x.shape[1:]), backend)
+def _module(backend: str) -> ModuleType:
+    name = {"triton": "kernel"}.get(backend, backend)
+    return importlib.import_module(f"alure.kernels.compression.{name}")
 
 
-@operator("dot_linear")
-def _dot_linear(x: Tensor, linear: Tensor, mix: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    if backend == "triton":
-        from alure.kernels.compression import kernel
-
-        return kernel.dot_linear(x, linear, mix)
-    return reference.dot_linear(x, linear, mix)
+@operator("compress_dot_linear")
+def _dot_linear(
+    x: Tensor,
+    linear: Tensor,
+    mix: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    gate: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    mlp = (hidden_weight, hidden_bias, output_weight, output_bias)
+    return _module(backend).dot_linear(x, DotLinearCompression(linear, mix, *mlp, gate))
 
 
 @_dot_linear.register_fake
-def _(x: Tensor, linear: Tensor, mix: Tensor, backend: str) -> tuple[Tensor, Tensor]:
-    batch, n, d = x.shape
-    return x.new_empty(batch, linear.shape[0], d), x.new_empty(batch, n, mix.shape[1])
+def _(x, linear, mix, hidden_weight, hidden_bias, output_weight, output_bias, gate, backend):  # type: ignore[no-untyped-def]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    return x.new_empty(x.shape[0], *gate.shape), x.new_empty(x.shape[0], *hidden_bias.shape, dtype=wide)
 
 
-@operator("dot_linear_backward")
+@operator("compress_dot_linear_backward")
 def _dot_linear_backward(
-    grad_z: Tensor, grad_products: Tensor, x: Tensor, linear: Tensor, mix: Tensor
-) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.dot_linear_backward(grad_z, grad_products, x, linear, mix)
+    grad: Tensor,
+    x: Tensor,
+    linear: Tensor,
+    mix: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    gate: Tensor,
+    hidden: Tensor,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
+    mlp = (hidden_weight, hidden_bias, output_weight, output_bias)
+    return reference.dot_linear_backward(grad, x, DotLinearCompression(linear, mix, *mlp, gate), hidden)
 
 
 @_dot_linear_backward.register_fake
-def _(grad_z: Tensor, grad_products: Tensor, x: Tensor, linear: Tensor, mix: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return x.new_empty(x.shape), linear.new_empty(linear.shape), mix.new_empty(mix.shape)
+def _(grad, *rest):  # type: ignore[no-untyped-def]
+    return tuple(x.new_empty(x.shape) for x in rest[:-1])
 
 
 def _save_dot_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
-    ctx.save_for_backward(*inputs[:3])
+    _, hidden = output
+    ctx.mark_non_differentiable(hidden)
+    ctx.save_for_backward(*inputs[:-1], hidden)
 
 
-def _differentiate_dot_linear(ctx: Any, grad_z: Tensor, grad_products: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_dot_linear_backward(grad_z, grad_products, *ctx.saved_tensors), None)
+def _differentiate_dot_linear(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
+    return (*_dot_linear_backward(grad, *ctx.saved_tensors), None)
 
 
 _dot_linear.register_autograd(_differentiate_dot_linear, setup_context=_save_dot_linear)
 
 
-@operator("gate_normalize")
-def _gate_normalize(z: Tensor, update: Tensor, gate: Tensor, backend: str) -> Tensor:
-    if backend == "triton":
-        from alure.kernels.compression import kernel
-
-        return kernel.gate_normalize(z, update, gate)
-    return reference.gate_normalize(z, update, gate)
-
-
-@_gate_normalize.register_fake
-def _(z: Tensor, update: Tensor, gate: Tensor, backend: str) -> Tensor:
-    return z.new_empty(z.shape)
-
-
-@operator("gate_normalize_backward")
-def _gate_normalize_backward(grad: Tensor, z: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return reference.gate_normalize_backward(grad, z, update, gate)
+@operator("compress_dot_linear_int8")
+def _dot_linear_int8(
+    x: Tensor,
+    linear: Tensor,
+    mix: Tensor,
+    hidden_weight: Tensor,
+    hidden_bias: Tensor,
+    output_weight: Tensor,
+    output_bias: Tensor,
+    gate: Tensor,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    mlp = (hidden_weight, hidden_bias, output_weight, output_bias)
+    return _module(backend).dot_linear_int8(x, DotLinearCompression(linear, mix, *mlp, gate))
 
 
-@_gate_normalize_backward.register_fake
-def _(grad: Tensor, z: Tensor, update: Tensor, gate: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    return z.new_empty(z.shape), update.new_empty(update.shape), gate.new_empty(gate.shape)
+@_dot_linear_int8.register_fake
+def _(x, linear, mix, hidden_weight, hidden_bias, output_weight, output_bias, gate, backend):  # type: ignore[no-untyped-def]
+    shape = (x.shape[0], *gate.shape)
+    return x.new_empty(shape, dtype=torch.int8), x.new_empty(shape[:2], dtype=torch.float32)
 
 
-def _save_gate_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    ctx.save_for_backward(*inputs[:3])
+@operator("normalize")
+def _normalize(v: Tensor, backend: str) -> Tensor:
+    return _module(backend).normalize(v)
 
 
-def _differentiate_gate_normalize(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_gate_normalize_backward(grad, *ctx.saved_tensors), None)
+@_normalize.register_fake
+def _(v: Tensor, backend: str) -> Tensor:
+    return v.new_empty(v.shape)
 
 
-_gate_normalize.register_autograd(_differentiate_gate_normalize, setup_context=_save_gate_normalize)
+@operator("normalize_backward")
+def _normalize_backward(grad: Tensor, v: Tensor) -> Tensor:
+    return reference.normalize_backward(grad, v)
+
+
+@_normalize_backward.register_fake
+def _(grad: Tensor, v: Tensor) -> Tensor:
+    return v.new_empty(v.shape)
+
+
+def _save_normalize(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+    ctx.save_for_backward(inputs[0])
+
+
+def _differentiate_normalize(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+    return _normalize_backward(grad, *ctx.saved_tensors), None
+
+
+_normalize.register_autograd(_differentiate_normalize, setup_context=_save_normalize)
+
+
+@operator("normalize_int8")
+def _normalize_int8(v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return _module(backend).normalize_int8(v)
+
+
+@_normalize_int8.register_fake
+def _(v: Tensor, backend: str) -> tuple[Tensor, Tensor]:
+    return v.new_empty(v.shape, dtype=torch.int8), v.new_empty(v.shape[:-1], dtype=torch.float32)

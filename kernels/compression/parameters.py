@@ -37,6 +37,11 @@ class DotLinearCompression:
             gate=torch.ones(k, d),
         )
 
+    def tensors(self) -> tuple[Tensor, ...]:
+        """In the order of the fields."""
+        mlp = (self.hidden_weight, self.hidden_bias, self.output_weight, self.output_bias)
+        return self.linear, self.mix, *mlp, self.gate
+
 
 @dataclass(frozen=True)
 class InteractionLayer:

@@ -21,4 +21,5 @@ NB_MODULE(_native, m) {
     bind_attention(m);
     bind_encoding(m);
     bind_neighbors(m);
+    bind_compression(m);
 }

@@ -1,0 +1,40 @@
+"""Dot-linear compression on the CPU, sums in float32: hands tensors to the C++ of kernels/native.
+
+A user's result depends neither on the rest of the batch nor on the number of threads. Extra memory: per thread the
+products [n · r] of a block of at most 48 users.
+"""
+
+import torch
+from torch import Tensor
+
+from alure.kernels import _native
+from alure.kernels.compression.parameters import DotLinearCompression
+
+INSTRUCTION_SET: str = _native.instruction_set()
+
+
+def dot_linear(x: Tensor, compression: DotLinearCompression) -> tuple[Tensor, Tensor]:
+    """Embeddings [B, k, d] in x's dtype and the hidden layer before its activation, [B, h] float32."""
+    embeddings = torch.empty(x.shape[0], *compression.gate.shape)
+    hidden = torch.empty(x.shape[0], compression.hidden_bias.shape[0])
+    outputs = embeddings.numpy(), hidden.numpy()
+    _native.compress_dot_linear(_arguments(x, compression), *outputs, INSTRUCTION_SET, torch.get_num_threads())
+    return embeddings.to(x.dtype), hidden
+
+
+def dot_linear_int8(x: Tensor, compression: DotLinearCompression) -> tuple[Tensor, Tensor]:
+    """Codes int8 [B, k, d] and scales float32 [B, k]."""
+    codes = torch.empty(x.shape[0], *compression.gate.shape, dtype=torch.int8)
+    scales = torch.empty(codes.shape[:2])
+    outputs = codes.numpy(), scales.numpy()
+    _native.compress_dot_linear_int8(_arguments(x, compression), *outputs, INSTRUCTION_SET, torch.get_num_threads())
+    return codes, scales
+
+
+def _arguments(x: Tensor, compression: DotLinearCompression) -> _native.DotLinear:
+    if x.dtype not in (torch.float32, torch.bfloat16) or x.device.type != "cpu":
+        raise TypeError(f"native compression: expected float32 or bfloat16 on the CPU, got {x.dtype} on {x.device}")
+    x = x.detach().contiguous()
+    as_floats, as_bits = (x.numpy(), None) if x.dtype == torch.float32 else (None, x.view(torch.uint16).numpy())
+    weights = (w.detach().float().contiguous().numpy() for w in compression.tensors())
+    return _native.DotLinear(as_floats, as_bits, *weights)

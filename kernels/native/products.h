@@ -1,0 +1,78 @@
+// Products of row-major matrices as they lie in memory, without packing: for a right matrix whose rows stay in a cache
+// anyway. panels.h is for right matrices that many rows of the left one share.
+#pragma once
+
+#include "simd.h"
+
+namespace alure {
+namespace {
+
+// Element (row, k) of the left matrix is data[row · row_stride + k · k_stride].
+struct LeftMatrix {
+    const float* data;
+    std::int64_t row_stride, k_stride;
+};
+
+// Rows that are summed at once beside `vectors` vectors of columns: the sums, a row of b and one of a fill the registers.
+constexpr int rows_held(int vectors) { return vectors < 3 ? kRows : kLanes == 16 ? 8 : 4; }
+
+template <int Rows, int Vectors>
+inline void product_block(LeftMatrix a, const float* b, std::int64_t b_stride, std::int64_t depth, float* c,
+                          std::int64_t c_stride) {
+    Floats sums[Rows][Vectors] = {};
+    const float* left = a.data;
+    for (std::int64_t k = 0; k < depth; ++k, left += a.k_stride, b += b_stride) {
+        Floats right[Vectors];
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * kLanes);
+#pragma GCC unroll 16
+        for (int row = 0; row < Rows; ++row) {
+            const Floats x = splat(left[row * a.row_stride]);
+#pragma GCC unroll 3
+            for (int v = 0; v < Vectors; ++v) sums[row][v] += x * right[v];
+        }
+    }
+#pragma GCC unroll 16
+    for (int row = 0; row < Rows; ++row)
+#pragma GCC unroll 3
+        for (int v = 0; v < Vectors; ++v) {
+            float* p = c + row * c_stride + v * kLanes;
+            store(p, load(p) + sums[row][v]);
+        }
+}
+
+template <int Vectors, int Rows = rows_held(Vectors)>
+inline void product_rows(std::int64_t rows, LeftMatrix a, const float* b, std::int64_t b_stride, std::int64_t depth,
+                         float* c, std::int64_t c_stride) {
+    if (rows == Rows)
+        product_block<Rows, Vectors>(a, b, b_stride, depth, c, c_stride);
+    else if constexpr (Rows > 1)
+        product_rows<Vectors, Rows - 1>(rows, a, b, b_stride, depth, c, c_stride);
+}
+
+template <int Vectors>
+inline void product_columns(std::int64_t rows, std::int64_t columns, LeftMatrix a, const float* b,
+                            std::int64_t b_stride, std::int64_t depth, float* c, std::int64_t c_stride) {
+    constexpr int kHeld = rows_held(Vectors);
+    for (std::int64_t row = 0; row < rows; row += kHeld)
+        for (std::int64_t column = 0; column < columns; column += Vectors * kLanes)
+            product_rows<Vectors>(smaller<std::int64_t>(kHeld, rows - row),
+                                  {a.data + row * a.row_stride, a.row_stride, a.k_stride}, b + column, b_stride, depth,
+                                  c + row * c_stride + column, c_stride);
+}
+
+// c [rows, columns] += a [rows, depth] · b [depth, columns]; `columns` is a multiple of kLanes. The sum over k runs in
+// order and is then added to c, whatever the other rows and columns are.
+inline void add_product(std::int64_t rows, std::int64_t columns, LeftMatrix a, const float* b, std::int64_t b_stride,
+                        std::int64_t depth, float* c, std::int64_t c_stride) {
+    std::int64_t done = 0;
+    if (columns == kLanes) {
+        product_columns<1>(rows, done = kLanes, a, b, b_stride, depth, c, c_stride);
+    } else if (columns / kLanes % 2) {
+        product_columns<3>(rows, done = 3 * kLanes, a, b, b_stride, depth, c, c_stride);
+    }
+    product_columns<2>(rows, columns - done, a, b + done, b_stride, depth, c + done, c_stride);
+}
+
+}  // namespace
+}  // namespace alure
