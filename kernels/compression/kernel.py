@@ -205,7 +205,8 @@ def _normalize_block(d: int) -> dict:
 def _tiles(n: int, d: int, weights: int, dtype: torch.dtype) -> dict:
     """Tile sizes, and what matrix products read: the interpreter's bfloat16 products are wrong, so float32 there."""
     native = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
-    block_d, block_w = max(16, triton.next_power_of_2(d)), max(16, triton.next_power_of_2(weights))
+    block_d = max(16, triton.next_power_of_2(d))
+    block_w = max(32 if block_d > 128 else 16, triton.next_power_of_2(weights))
     large = block_d * block_w > 4096
     # three TF32 products for one of float32 hold the parts of both factors in registers
     most_n = 16 if large and dtype == torch.float32 else min(64, 32768 // (block_d * dtype.itemsize))
@@ -227,13 +228,15 @@ def _dot_linear_case(n: int, d: int, k: int, r: int, dtype: torch.dtype) -> tupl
     signature = {f"p_{name}": f"*{kind}:16" for name in ("x", "mix", "linear", "products")}
     signature |= {"p_z": "*fp32:16", "p_scale": "*fp32:16"}
     constexprs = {"n": n, "d": d, "k": k, "r": r, **_tiles(n, d, r + k, dtype)}
-    return dot_linear_kernel, signature, constexprs, {"num_warps": constexprs.pop("num_warps")}
+    options = {"num_warps": constexprs.pop("num_warps")}
+    return dot_linear_kernel, signature, constexprs, options, {"name": f"dot_linear {kind} n={n} d={d} k={k} r={r}"}
 
 
 def _activate_case(dtype: torch.dtype) -> tuple:
     kind = KINDS[dtype]
     signature = {"p_product": f"*{kind}:16", "p_scale": "*fp32:16", "p_bias": f"*{kind}:16", "p_hidden": "*fp32:16"}
-    return activate_kernel, signature | {"p_activation": f"*{kind}:16", "size": "i32", "width": "i32"}, {"BLOCK": 1024}
+    signature |= {"p_activation": f"*{kind}:16", "size": "i32", "width": "i32"}
+    return activate_kernel, signature, {"BLOCK": 1024}, {}, {"name": f"activate {kind}"}
 
 
 def _normalize_case(d: int, dtype: torch.dtype, gated: bool, int8: bool) -> tuple:
@@ -244,7 +247,8 @@ def _normalize_case(d: int, dtype: torch.dtype, gated: bool, int8: bool) -> tupl
     absent = {}
     for name, kind_here, here in (("update", kind, gated), ("gate", kind, gated), ("scales", "fp32", int8)):
         (signature if here else absent)[f"p_{name}"] = f"*{kind_here}:16" if here else None
-    return normalize_kernel, signature, _normalize_block(d) | absent
+    name = f"normalize {kind} d={d}" + " gated" * gated + " int8" * int8
+    return normalize_kernel, signature, _normalize_block(d) | absent, {}, {"name": name}
 
 
 AHEAD_OF_TIME = [

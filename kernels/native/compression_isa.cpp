@@ -1,8 +1,8 @@
 // Dot-linear compression of a block of users. Compiled once for each instruction set: CMakeLists.txt sets ALURE_ISA (a
 // namespace) and ALURE_VECTOR_BYTES.
 //
-// A user's X comes from memory once: S = XᵀY and Z = W_L X grow while its rows stream in, then D = X S finds them in the
-// second cache. The products of all users of the block wait as rows of one matrix, so that the hidden weights, the
+// A user's X comes from memory once: S = XᵀY and Z = W_L X grow while its rows stream in, then D = X S finds them in
+// the second cache. The products of all users of the block wait as rows of one matrix, so that the hidden weights, the
 // largest thing here, are read once a block.
 #include "compression_kernels.h"
 #include "products.h"
@@ -63,12 +63,13 @@ inline void copy_padded(const T* x, std::int64_t rows, std::int64_t columns, flo
 
 // X of one user in whole vectors, rows d_stride apart.
 inline const float* vectors_of(const DotLinearInputs& in, std::int64_t user, const BlockScratch& s) {
+    const std::int64_t at = user * in.n * in.d;
     if (in.x_bfloat16)
-        copy_padded(reinterpret_cast<const Bfloat16*>(in.x_bfloat16) + user * in.n * in.d, in.n, in.d, s.vectors, s.d_stride);
+        copy_padded(reinterpret_cast<const Bfloat16*>(in.x_bfloat16) + at, in.n, in.d, s.vectors, s.d_stride);
     else if (s.d_stride != in.d)
-        copy_padded(in.x + user * in.n * in.d, in.n, in.d, s.vectors, s.d_stride);
+        copy_padded(in.x + at, in.n, in.d, s.vectors, s.d_stride);
     else
-        return in.x + user * in.n * in.d;
+        return in.x + at;
     return s.vectors;
 }
 
@@ -153,7 +154,7 @@ inline Normalization measure(const float* v, std::int64_t d, std::int64_t stride
     for (std::int64_t i = 0; i < stride; i += kLanes) {
         const Floats x = load(v + i);
         squares += x * x;
-        largest = larger_lanes(largest, larger_lanes(x, -x));
+        largest = larger_lanes(larger_lanes(x, -x), largest);
     }
     const float sum = sum_of_lanes(squares);
     const float rms = 1.0f / __builtin_sqrtf(sum / count + kRmsEpsilon);
@@ -166,7 +167,7 @@ inline Normalization measure(const float* v, std::int64_t d, std::int64_t stride
     return {rms, length, sum == sum ? largest_of_lanes(largest) : sum};  // comparing lanes can lose a NaN
 }
 
-// Codes v / step, rounded half to even; they stand for e = scale · code. kernels/compression/reference.py defines them.
+// Codes v / step, rounded half to even, which stand for e = scale · code; as kernels/compression/reference.py.
 inline void quantize(const float* v, std::int64_t d, const Normalization& by, std::int8_t* codes, float* scale) {
     const float step = by.largest / kLargestCode;
     const bool usable = step >= kSmallestStep && step < kInfinity;

@@ -1,4 +1,4 @@
-// The boundary between compression.cpp (padded weights, blocks of users, threads) and the kernels of one instruction set.
+// The boundary between compression.cpp (padded weights, blocks, threads) and the kernels of one instruction set.
 #pragma once
 
 #include <cstddef>

@@ -1,5 +1,5 @@
 // Products of row-major matrices as they lie in memory, without packing: for a right matrix whose rows stay in a cache
-// anyway. panels.h is for right matrices that many rows of the left one share.
+// anyway. panels.h is for right matrices that are packed first.
 #pragma once
 
 #include "simd.h"
@@ -13,7 +13,7 @@ struct LeftMatrix {
     std::int64_t row_stride, k_stride;
 };
 
-// Rows that are summed at once beside `vectors` vectors of columns: the sums, a row of b and one of a fill the registers.
+// Rows summed at once beside `vectors` vectors of columns: the sums, a row of b and a value of a fill the registers.
 constexpr int rows_held(int vectors) { return vectors < 3 ? kRows : kLanes == 16 ? 8 : 4; }
 
 template <int Rows, int Vectors>

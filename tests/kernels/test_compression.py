@@ -3,13 +3,21 @@
 from collections.abc import Callable, Iterator
 from dataclasses import fields, replace
 
+import numpy as np
 import pytest
 import torch
 from support.tolerance import TARGETS, assert_as_exact_as_plain, poisoned_memory, require
 from torch import Tensor
 from torch.nn import functional as F
 
-from alure.kernels import DotLinearCompression, InteractionCompression, InteractionLayer, compress, jagged_attention
+from alure.kernels import (
+    DotLinearCompression,
+    InteractionCompression,
+    InteractionLayer,
+    compress,
+    compress_int8,
+    jagged_attention,
+)
 from alure.kernels.compression.interaction import compress_interaction
 
 # batch, n, d, k, r, hidden
@@ -19,8 +27,10 @@ SHAPES = {
     "one of each": (1, 1, 1, 1, 1, 1),
     "k beyond n": (2, 2, 17, 5, 3, 4),
     "hundreds": (1, 401, 96, 2, 24, 8),
-    "most products": (1, 270, 200, 4, 60, 4),
+    "most products": (1, 270, 100, 4, 60, 4),
 }
+BACKENDS = [*TARGETS, pytest.param("native", "cpu", id="native")]
+ON_CPU = ["reference", "triton", "native"]
 DTYPES = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=["fp32", "bf16", "fp16"])
 Leaves = dict[str, Tensor]
 
@@ -84,10 +94,12 @@ def test_reference_is_the_definition(shape: str) -> None:
 
 
 @DTYPES
-@pytest.mark.parametrize(("backend", "device"), TARGETS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_exact_as_plain(shape: str, backend: str, device: str, dtype: torch.dtype) -> None:
     require(backend, device)
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("native takes float32 and bfloat16")
     given = cast(random_leaves(*SHAPES[shape]), dtype)
     assert_as_exact_as_plain(
         with_gradients(cast(given, dtype, device), lambda leaves: run(leaves, backend)),
@@ -102,14 +114,20 @@ def test_gradcheck() -> None:
     assert torch.autograd.gradcheck(lambda *values: run(dict(zip(leaves, values))), tuple(leaves.values()))
 
 
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_opcheck(backend: str) -> None:
     require(backend, "cpu")
     leaves = cast(random_leaves(2, 5, 6, 3, 2, 3), torch.float32)
-    x, linear, mix = (leaves[name] for name in ("x", "linear", "mix"))
-    torch.library.opcheck(torch.ops.alure.dot_linear.default, (x, linear, mix, backend))
-    z, update = (torch.randn(2, 3, 6, requires_grad=True) for _ in range(2))
-    torch.library.opcheck(torch.ops.alure.gate_normalize.default, (z, update, leaves["gate"], backend))
+    ops = torch.ops.alure
+    torch.library.opcheck(ops.compress_dot_linear.default, (*leaves.values(), backend))
+    detached = [x.detach() for x in leaves.values()]
+    torch.library.opcheck(ops.compress_dot_linear_int8.default, (*detached, backend))
+    grad, hidden = torch.randn(2, 3, 6), torch.randn(2, 3)
+    torch.library.opcheck(ops.compress_dot_linear_backward.default, (grad, *detached, hidden))
+    if backend != "native":
+        torch.library.opcheck(ops.normalize.default, (torch.randn(2, 3, 6, requires_grad=True), backend))
+        torch.library.opcheck(ops.normalize_int8.default, (torch.randn(2, 3, 6), backend))
+        torch.library.opcheck(ops.normalize_backward.default, (grad, torch.randn(2, 3, 6)))
 
 
 def test_compiles_without_graph_breaks() -> None:
@@ -128,7 +146,7 @@ def test_starts_as_the_linear_compression() -> None:
     assert all(torch.equal(getattr(c, f.name), getattr(again, f.name)) for f in fields(c))
 
 
-@pytest.mark.parametrize(("backend", "device"), TARGETS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 @pytest.mark.parametrize("scale", [0.0, 1e-30, 1e-4, 1.0, 1e4])
 def test_length_one_or_zero(scale: float, backend: str, device: str) -> None:
     """Embeddings have length 1; a zero vector stays zero; nothing is NaN, nor any gradient."""
@@ -185,9 +203,11 @@ def test_interaction_is_its_definition(n: int, d: int, k: int, heads: int, layer
 
 
 @DTYPES
-@pytest.mark.parametrize(("backend", "device"), TARGETS)
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
 def test_interaction_as_exact_as_plain(backend: str, device: str, dtype: torch.dtype) -> None:
     require(backend, device)
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("native takes float32 and bfloat16")
     c = interaction_to(random_interaction(32, 3, 2, 2), dtype)
     x = torch.randn(2, 21, 32, generator=torch.Generator().manual_seed(0)).to(dtype)
     assert_as_exact_as_plain(
@@ -219,25 +239,27 @@ def both_forms(n: int, d: int) -> list[DotLinearCompression | InteractionCompres
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["dot_linear", "interaction"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_users_do_not_touch(form: int, backend: str) -> None:
     """Changing user A leaves user B bit-identical, and a user alone is the user in a batch."""
     require(backend, "cpu")
     c = both_forms(11, 8)[form]
     x = torch.randn(4, 11, 8, generator=torch.Generator().manual_seed(2))
     out = compress(x, c, backend=backend)
-    changed = x.clone()
-    changed[1] = 1e6
-    assert torch.equal(compress(changed, c, backend=backend)[[0, 2, 3]], out[[0, 2, 3]])
+    for value in (1e6, float("nan")):
+        changed = x.clone()
+        changed[1] = value
+        assert torch.equal(compress(changed, c, backend=backend)[[0, 2, 3]], out[[0, 2, 3]])
     torch.testing.assert_close(compress(x[2:3], c, backend=backend)[0], out[2], rtol=1e-5, atol=1e-6)
 
 
 @pytest.mark.parametrize("form", [0, 1], ids=["dot_linear", "interaction"])
-@pytest.mark.parametrize("backend", ["reference", "triton"])
+@pytest.mark.parametrize("backend", ON_CPU)
 def test_no_users_and_strided_input(form: int, backend: str) -> None:
     require(backend, "cpu")
     c = both_forms(11, 8)[form]
     assert compress(torch.zeros(0, 11, 8), c, backend=backend).shape == (0, 2, 8)
+    assert [x.shape for x in compress_int8(torch.zeros(0, 11, 8), c, backend=backend)] == [(0, 2, 8), (0, 2)]
     x = torch.randn(8, 3, 11, generator=torch.Generator().manual_seed(3)).permute(1, 2, 0)
     assert not x.is_contiguous()
     same = compress(x.contiguous(), c, backend=backend)
@@ -294,11 +316,82 @@ def test_bad_interaction() -> None:
         InteractionCompression.initialize(8, 2, 2, 0)
 
 
-def test_triton_names_its_limits() -> None:
+def test_backends_name_their_limits() -> None:
     require("triton", "cpu")
-    leaves = {name: x.float() for name, x in random_leaves(2, 5, 6, 3, 80, 3).items()}
-    with pytest.raises(ValueError, match=r"'triton' holds r \+ k up to 64, got 83; use backend='reference'"):
+    leaves = {name: x.float() for name, x in random_leaves(2, 5, 200, 3, 61, 3).items()}
+    with pytest.raises(ValueError, match=r"'triton' holds r \+ k up to 32 with d = 200 in torch.float32, got 64; use"):
         run(leaves, "triton")
-    assert run(leaves).shape == (2, 3, 6)
-    with pytest.raises(ValueError, match="'triton' computes in float32, got float64"):
-        run({name: x.double() for name, x in random_leaves(2, 5, 6, 3, 2, 3).items()}, "triton")
+    assert run(leaves).shape == (2, 3, 200)
+    with pytest.raises(ValueError, match=r"'triton' holds d up to 256 in torch\.float32, got 257"):
+        run({name: x.float() for name, x in random_leaves(1, 2, 257, 1, 1, 1).items()}, "triton")
+    doubles = random_leaves(2, 5, 6, 3, 2, 3)
+    with pytest.raises(ValueError, match=r"'triton' computes in float32, got float64"):
+        run(doubles, "triton")
+    with pytest.raises(ValueError, match=r"'native' takes float32 and bfloat16, got torch\.float64"):
+        run(doubles, "native")
+
+
+def selecting(x: Tensor) -> DotLinearCompression:
+    """Parameters whose embeddings are the rows of x [B, n, d], normalised: W_L = 1, gate = 0."""
+    n, d = x.shape[1:]
+    zeros = cast(random_leaves(1, n, d, n, 2, 3), x.dtype, str(x.device))
+    return replace(
+        parameters({name: leaf.detach() for name, leaf in zeros.items()}),
+        linear=torch.eye(n, dtype=x.dtype, device=x.device),
+        gate=torch.zeros(n, d, dtype=x.dtype, device=x.device),
+    )
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_int8_codes_agree_to_the_bit(backend: str, device: str, dtype: torch.dtype) -> None:
+    """Every backend gives v / step rounded half to even, with step = max |v| / 127 in float32."""
+    require(backend, device)
+    generator = torch.Generator().manual_seed(0)
+    v = torch.randn(2, 6, 37, generator=generator)
+    v[0, 0] = torch.arange(37) * 14.0 - 250
+    v[0, 0, :2] = torch.tensor([254.0, -254.0])  # step 2: odd values are ties
+    v[0, 1] = torch.randint(-127, 128, (37,), generator=generator) * 2.0**-60
+    v[0, 1, 3] = 127 * 2.0**-60
+    v[0, 2] = torch.arange(-18, 19) + 0.5
+    v[0, 2, 5] = -127.0  # step 1: all are ties
+    v[0, 3] = 0.0
+    v[0, 4] = 1e-44  # too small to divide by
+    x = v.to(device, dtype)
+    codes, scales = compress_int8(x, selecting(x), backend=backend)
+    values = v.to(dtype).float().numpy()
+    step = np.abs(values).max(-1, keepdims=True) / np.float32(127)
+    divisor = np.where(step >= np.finfo(np.float32).tiny, step, np.float32(np.inf))
+    assert codes.dtype == torch.int8
+    assert scales.dtype == torch.float32
+    assert np.array_equal(codes.cpu().numpy(), np.rint(values / divisor))
+    embeddings = compress(x.float(), selecting(x.float()), backend="reference").cpu()
+    found = codes.cpu() * scales.cpu()[..., None]
+    assert ((found - embeddings).abs() <= scales.cpu()[..., None] * 0.5001 + 1e-20).all()
+
+
+@pytest.mark.parametrize("form", [0, 1], ids=["dot_linear", "interaction"])
+@pytest.mark.parametrize("backend", ON_CPU)
+def test_int8_stands_for_the_embeddings(form: int, backend: str) -> None:
+    require(backend, "cpu")
+    c = both_forms(11, 8)[form]
+    x = torch.randn(4, 11, 8, generator=torch.Generator().manual_seed(2)).requires_grad_()
+    codes, scales = compress_int8(x, c, backend=backend)
+    assert not scales.requires_grad
+    embeddings = compress(x, c, backend=backend).detach()
+    assert (codes.abs().amax(-1) == 127).all()
+    assert ((codes * scales[..., None] - embeddings).abs() <= scales[..., None] * 0.501).all()
+
+
+@pytest.mark.parametrize(("backend", "device"), BACKENDS)
+@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
+def test_int8_marks_what_is_not_finite(backend: str, device: str, bad: float) -> None:
+    require(backend, device)
+    x = torch.randn(3, 2, 9, generator=torch.Generator().manual_seed(0)).to(device)
+    good, good_scales = compress_int8(x, selecting(x), backend=backend)
+    x[1, :, 4] = bad
+    codes, scales = compress_int8(x, selecting(x), backend=backend)
+    assert scales[1].isnan().all()
+    assert not codes[1].any()
+    assert torch.equal(codes[[0, 2]], good[[0, 2]])
+    assert torch.equal(scales[[0, 2]], good_scales[[0, 2]])
