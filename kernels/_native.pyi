@@ -158,3 +158,11 @@ def compress_dot_linear(
 def compress_dot_linear_int8(
     given: DotLinear, codes: _Int8, scales: _Float32, instruction_set: str, num_threads: int
 ) -> None: ...
+def cluster_sums(
+    x: _Float32,
+    row_errors: _Float32,
+    nearest: _Int64,
+    sums: NDArray[np.float64],
+    errors: NDArray[np.float64],
+    num_threads: int,
+) -> bool: ...

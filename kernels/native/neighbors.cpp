@@ -383,4 +383,24 @@ void assign(const AssignInputs& in, float* scores, std::int64_t* index, Instruct
         });
 }
 
+bool cluster_sums(const Clustering& in, double* sums, double* errors, int num_threads) {
+    const auto within = [&](std::int64_t cluster) { return cluster >= 0 && cluster < in.nlist; };
+    if (!std::all_of(in.nearest, in.nearest + in.num_rows, within)) return false;
+    const std::int64_t shares = std::clamp<std::int64_t>(in.nlist, 1, std::max(num_threads, 1));
+    parallel_for(shares, num_threads, [] { return 0; }, [&](int, std::int64_t share) {
+        const std::int64_t first = share * in.nlist / shares, last = (share + 1) * in.nlist / shares;
+        std::fill(sums + first * in.d, sums + last * in.d, 0.0);
+        std::fill(errors + first, errors + last, 0.0);
+        for (std::int64_t row = 0; row < in.num_rows; ++row) {
+            const std::int64_t cluster = in.nearest[row];
+            if (cluster < first || cluster >= last) continue;
+            errors[cluster] += double{in.errors[row]};
+            const float* x = in.x + row * in.d;
+            double* sum = sums + cluster * in.d;
+            for (std::int64_t i = 0; i < in.d; ++i) sum[i] += double{x[i]};
+        }
+    });
+    return true;
+}
+
 }  // namespace alure

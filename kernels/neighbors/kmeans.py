@@ -5,6 +5,7 @@ import heapq
 import torch
 from torch import Tensor
 
+from alure.kernels.backend import resolve_backend
 from alure.kernels.neighbors.ops import Metric, assign_clusters
 
 SPLIT = 1.0 / 1024  # relative distance of the two halves of a split cluster (as in FAISS)
@@ -53,9 +54,10 @@ def train_kmeans(
     metric: Metric = "ip" if spherical else "l2"
     if spherical:
         centroids = _normalised(centroids)
+    norms = torch.linalg.vector_norm(points, dim=1) if spherical else points.new_zeros(())
     for _ in range(niter):
         D, nearest = assign_clusters(points, centroids, 1, metric=metric)
-        error = torch.linalg.vector_norm(points, dim=1) - D.squeeze(1) if spherical else D.squeeze(1)
+        error = norms - D.squeeze(1) if spherical else D.squeeze(1)
         means, empty, errors = _means(points, nearest.squeeze(1), error, nlist)
         if spherical:
             means = _normalised(means)
@@ -70,11 +72,16 @@ def train_kmeans(
 
 def _means(points: Tensor, nearest: Tensor, error: Tensor, nlist: int) -> tuple[Tensor, Tensor, Tensor]:
     """(mean, whether it has no points, summed error) of every cluster; sums run in a fixed order, on a GPU too."""
-    order = nearest.argsort(stable=True)
     counts = torch.bincount(nearest, minlength=nlist)
-    sums = torch.segment_reduce(points[order], "sum", lengths=counts, axis=0, initial=0.0)
-    errors = torch.segment_reduce(error[order].to(points.dtype), "sum", lengths=counts, axis=0, initial=0.0)
-    return sums / counts.clamp(min=1)[:, None].to(sums.dtype), counts == 0, errors
+    if resolve_backend("auto", points.device, ("native",)) == "native" and points.dtype == torch.float32:
+        from alure.kernels.neighbors import native
+
+        sums, errors = native.cluster_sums(points, error, nearest, nlist)
+    else:
+        order = nearest.argsort(stable=True)
+        sums = torch.segment_reduce(points[order], "sum", lengths=counts, axis=0, initial=0.0)
+        errors = torch.segment_reduce(error[order].to(points.dtype), "sum", lengths=counts, axis=0, initial=0.0)
+    return (sums / counts.clamp(min=1)[:, None]).to(points.dtype), counts == 0, errors
 
 
 def _split(centroids: Tensor, empty: list[bool], errors: list[float], generator: torch.Generator) -> None:

@@ -218,7 +218,8 @@ def _check_values(x: Tensor, x_name: str, y: Tensor, y_name: str) -> None:
     for values, name in ((x, x_name), (y, y_name)):
         if values.numel() == 0:
             continue
-        top = float(values.abs().amax())  # NaN and infinity survive the maximum
+        low, high = values.aminmax()  # NaN and infinity survive
+        top = max(-float(low), float(high))
         if not top < float("inf"):
             row = int((~values.isfinite()).any(dim=1).nonzero()[0])
             raise ValueError(f"{name}: expected finite values, got NaN or infinity in row {row}; drop or repair it")

@@ -549,6 +549,25 @@ def test_kmeans_refuses_what_it_cannot_cluster() -> None:
         train_kmeans(torch.zeros(10, 3, dtype=torch.int64), 2)
 
 
+@needs_native
+def test_cluster_sums_do_not_depend_on_threads() -> None:
+    native = importlib.import_module("alure.kernels.neighbors.native")
+    x, errors = random(1000, 9), random(1000, seed=1)
+    nearest = torch.randint(0, 20, (1000,), generator=torch.Generator().manual_seed(2))
+    expected = torch.zeros(21, 9, dtype=torch.float64).index_add_(0, nearest, x.double())
+    before = torch.get_num_threads()
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            sums, totals = native.cluster_sums(x, errors, nearest, 21)
+            assert torch.equal(sums, expected)
+            assert torch.equal(totals, torch.bincount(nearest, errors.double(), 21))
+    finally:
+        torch.set_num_threads(before)
+    with pytest.raises(ValueError, match="nearest: expected clusters 0 … 19"):
+        native.cluster_sums(x, errors, nearest + 1, 20)
+
+
 # ---- parts
 
 
