@@ -182,13 +182,11 @@ private:
 // Runs the parts of every unit: work(part, unit index, scratch); begin() makes a thread's scratch.
 template <class Begin, class Parts, class Work>
 void run_units(const std::vector<Unit>& units, int num_threads, Begin begin, Parts parts, Work work) {
-    parallel_for(
-        static_cast<std::int64_t>(units.size()), num_threads, begin,
-        [&](const auto& scratch, std::int64_t u) {
-            const auto run = [&](const Part& part) { work(part, u, scratch.get()); };
-            if (units[u].group_end == 0) return run(units[u].part);
-            for (std::int64_t s = units[u].part.sequence; s < units[u].group_end; ++s) parts(s, run);
-        });
+    parallel_for(static_cast<std::int64_t>(units.size()), num_threads, begin, [&](const auto& scratch, std::int64_t u) {
+        const auto run = [&](const Part& part) { work(part, u, scratch.get()); };
+        if (units[u].group_end == 0) return run(units[u].part);
+        for (std::int64_t s = units[u].part.sequence; s < units[u].group_end; ++s) parts(s, run);
+    });
 }
 
 }  // namespace
@@ -232,12 +230,11 @@ void attention_backward(const AttentionInputs& in, const BackwardArguments& argu
     BucketSums d_time(in, in.time, units.size()), d_position(in, in.position, units.size());
     const std::size_t scratch_bytes = kernel.scratch_bytes(in);
     const auto begin = [=] { return Scratch(scratch_bytes); };
-    run_units(units, num_threads, begin, parts,
-              [&](const Part& part, std::int64_t u, void* scratch) {
-                  const Turn turn{wait_for_turn, pass_turn, units[u].counters};
-                  const std::int64_t group = in.groups ? in.groups[part.sequence] : 0;
-                  kernel.run(in, arguments, part, turn, d_time.of(u, group), d_position.of(u, group), scratch);
-              });
+    run_units(units, num_threads, begin, parts, [&](const Part& part, std::int64_t u, void* scratch) {
+        const Turn turn{wait_for_turn, pass_turn, units[u].counters};
+        const std::int64_t group = in.groups ? in.groups[part.sequence] : 0;
+        kernel.run(in, arguments, part, turn, d_time.of(u, group), d_position.of(u, group), scratch);
+    });
     d_time.write(tables.d_time);
     d_position.write(tables.d_position);
 }

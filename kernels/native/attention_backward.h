@@ -154,10 +154,12 @@ private:
         const float* v = static_cast<const float*>(in_.v.data) + k_row_ * in_.v.row_stride + head * in_.v.head_stride;
         const float* cyclic = in_.num_cyclic ? in_.k_cyclic + k_row_ * in_.num_cyclic : nullptr;
         pack_transposed(k, in_.k.row_stride, num_keys_, in_.head_dim, 0, s_.channels, pack.keys);
-        if (cyclic) pack_transposed(cyclic, in_.num_cyclic, num_keys_, in_.num_cyclic, in_.head_dim, s_.channels, pack.keys);
+        if (cyclic)
+            pack_transposed(cyclic, in_.num_cyclic, num_keys_, in_.num_cyclic, in_.head_dim, s_.channels, pack.keys);
         pack_transposed(v, in_.v.row_stride, num_keys_, in_.head_dim, 0, in_.head_dim, pack.values);
         // dk is not needed yet: it lends its space to the keys in rows
-        pack_channels(k, in_.k.row_stride, in_.head_dim, 1.0f, cyclic, in_.num_cyclic, in_.num_cyclic, num_keys_, pack.dk);
+        pack_channels(k, in_.k.row_stride, in_.head_dim, 1.0f, cyclic, in_.num_cyclic, in_.num_cyclic, num_keys_,
+                      pack.dk);
         pack_rows(pack.dk, s_.channels, num_keys_, s_.channels, pack.key_rows);
         fill(pack.dk, {0, num_keys_ * s_.channel_stride}, Floats{});
         fill(pack.dv, {0, num_keys_ * s_.value_stride}, Floats{});

@@ -115,13 +115,14 @@ private:
 
     [[nodiscard]] bool is_safe(const Sequence& sequence, std::int64_t row, std::int64_t rows, std::int64_t head,
                                float cyclic_norm) const {
-        const Source* queries = static_cast<const Source*>(in_.q.data) + row * in_.q.row_stride + head * in_.q.head_stride;
+        const Source* queries =
+            static_cast<const Source*>(in_.q.data) + row * in_.q.row_stride + head * in_.q.head_stride;
         float norm = 0.0f, cyclic = 0.0f;
         for (std::int64_t i = 0; i < rows; ++i) {
             norm = larger(norm, squares(queries + i * in_.q.row_stride, in_.head_dim));
             if (in_.num_cyclic)
-                cyclic = larger(cyclic, squares(in_.q_cyclic + ((row + i) * in_.heads + head) * in_.num_cyclic,
-                                                in_.num_cyclic));
+                cyclic = larger(
+                    cyclic, squares(in_.q_cyclic + ((row + i) * in_.heads + head) * in_.num_cyclic, in_.num_cyclic));
         }
         const std::int64_t table = sequence.group * in_.heads + head;
         const float scale = (in_.scale < 0 ? -in_.scale : in_.scale) * kLog2E;
@@ -149,8 +150,7 @@ private:
         }
         const std::int64_t heads_a_key = in_.heads / in_.key_heads;
         for (std::int64_t head = 0; head < in_.heads; ++head) {
-            if (head % heads_a_key == 0)
-                products_.pack_keys(sequence.k_row + block, end - block, head / heads_a_key);
+            if (head % heads_a_key == 0) products_.pack_keys(sequence.k_row + block, end - block, head / heads_a_key);
             const std::int64_t table = sequence.group * in_.heads + head;
             positions_.start_head(tables_->position + table * tables_->position_stride);
             for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile)
@@ -214,7 +214,7 @@ private:
         const float base = strip.look_up == LookUp::kOne && in_.time.table ? table[strip.bucket] : 0.0f;
         with_biases(strip.look_up, tile, table, block, base, [&](auto bias) {
             const float factor = products_.factor();
-            weigh_rows(s, begin, end, [&](std::int64_t key, int v) {
+            weigh_rows(s, begin, end, [&](std::int64_t key, int v) ALURE_INLINE {
                 return exp2_lanes<Products::kDegree>(load(products_.scores(key) + v * kLanes) * factor + bias(key, v));
             });
         });
@@ -227,7 +227,7 @@ private:
             const Floats maximum = load(s.maxima + v * kLanes);
             references[v] = maximum == -kInfinity ? Floats{} : maximum;  // sees nothing yet: 2^(−inf − 0) = 0
         }
-        weigh_rows(s, begin, end, [&](std::int64_t key, int v) {
+        weigh_rows(s, begin, end, [&](std::int64_t key, int v) ALURE_INLINE {
             return exp2_or_zero<Products::kDegree>(load(products_.scores(key) + v * kLanes) - references[v]);
         });
     }
@@ -258,18 +258,18 @@ private:
         const auto with_time = [&](auto time) {
             const std::int64_t i = position_ + tile * kWidth;
             if (in_.position.table)
-                work([=, this](std::int64_t key, int v) {
-                    return time(key, v) + positions_.values(i + v * kLanes, block + key);
-                });
+                work([=, this](std::int64_t key, int v)
+                         ALURE_INLINE { return time(key, v) + positions_.values(i + v * kLanes, block + key); });
             else
                 work(time);
         };
         const auto looked_up = [&]<LookUp kLookUp>() {
-            with_time([=, this](std::int64_t key, int v) { return times_.template values<kLookUp>(tile, key, v, table); });
+            with_time([=, this](std::int64_t key, int v)
+                          ALURE_INLINE { return times_.template values<kLookUp>(tile, key, v, table); });
         };
         switch (look_up) {
             case LookUp::kOne:
-                return with_time([base](std::int64_t, int) { return splat(base); });
+                return with_time([base](std::int64_t, int) ALURE_INLINE { return splat(base); });
             case LookUp::kPermute:
                 return looked_up.template operator()<LookUp::kPermute>();
             case LookUp::kPermuteTwo:
@@ -296,10 +296,12 @@ private:
                 const std::int64_t i = first + v * kLanes, j = block + key;
                 Floats logits = load(scores) * factor;
                 if (in_.time.table)
-                    logits += strip.look_up == LookUp::kOne ? splat(table[strip.bucket])
-                                                            : times_.template values<LookUp::kGather>(tile, key, v, table);
+                    logits += strip.look_up == LookUp::kOne
+                                  ? splat(table[strip.bucket])
+                                  : times_.template values<LookUp::kGather>(tile, key, v, table);
                 if (in_.position.table) logits += positions_.values(i, j, mask.history());
-                if (sight == Sight::kMasked) logits = seen(mask, tile * kWidth + v * kLanes, i, j) ? logits : splat(-kInfinity);
+                if (sight == Sight::kMasked)
+                    logits = seen(mask, tile * kWidth + v * kLanes, i, j) ? logits : splat(-kInfinity);
                 store(scores, logits);
             }
     }
@@ -364,11 +366,11 @@ private:
     Products products_;
     TimeBuckets times_;
     PositionDiagonals positions_;
-    std::int32_t *seen_begin_, *seen_end_;  // [kQueries] the history that each query sees
-    Sight* sights_;                         // [kTiles, kStrips]
-    bool* safe_;                            // [kTiles, heads]
-    float* key_norms_;                      // [key_heads]
-    float* states_;                         // [kTiles, heads] tile states
+    std::int32_t *seen_begin_, *seen_end_;                          // [kQueries] the history that each query sees
+    Sight* sights_;                                                 // [kTiles, kStrips]
+    bool* safe_;                                                    // [kTiles, heads]
+    float* key_norms_;                                              // [key_heads]
+    float* states_;                                                 // [kTiles, heads] tile states
     std::int64_t begin_ = 0, rows_ = 0, q_row_ = 0, position_ = 0;  // the part at hand
 };
 

@@ -29,8 +29,8 @@ struct Rules {
 
 struct AttentionInputs {
     Element element;
-    Rows q;                            // [total_q, heads, head_dim]
-    Rows k, v;                         // [total_k, key_heads, head_dim]
+    Rows q;     // [total_q, heads, head_dim]
+    Rows k, v;  // [total_k, key_heads, head_dim]
     std::int64_t heads, key_heads, head_dim;
     std::int64_t total_q, total_k;
     std::int64_t num_sequences;
@@ -58,11 +58,11 @@ struct ForwardTables {
     std::int64_t time_stride;
     const float* position;  // [groups, heads, position_stride], times log2 e
     std::int64_t position_stride;
-    const float* smallest;              // [groups, heads] least sum of both biases
-    const float* largest;               // [groups, heads]
-    const std::int32_t* thresholds;     // of times, saturated: exact for differences that fit int32
-    const std::int32_t* cells;          // [1024] bucket of the least int32 whose float begins with these 10 bits
-    std::int64_t most_in_cell;          // thresholds beyond it within one cell
+    const float* smallest;           // [groups, heads] least sum of both biases
+    const float* largest;            // [groups, heads]
+    const std::int32_t* thresholds;  // of times, saturated: exact for differences that fit int32
+    const std::int32_t* cells;       // [1024] bucket of the least int32 whose float begins with these 10 bits
+    std::int64_t most_in_cell;       // thresholds beyond it within one cell
 };
 
 struct ForwardOutputs {

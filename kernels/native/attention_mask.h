@@ -52,9 +52,7 @@ public:
 
 private:
     static constexpr std::int64_t kUnlimited = 1 << 30;  // beyond every position
-    static std::int64_t within(std::int64_t x, std::int64_t most) {
-        return smaller(larger<std::int64_t>(x, 0), most);
-    }
+    static std::int64_t within(std::int64_t x, std::int64_t most) { return smaller(larger<std::int64_t>(x, 0), most); }
 
     std::int64_t num_keys_, history_, contexts_ = 0, left_ = kUnlimited, right_ = kUnlimited;
     bool everyone_ = true;

@@ -127,9 +127,8 @@ void bound_backward(const Attention& attention, Array<float, 3> grad_out, Array<
     require(!attention.k_cyclic || (d_q_cyclic && d_k_cyclic && d_q_cyclic->size() == attention.q_cyclic->size() &&
                                     d_k_cyclic->size() == attention.k_cyclic->size()),
             "d_q_cyclic, d_k_cyclic: expected the shapes of the channels");
-    const BackwardArguments arguments{
-        grad_out.data(), lse.data(), delta.data(), dq.data(),
-        dk.data(),       dv.data(),  or_null(d_q_cyclic), or_null(d_k_cyclic)};
+    const BackwardArguments arguments{grad_out.data(), lse.data(), delta.data(),        dq.data(),
+                                      dk.data(),       dv.data(),  or_null(d_q_cyclic), or_null(d_k_cyclic)};
     const TableGradients tables{or_null(d_time_table), or_null(d_position_table)};
     const InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;

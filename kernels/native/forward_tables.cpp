@@ -62,8 +62,8 @@ TableStorage::TableStorage(const AttentionInputs& in)
     const std::int64_t rows = in.num_groups * in.heads;
     if (in.time.table) {
         if (in.time.num_thresholds > kMostThresholds)
-            throw std::invalid_argument("time_thresholds: expected at most " + std::to_string(kMostThresholds) + ", got " +
-                                        std::to_string(in.time.num_thresholds));
+            throw std::invalid_argument("time_thresholds: expected at most " + std::to_string(kMostThresholds) +
+                                        ", got " + std::to_string(in.time.num_thresholds));
         time_stride_ = in.time.num_thresholds + 1 + kTablePadding;
         time_ = pad(in.time, rows, time_stride_, smallest_, largest_);
         find_cells(in.time);
@@ -91,8 +91,8 @@ void TableStorage::find_cells(const BucketTable& time) {
 }
 
 ForwardTables TableStorage::tables() const {
-    return {time_.data(),     time_stride_,     position_.data(), position_stride_, smallest_.data(),
-            largest_.data(),  thresholds_.data(), cells_.data(),    most_in_cell_};
+    return {time_.data(),    time_stride_,       position_.data(), position_stride_, smallest_.data(),
+            largest_.data(), thresholds_.data(), cells_.data(),    most_in_cell_};
 }
 
 }  // namespace alure

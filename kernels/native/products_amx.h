@@ -57,7 +57,8 @@ public:
             }
             for (std::int64_t pair = 0; pair < depth_ / 2; pair += 16) {
                 Floats square[16];
-                for (int i = 0; i < 16; ++i) square[i] = load(reinterpret_cast<const float*>(rows_ + i * depth_) + pair);
+                for (int i = 0; i < 16; ++i)
+                    square[i] = load(reinterpret_cast<const float*>(rows_ + i * depth_) + pair);
                 transpose(square);
                 for (int i = 0; i < 16; ++i) store(packed + (pair + i) * 16, square[i]);
             }
@@ -120,8 +121,8 @@ public:
     }
     void store_weight(std::int64_t key, int v, Floats weight) const { store_weights(key, v, weight, Floats{}); }
 
-    // sums [value_channels, kWidth] += values · weights of keys [begin, end), once continue_values has been called often
-    // enough, or finish_values. The next weights go elsewhere.
+    // sums [value_channels, kWidth] += values · weights of keys [begin, end), once continue_values has been called
+    // often enough, or finish_values. The next weights go elsewhere.
     void multiply_values(std::int64_t begin, std::int64_t end, float* sums) {
         finish_values();
         const std::int64_t first = begin / kSlice * kSlice, last = round_up(end, kSlice);

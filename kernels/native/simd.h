@@ -17,6 +17,9 @@
 #error "compile with -DALURE_VECTOR_BYTES=16, 32 or 64"
 #endif
 
+// For the bodies of inner loops, behind the parameters of a lambda: a call a vector costs more than its work.
+#define ALURE_INLINE __attribute__((always_inline))
+
 namespace alure {
 namespace {
 
@@ -140,8 +143,8 @@ inline Floats exp_lanes(Floats x) {
     return x < -87.0f ? Floats{} : scaled;
 }
 
-// 2^x, at most 2 ulp, for −126 <= x < 128; NaN stays. x = n + r with |r| <= 1/2: a minimax polynomial for 2^r, n added to
-// the exponent bits. Of degree 3 it is within 1e-4, enough for weights that are rounded to bfloat16.
+// 2^x, at most 2 ulp, for −126 <= x < 128; NaN stays. x = n + r with |r| <= 1/2: a minimax polynomial for 2^r, n added
+// to the exponent bits. Of degree 3 it is within 1e-4, enough for weights that are rounded to bfloat16.
 template <int kDegree>
 inline Floats exp2_lanes(Floats x) {
     static_assert(kDegree == 3 || kDegree == 5);

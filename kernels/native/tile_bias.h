@@ -52,12 +52,12 @@ public:
     }
 
 private:
-    const std::int64_t* thresholds_;
-    std::int32_t num_thresholds_;
-    const std::int64_t* keys_;
-    std::int32_t num_keys_;
-    std::int32_t* reached_;  // for each threshold, a key not beyond the boundary of any query to come
-    std::int32_t first_;     // bucket of key 0
+    const std::int64_t* thresholds_ = nullptr;
+    std::int32_t num_thresholds_ = 0;
+    const std::int64_t* keys_ = nullptr;
+    std::int32_t num_keys_ = 0;
+    std::int32_t* reached_ = nullptr;  // for each threshold, a key not beyond the boundary of any query to come
+    std::int32_t first_ = 0;           // bucket of key 0
 };
 
 class TileBias {
@@ -71,7 +71,8 @@ public:
             row_runs_ = arena.array<Run*>(rows + 1);
         }
         if (has_position_) {
-            while (zero_bucket_ < in.position.num_thresholds && in.position.thresholds[zero_bucket_] <= 0) ++zero_bucket_;
+            while (zero_bucket_ < in.position.num_thresholds && in.position.thresholds[zero_bucket_] <= 0)
+                ++zero_bucket_;
             diagonal_buckets_ = arena.array<std::int32_t>(rows + keys);
             diagonal_values_ = arena.array<float>(rows + keys + 2 * kLanes);
             diagonal_sums_ = arena.array<float>(rows + keys + 2 * kLanes);

@@ -12,16 +12,12 @@
 namespace alure {
 namespace {
 
-constexpr int kWidth = 2 * kLanes;    // queries of a tile, in two vectors
-constexpr std::int64_t kStrip = 16;   // keys of a rectangle
+constexpr int kWidth = 2 * kLanes;   // queries of a tile, in two vectors
+constexpr std::int64_t kStrip = 16;  // keys of a rectangle
 
 // How a strip of keys × a tile of queries finds its biases: one value, a permutation of 1, 2 or 4 vectors, a gather.
+// With AVX2 four are still faster than the gather: 14 % of a forward of 64 events with 16 channels.
 enum class LookUp : std::uint8_t { kOne, kPermute, kPermuteTwo, kPermuteFour, kGather };
-#if defined(__AVX2__) && !defined(__AVX512F__)
-constexpr int kMostVectors = 2;  // a gather is as fast as four permutations
-#else
-constexpr int kMostVectors = 4;
-#endif
 
 struct Strip {
     LookUp look_up = LookUp::kOne;
@@ -79,7 +75,8 @@ public:
         for (std::int64_t s = 0; s < num_strips; ++s) strips[s] = {};
         if (!in_.time.table) return;
         const std::int64_t begin = tile * kWidth, last = smaller(begin + kWidth, rows_) - 1;
-        const std::int64_t most = elapsed(queries_[last], times_[0]), least = elapsed(queries_[begin], times_[num_keys_ - 1]);
+        const std::int64_t most = elapsed(queries_[last], times_[0]),
+                           least = elapsed(queries_[begin], times_[num_keys_ - 1]);
         const std::int32_t high = bucket_of(in_.time, most), low = bucket_of(in_.time, least);
         if (low == high)
             for (std::int64_t s = 0; s < num_strips; ++s) strips[s].bucket = low;
@@ -156,7 +153,7 @@ private:
         }
         if (widest < kLanes) return {LookUp::kPermute};
         if (widest < 2 * kLanes) return {LookUp::kPermuteTwo};
-        if (kMostVectors == 4 && widest < 4 * kLanes) return {LookUp::kPermuteFour};
+        if (widest < 4 * kLanes) return {LookUp::kPermuteFour};
         return {LookUp::kGather};
     }
 
@@ -201,7 +198,7 @@ private:
     const AttentionInputs& in_;
     const ForwardTables* tables_;
     const std::int64_t keys_;
-    Strip* strips_;                       // [tiles, strips of a block]
+    Strip* strips_;                        // [tiles, strips of a block]
     std::int32_t* query_times_ = nullptr;  // cut to int32; behind the last query, its time again
     std::int32_t* key_times_ = nullptr;
     std::int32_t* first_ = nullptr;   // [tiles, keys, 2]
