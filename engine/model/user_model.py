@@ -180,7 +180,8 @@ class UserModel(nn.Module):
                 plan = plans[key] = plans.get(key) or plan_together(together, self.config.causal)
                 layers = [stream.stack.layer(depth) for stream in together]
                 found = run_together(layers, [stream.tokens for stream in together], plan)
-                for stream, stream.tokens in zip(together, found):
+                for stream, tokens in zip(together, found):
+                    stream.tokens = tokens
                     stream.pool(depth)
 
 

@@ -43,21 +43,24 @@ def backward(
         None if x is None else torch.zeros(x.shape, dtype=torch.float32)
         for x in (bias.time_table, bias.position_table, bias.q_cyclic, bias.k_cyclic)
     ]
-    _native.attention_backward(
-        _attention(q.float(), k.float(), v.float(), batch, bias, scale),
+    arrays: list[Any] = [
         *(_array(x.float()) for x in (grad_out, lse, delta)),
         *(x.numpy() for x in (dq, dk, dv)),
         *(None if x is None else x.numpy() for x in of_bias),
-        INSTRUCTION_SET,
-        torch.get_num_threads(),
-    )
+    ]
+    attention = _attention(q.float(), k.float(), v.float(), batch, bias, scale)
+    arguments = [*arrays, INSTRUCTION_SET, torch.get_num_threads()]
+    _native.attention_backward(attention, *arguments)
     return Gradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *of_bias)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: float) -> _native.Attention:
     """NumPy views of the arguments; the module refuses types and shapes that do not fit together."""
+    q_values, k_values, v_values = (_values(x) for x in (q, k, v))
     return _native.Attention(
-        *(_values(x) for x in (q, k, v)),
+        q_values,
+        k_values,
+        v_values,
         _array(batch.q_offsets.to(torch.int64)),
         _array(batch.k_offsets.to(torch.int64)),
         _array(batch.q_timestamps),

@@ -17,7 +17,15 @@ from alure.kernels.attention.bias import (
     check_time_bias,
     cyclic_channels,
 )
-from alure.kernels.attention.plan import AttentionPlan, Window, check_groups, check_rows, check_values, make_batch
+from alure.kernels.attention.plan import (
+    AttentionPlan,
+    Window,
+    check_groups,
+    check_rows,
+    check_values,
+    listed_windows,
+    make_batch,
+)
 from alure.kernels.backend import resolve_backend
 from alure.kernels.jagged import segment_ids
 from alure.kernels.operators import operator
@@ -35,7 +43,7 @@ def jagged_attention(
 def jagged_attention(
     q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor | None, return_lse: Literal[True], **options: Any
 ) -> tuple[Tensor, Tensor]: ...
-def jagged_attention(
+def jagged_attention(  # type: ignore[misc]  # `options` are those named here
     q: Tensor,
     k: Tensor,
     v: Tensor,
@@ -82,8 +90,8 @@ def jagged_attention(
             raise ValueError("q_offsets: expected offsets [batch + 1] or a plan, got neither")
         batch = make_batch(q_offsets, k_offsets, causal, window_size, num_targets, num_contexts, groups)
         batch = _with_times(batch, q, k, k_offsets, q_timestamps, k_timestamps)
-        listed = isinstance(window_size, Sequence) and not isinstance(window_size, tuple)
-        num_windows = len(window_size) if listed else None
+        listed = listed_windows(window_size)
+        num_windows = None if listed is None else len(listed)
     else:
         structure = (q_offsets, k_offsets, q_timestamps, k_timestamps, window_size, num_targets, num_contexts, groups)
         if causal or any(x is not None for x in structure):

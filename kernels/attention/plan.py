@@ -52,8 +52,8 @@ class AttentionPlan:
         check_values(batch, self.total_q, self.total_k, time_thresholds, position_thresholds)
         self.num_groups = 0 if groups is None or not groups.numel() else int(groups.max()) + 1
         if groups is not None:
-            listed = isinstance(window_size, Sequence) and not isinstance(window_size, tuple)
-            check_groups(groups, len(window_size) if listed and not isinstance(window_size, int) else self.num_groups)
+            listed = listed_windows(window_size)
+            check_groups(groups, self.num_groups if listed is None else len(listed))
         self.batch = batch
         self._prepared: dict[object, tuple[Tensor, ...]] = {}
 
@@ -125,16 +125,25 @@ def _windows(
     window_size: Window | Sequence[Window | None] | None, causal: bool, groups: Tensor | None, like: Tensor
 ) -> tuple[Tensor, Tensor]:
     """How far each sequence's queries see to the left and to the right, int64 [batch] each."""
-    if groups is None or window_size is None or isinstance(window_size, int | tuple):
+    listed = listed_windows(window_size)
+    if listed is None:
+        assert window_size is None or isinstance(window_size, int | tuple)
         limits = [_window(window_size, causal)]
+    elif groups is None:
+        raise ValueError(f"window_size: a list has one window a group, and there are no groups; got {window_size}")
     else:
-        limits = [_window(window, causal) for window in window_size]
+        limits = [_window(window, causal) for window in listed]
     left, right = (torch.tensor(side, dtype=torch.int64, device=like.device) for side in zip(*limits))
     if len(limits) == 1:
         return left.expand_as(like), right.expand_as(like)
     assert groups is not None
     known = groups.clamp(0, len(limits) - 1)  # groups beyond the tables are refused where values are read
     return left[known], right[known]
+
+
+def listed_windows(window_size: Window | Sequence[Window | None] | None) -> Sequence[Window | None] | None:
+    """The windows of the groups; None where there is one window, or none, for all sequences."""
+    return None if window_size is None or isinstance(window_size, int | tuple) else window_size
 
 
 def _window(window: Window | None, causal: bool) -> tuple[int, int]:

@@ -41,11 +41,11 @@ def encode_events_backward(
         frequency_table=torch.zeros(encoder.frequency_table.shape),
         phases=torch.empty(encoder.phases.shape),
     )
-    arrays = [gradient.numpy() for gradient in gradients]
+    arrays: list[Any] = [gradient.numpy() for gradient in gradients]
     arrays[1] = None if dense is None else arrays[1]
     arrays[3] = None if dense_weight is None else arrays[3]
-    threads = torch.get_num_threads()
-    if not _native.encode_events_backward(encoding, _array(grad), *arrays, INSTRUCTION_SET, threads):
+    arguments = [_array(grad), *arrays, INSTRUCTION_SET, torch.get_num_threads()]
+    if not _native.encode_events_backward(encoding, *arguments):
         return None
     return gradients if dense is None else gradients._replace(dense=gradients.dense.to(dense.dtype))
 
@@ -55,7 +55,8 @@ def _encoding(table: Tensor, e: EventColumns, w: EventEncoder) -> _native.Encodi
     dense = None if e.dense is None else e.dense.to(torch.float32)
     columns = (e.ids, table, e.offsets.to(torch.int64), e.timestamps, e.reference_times, e.counts, dense, e.utc_offsets)
     weights = (w.id_weight, w.time_weight, w.bias, w.position_table, w.frequency_table, w.periods, w.phases)
-    return _native.Encoding(*map(_array, columns), *map(_array, weights), w.tau, _array(w.dense_weight))
+    arguments = [*map(_array, columns), *map(_array, weights), w.tau, _array(w.dense_weight)]
+    return _native.Encoding(*arguments)
 
 
 def _array(x: Tensor | None) -> Any:
