@@ -1,23 +1,31 @@
 """The backward kernels of jagged attention; both compute the weights again from lse.
 
-`backward_q_kernel` makes dq, d_q_cyclic and the tables' sums of one tile of queries, `backward_kv_kernel` dk, dv and
-d_k_cyclic of one tile of keys. Shapes and dtypes as in kernel.py; p_delta float32 [H, Tq] is Σ out·grad_out;
-p_time_sums, p_position_sums float32 [tiles, H, buckets]; p_d_k_cyclic float32 [Tk, H, C].
+`backward_q_kernel` makes dq, d_q_cyclic and the tables' sums of tiles of queries, `backward_kv_kernel` dk, dv and
+d_k_cyclic of tiles of keys, from turned logits, [keys, queries]: so each product finds its left side in registers.
+Shapes and dtypes as in kernel.py; p_time_sums, p_position_sums float32 [tiles, H, buckets]; p_d_k_cyclic float32
+[Tk, Hk, C]; p_lse in units of log 2, +inf for queries that see no key.
 """
 
 import triton
 import triton.language as tl
 
 from alure.kernels.attention.kernel_tiles import (
+    ENDS,
+    FEW,
+    GENERAL,
     LOG2E,
+    PAIR,
+    SEVERAL,
+    TILE,
+    UNIFORM,
     add_bias,
     add_sums,
-    bucket_of,
     load_rows,
     load_times,
-    sequence,
+    places,
     store_rows,
-    visible_pairs,
+    visible_keys,
+    visible_queries,
 )
 
 
@@ -33,15 +41,15 @@ def backward_q_kernel(
     p_d_q_cyclic,
     p_time_sums,
     p_position_sums,
-    p_q_offsets,
-    p_k_offsets,
-    p_tile_sequence,
-    p_tile_start,
+    p_tiles,
+    p_pairs,
     p_q_time,
     p_k_time,
     p_time_thresholds,
+    p_time_cells,
     p_time_table,
     p_position_thresholds,
+    p_position_cells,
     p_position_table,
     p_q_cyclic,
     p_k_cyclic,
@@ -55,113 +63,256 @@ def backward_q_kernel(
     stride_gh,
     total_q,
     scale,
-    window_left,
-    window_right,
     HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TIME_BUCKETS: tl.constexpr,
     POSITION_BUCKETS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
+    RULES: tl.constexpr,
+    TIME_STEPS: tl.constexpr,
+    POSITION_STEPS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
-    BLOCK_C: tl.constexpr,
 ):
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    q_begin, n_q, k_begin, n_k = sequence(p_q_offsets, p_k_offsets, tl.load(p_tile_sequence + i_tile))
-    shift = n_k - n_q
-    p_q += q_begin * stride_q + i_head * stride_qh
-    p_k += k_begin * stride_k + i_head * stride_kh
-    p_v += k_begin * stride_v + i_head * stride_vh
-    p_lse += i_head * total_q + q_begin
-    p_delta += i_head * total_q + q_begin
-    p_grad_out += q_begin * stride_g + i_head * stride_gh
-    if TIME_BUCKETS > 0:
-        p_q_time += q_begin
-        p_k_time += k_begin
-        p_time_table += i_head * TIME_BUCKETS
-    if POSITION_BUCKETS > 0:
-        p_position_table += i_head * POSITION_BUCKETS
-    if CHANNELS > 0:
-        p_q_cyclic += (q_begin * HEADS + i_head) * CHANNELS
-        p_k_cyclic += k_begin * CHANNELS
-    p_dq += (q_begin * HEADS + i_head) * HEAD_DIM
+    i_work = tl.program_id(0)
+    i_head = tl.cast(i_work % HEADS, tl.int64)
+    i_tile = i_work // HEADS
+    p_tile = p_tiles + i_tile * TILE
+    q_begin, k_begin = tl.load(p_tile), tl.load(p_tile + 2)
+    n_q, n_k, row = tl.load(p_tile + 1).to(tl.int32), tl.load(p_tile + 3).to(tl.int32), tl.load(p_tile + 4).to(tl.int32)
+    left, right = tl.load(p_tile + 5).to(tl.int32), tl.load(p_tile + 6).to(tl.int32)
+    contexts, history = tl.load(p_tile + 7).to(tl.int32), tl.load(p_tile + 8).to(tl.int32)
+    rules = (left, right, contexts, history, n_k)
+    i_table = tl.load(p_tile + 9) * HEADS + i_head
+    i_kv = i_head // (HEADS // KV_HEADS)
 
-    row = tl.load(p_tile_start + i_tile)
-    o_m = row + tl.arange(0, BLOCK_M)
-    m_m = o_m < n_q
-    b_q = load_rows(p_q, o_m, m_m, stride_q, HEAD_DIM, BLOCK_D, DOT)
+    first = q_begin + row
+    o_row = tl.arange(0, BLOCK_M)
+    m_row = row + o_row < n_q
+    p_row, p_g = p_q + first * stride_q + i_head * stride_qh, p_grad_out + first * stride_g + i_head * stride_gh
+    b_q = load_rows(p_row, o_row, m_row, stride_q, HEAD_DIM, BLOCK_D, True).to(DOT)
+    b_do = load_rows(p_g, o_row, m_row, stride_g, HEAD_DIM, BLOCK_D, True).to(DOT)
+    o_lse = i_head * total_q + first
+    lse = tl.load(p_lse + o_lse + o_row, mask=m_row, other=float("inf"))  # no weight beyond the sequence
+    delta = tl.load(p_delta + o_lse + o_row, mask=m_row, other=0.0)
+    b_qc = b_q
     if CHANNELS > 0:
-        b_qc = load_rows(p_q_cyclic, o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C, tl.float32)
+        p_qc = p_q_cyclic + (first * HEADS + i_head) * CHANNELS
+        b_qc = load_rows(p_qc, o_row, m_row, HEADS * CHANNELS, CHANNELS, BLOCK_C, True) / scale
+    q_time = o_row
     if TIME_BUCKETS > 0:
-        b_qt, qt_first, qt_last = load_times(p_q_time, row, o_m, m_m, n_q, BLOCK_M)
-    b_do = load_rows(p_grad_out, o_m, m_m, stride_g, HEAD_DIM, BLOCK_D, DOT)
-    lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2E
-    delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
+        q_time = tl.load(p_q_time + first + o_row, mask=m_row, other=0)
+    i = row + o_row + n_k - n_q
+
+    queries = (b_q, b_do, b_qc, lse, delta, q_time, i)
+    keys = (
+        p_k + k_begin * stride_k + i_kv * stride_kh,
+        p_v + k_begin * stride_v + i_kv * stride_vh,
+        p_k_time + k_begin,
+        p_k_cyclic + k_begin * CHANNELS,
+        stride_k,
+        stride_v,
+    )
+    time = (p_time_thresholds, p_time_cells, p_time_table + i_table * TIME_BUCKETS, TIME_BUCKETS)
+    p_position_row = p_position_table + i_table * POSITION_BUCKETS
+    position = (p_position_thresholds, p_position_cells, p_position_row, POSITION_BUCKETS)
+    problem = (queries, keys, time, position, rules, p_pairs, p_tile + ENDS, scale)
+
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    if CHANNELS > 0:
-        d_qc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    if TIME_BUCKETS > 0:
-        time_sums = tl.zeros([BLOCK_T], tl.float32)
-    if POSITION_BUCKETS > 0:
-        position_sums = tl.zeros([BLOCK_P], tl.float32)
-    begin = 0
-    end = n_k
-    if LEFT:
-        begin = tl.maximum(0, row + shift - window_left)
-    if RIGHT:
-        end = tl.minimum(n_k, row + BLOCK_M + shift + window_right)
-    for start in range(begin, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < n_k
-        b_k = load_rows(p_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, DOT)
-        b_v = load_rows(p_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, DOT)
-        if CHANNELS > 0:
-            b_kc = load_rows(p_k_cyclic, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-        if TIME_BUCKETS > 0:
-            b_kt, kt_first, kt_last = load_times(p_k_time, start, o_n, m_n, n_k, BLOCK_N)
-        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        if CHANNELS > 0:
-            logits += tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION) * LOG2E
-        if TIME_BUCKETS > 0:
-            elapsed = b_qt[:, None] - b_kt[None, :]
-            t_first = bucket_of(p_time_thresholds, qt_first - kt_last, TIME_BUCKETS, BLOCK_T)
-            t_last = bucket_of(p_time_thresholds, qt_last - kt_first, TIME_BUCKETS, BLOCK_T)
-            logits = add_bias(logits, elapsed, p_time_thresholds, p_time_table, t_first, t_last)
-        distance = (o_m + shift)[:, None] - o_n[None, :]
-        if POSITION_BUCKETS > 0:
-            p_first = bucket_of(p_position_thresholds, row + shift - start - BLOCK_N + 1, POSITION_BUCKETS, BLOCK_P)
-            p_last = bucket_of(p_position_thresholds, row + BLOCK_M - 1 + shift - start, POSITION_BUCKETS, BLOCK_P)
-            logits = add_bias(logits, distance, p_position_thresholds, p_position_table, p_first, p_last)
-        visible = visible_pairs(distance, m_m, m_n, window_left, window_right, LEFT, RIGHT)
-        weights = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
-        d_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        d_logits = weights * (d_weights - delta[:, None])
-        if TIME_BUCKETS > 0:
-            time_sums = add_sums(time_sums, d_logits, elapsed, p_time_thresholds, t_first, t_last, BLOCK_T)
-        if POSITION_BUCKETS > 0:
-            position_sums = add_sums(position_sums, d_logits, distance, p_position_thresholds, p_first, p_last, BLOCK_P)
-        if CHANNELS > 0:
-            d_qc += tl.dot(d_logits, b_kc, input_precision=PRECISION)
-        dq += tl.dot(d_logits.to(DOT), b_k, input_precision=PRECISION)
+    d_qc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
+    state = (dq, d_qc, tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_P], tl.float32))
+    state = attend_keys(  # loop: uniform
+        state,
+        problem,
+        HEAD_DIM,
+        TIME_BUCKETS,
+        POSITION_BUCKETS,
+        CHANNELS,
+        RULES,
+        TIME_STEPS,
+        POSITION_STEPS,
+        DOT,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_C,
+        BLOCK_T,
+        BLOCK_P,
+        UNIFORM,
+    )
+    if TIME_BUCKETS + POSITION_BUCKETS > 0:
+        state = attend_keys(  # loop: few
+            state,
+            problem,
+            HEAD_DIM,
+            TIME_BUCKETS,
+            POSITION_BUCKETS,
+            CHANNELS,
+            RULES,
+            TIME_STEPS,
+            POSITION_STEPS,
+            DOT,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_C,
+            BLOCK_T,
+            BLOCK_P,
+            FEW,
+        )
+        state = attend_keys(  # loop: several
+            state,
+            problem,
+            HEAD_DIM,
+            TIME_BUCKETS,
+            POSITION_BUCKETS,
+            CHANNELS,
+            RULES,
+            TIME_STEPS,
+            POSITION_STEPS,
+            DOT,
+            PRECISION,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_C,
+            BLOCK_T,
+            BLOCK_P,
+            SEVERAL,
+        )
+    state = attend_keys(  # loop: general
+        state,
+        problem,
+        HEAD_DIM,
+        TIME_BUCKETS,
+        POSITION_BUCKETS,
+        CHANNELS,
+        RULES,
+        TIME_STEPS,
+        POSITION_STEPS,
+        DOT,
+        PRECISION,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_C,
+        BLOCK_T,
+        BLOCK_P,
+        GENERAL,
+    )
+    dq, d_qc, time_sums, position_sums = state
 
-    store_rows(p_dq, dq * scale, o_m, m_m, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    p_row = p_dq + (first * HEADS + i_head) * HEAD_DIM
+    store_rows(p_row, dq * scale, o_row, m_row, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
     if CHANNELS > 0:
-        p_d_q_cyclic += (q_begin * HEADS + i_head) * CHANNELS
-        store_rows(p_d_q_cyclic, d_qc, o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C)
-    i_program = i_tile.to(tl.int64) * HEADS + i_head
+        p_qc = p_d_q_cyclic + (first * HEADS + i_head) * CHANNELS
+        store_rows(p_qc, d_qc, o_row, m_row, HEADS * CHANNELS, CHANNELS, BLOCK_C)
+    o_sums = i_tile * HEADS + i_head
     if TIME_BUCKETS > 0:
         o_b = tl.arange(0, BLOCK_T)
-        tl.store(p_time_sums + i_program * TIME_BUCKETS + o_b, time_sums, mask=o_b < TIME_BUCKETS)
+        tl.store(p_time_sums + o_sums * TIME_BUCKETS + o_b, time_sums, mask=o_b < TIME_BUCKETS)
     if POSITION_BUCKETS > 0:
         o_b = tl.arange(0, BLOCK_P)
-        tl.store(p_position_sums + i_program * POSITION_BUCKETS + o_b, position_sums, mask=o_b < POSITION_BUCKETS)
+        tl.store(p_position_sums + o_sums * POSITION_BUCKETS + o_b, position_sums, mask=o_b < POSITION_BUCKETS)
+
+
+@triton.jit
+def attend_keys(
+    state,
+    problem,
+    HEAD_DIM: tl.constexpr,
+    TIME_BUCKETS: tl.constexpr,
+    POSITION_BUCKETS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RULES: tl.constexpr,
+    TIME_STEPS: tl.constexpr,
+    POSITION_STEPS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    BLOCK_T: tl.constexpr,
+    BLOCK_P: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """(dq, d_q_cyclic, sums of the time table, of the position table) with the pairs of one class."""
+    queries, keys, time, position, rules, p_pairs, p_ends, scale = problem
+    dq, d_qc, time_sums, position_sums = state
+    b_q, b_do, b_qc, lse, delta, q_time, i = queries
+    p_k, p_v, p_k_time, p_kc, stride_k, stride_v = keys
+    p_time_row, p_position_row = time[2], position[2]
+    history, n_k = rules[3], rules[4]
+    BIASED: tl.constexpr = TIME_BUCKETS + POSITION_BUCKETS > 0
+    MASK: tl.constexpr = KIND == GENERAL
+    PARTS: tl.constexpr = 2 if KIND >= FEW and BLOCK_N > 16 else 1
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    T_COUNT: tl.constexpr = 0 if KIND == UNIFORM else (1 if KIND == FEW else 3)
+    P_COUNT: tl.constexpr = 0 if KIND == UNIFORM else (1 if KIND == FEW else 2)
+    o_n = tl.arange(0, WIDTH)
+    q_position = tl.minimum(i, history)
+
+    begin = tl.load(p_ends + KIND)
+    end = tl.load(p_ends + (KIND + 1 if BIASED or MASK else GENERAL))
+    for i_part in range(begin * PARTS, end * PARTS):
+        p_pair = p_pairs + i_part // PARTS * PAIR
+        start = tl.load(p_pair) + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        m_n = start + o_n < n_k
+        start_k = start.to(tl.int64)
+        b_k = load_rows(p_k + start_k * stride_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, MASK).to(DOT)
+        b_v = load_rows(p_v + start_k * stride_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, MASK).to(DOT)
+        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if CHANNELS > 0:
+            b_kc = load_rows(p_kc + start_k * CHANNELS, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, MASK)
+            logits = tl.dot(b_qc, tl.trans(b_kc), logits, input_precision=PRECISION)
+        q_place, k_place = places(q_position, start, o_n, history, MASK and RULES)
+        k_time = o_n
+        if TIME_BUCKETS > 0 and KIND != UNIFORM:
+            k_time = load_times(p_k_time + start, o_n, m_n, MASK)
+        if KIND == UNIFORM:
+            bias = 0.0
+            if TIME_BUCKETS > 0:
+                bias += tl.load(p_time_row + tl.load(p_pair + 1)) * LOG2E
+            if POSITION_BUCKETS > 0:
+                bias += tl.load(p_position_row + tl.load(p_pair + 3)) * LOG2E
+            weights = tl.exp2(logits * (scale * LOG2E) + (bias - lse)[:, None])
+        else:
+            logits *= scale * LOG2E
+            if TIME_BUCKETS > 0:
+                first = tl.load(p_pair + 1)
+                logits = add_bias(logits, q_time[:, None], k_time[None, :], time, first, T_COUNT, TIME_STEPS, KIND)
+            if POSITION_BUCKETS > 0:
+                first = tl.load(p_pair + 3)
+                logits = add_bias(
+                    logits, q_place[:, None], k_place[None, :], position, first, P_COUNT, POSITION_STEPS, KIND
+                )
+            weights = tl.exp2(logits - lse[:, None])
+            if MASK:
+                visible = visible_keys(i[:, None], (start + o_n)[None, :], rules, RULES)
+                weights = tl.where(visible, weights, 0.0)
+        d_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
+        d_logits = weights * (d_weights - delta[:, None])
+        if BIASED:
+            sum_all = tl.sum(d_logits)
+            if TIME_BUCKETS > 0:
+                time_sums = add_sums(
+                    time_sums, sum_all, d_logits, q_time[:, None], k_time[None, :], time, tl.load(p_pair + 1),
+                    tl.load(p_pair + 2), T_COUNT, BLOCK_T, KIND
+                )  # fmt: skip
+            if POSITION_BUCKETS > 0:
+                position_sums = add_sums(
+                    position_sums, sum_all, d_logits, q_place[:, None], k_place[None, :], position,
+                    tl.load(p_pair + 3), tl.load(p_pair + 4), P_COUNT, BLOCK_P, KIND
+                )  # fmt: skip
+        if CHANNELS > 0:
+            d_qc = tl.dot(d_logits.to(DOT), b_kc.to(DOT), d_qc, input_precision=PRECISION)
+        dq = tl.dot(d_logits.to(DOT), b_k, dq, input_precision=PRECISION)
+    return dq, d_qc, time_sums, position_sums
 
 
 @triton.jit
@@ -175,15 +326,15 @@ def backward_kv_kernel(
     p_dk,
     p_dv,
     p_d_k_cyclic,
-    p_q_offsets,
-    p_k_offsets,
-    p_tile_sequence,
-    p_tile_start,
+    p_tiles,
+    p_pairs,
     p_q_time,
     p_k_time,
     p_time_thresholds,
+    p_time_cells,
     p_time_table,
     p_position_thresholds,
+    p_position_cells,
     p_position_table,
     p_q_cyclic,
     p_k_cyclic,
@@ -197,99 +348,233 @@ def backward_kv_kernel(
     stride_gh,
     total_q,
     scale,
-    window_left,
-    window_right,
     HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TIME_BUCKETS: tl.constexpr,
     POSITION_BUCKETS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
+    RULES: tl.constexpr,
+    TIME_STEPS: tl.constexpr,
+    POSITION_STEPS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    q_begin, n_q, k_begin, n_k = sequence(p_q_offsets, p_k_offsets, tl.load(p_tile_sequence + i_tile))
-    shift = n_k - n_q
-    p_q += q_begin * stride_q + i_head * stride_qh
-    p_k += k_begin * stride_k + i_head * stride_kh
-    p_v += k_begin * stride_v + i_head * stride_vh
-    p_lse += i_head * total_q + q_begin
-    p_delta += i_head * total_q + q_begin
-    p_grad_out += q_begin * stride_g + i_head * stride_gh
-    if TIME_BUCKETS > 0:
-        p_q_time += q_begin
-        p_k_time += k_begin
-        p_time_table += i_head * TIME_BUCKETS
-    if POSITION_BUCKETS > 0:
-        p_position_table += i_head * POSITION_BUCKETS
-    if CHANNELS > 0:
-        p_q_cyclic += (q_begin * HEADS + i_head) * CHANNELS
-        p_k_cyclic += k_begin * CHANNELS
-    p_dk += (k_begin * HEADS + i_head) * HEAD_DIM
-    p_dv += (k_begin * HEADS + i_head) * HEAD_DIM
+    i_work = tl.program_id(0)
+    i_kv = tl.cast(i_work % KV_HEADS, tl.int64)
+    i_tile = i_work // KV_HEADS
+    p_tile = p_tiles + i_tile * TILE
+    q_begin, k_begin = tl.load(p_tile), tl.load(p_tile + 2)
+    n_q, n_k, row = tl.load(p_tile + 1).to(tl.int32), tl.load(p_tile + 3).to(tl.int32), tl.load(p_tile + 4).to(tl.int32)
+    left, right = tl.load(p_tile + 5).to(tl.int32), tl.load(p_tile + 6).to(tl.int32)
+    contexts, history = tl.load(p_tile + 7).to(tl.int32), tl.load(p_tile + 8).to(tl.int32)
+    rules = (left, right, contexts, history, n_k)
+    i_group = tl.load(p_tile + 9)
 
-    start = tl.load(p_tile_start + i_tile)
-    o_n = start + tl.arange(0, BLOCK_N)
-    m_n = o_n < n_k
-    b_k = load_rows(p_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, DOT)
-    b_v = load_rows(p_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, DOT)
+    first = k_begin + row
+    o_row = tl.arange(0, BLOCK_N)
+    m_row = row + o_row < n_k
+    p_row = p_k + first * stride_k + i_kv * stride_kh
+    b_k = load_rows(p_row, o_row, m_row, stride_k, HEAD_DIM, BLOCK_D, True).to(DOT)
+    p_row = p_v + first * stride_v + i_kv * stride_vh
+    b_v = load_rows(p_row, o_row, m_row, stride_v, HEAD_DIM, BLOCK_D, True).to(DOT)
+    b_kc = b_k
     if CHANNELS > 0:
-        b_kc = load_rows(p_k_cyclic, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, tl.float32)
+        p_row = p_k_cyclic + first * CHANNELS
+        b_kc = load_rows(p_row, o_row, m_row, CHANNELS, CHANNELS, BLOCK_C, True) / scale
+    k_time = o_row
     if TIME_BUCKETS > 0:
-        b_kt, kt_first, kt_last = load_times(p_k_time, start, o_n, m_n, n_k, BLOCK_N)
+        k_time = tl.load(p_k_time + first + o_row, mask=m_row, other=0)
+    keys = (b_k, b_v, b_kc, k_time, row + o_row)
+
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
-    if CHANNELS > 0:
-        d_kc = tl.zeros([BLOCK_N, BLOCK_C], tl.float32)
-    begin = 0
-    end = n_q
-    if RIGHT:
-        begin = tl.maximum(0, start - shift - window_right)
-    if LEFT:
-        end = tl.minimum(n_q, start + BLOCK_N - shift + window_left)
-    for row in range(begin, end, BLOCK_M):
-        o_m = row + tl.arange(0, BLOCK_M)
-        m_m = o_m < n_q
-        b_q = load_rows(p_q, o_m, m_m, stride_q, HEAD_DIM, BLOCK_D, DOT)
-        if CHANNELS > 0:
-            b_qc = load_rows(p_q_cyclic, o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-        if TIME_BUCKETS > 0:
-            b_qt, qt_first, qt_last = load_times(p_q_time, row, o_m, m_m, n_q, BLOCK_M)
-        b_do = load_rows(p_grad_out, o_m, m_m, stride_g, HEAD_DIM, BLOCK_D, DOT)
-        lse = tl.load(p_lse + o_m, mask=m_m, other=0.0) * LOG2E
-        delta = tl.load(p_delta + o_m, mask=m_m, other=0.0)
-        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        if CHANNELS > 0:
-            logits += tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION) * LOG2E
-        if TIME_BUCKETS > 0:
-            elapsed = b_qt[:, None] - b_kt[None, :]
-            t_first = bucket_of(p_time_thresholds, qt_first - kt_last, TIME_BUCKETS, BLOCK_T)
-            t_last = bucket_of(p_time_thresholds, qt_last - kt_first, TIME_BUCKETS, BLOCK_T)
-            logits = add_bias(logits, elapsed, p_time_thresholds, p_time_table, t_first, t_last)
-        distance = (o_m + shift)[:, None] - o_n[None, :]
-        if POSITION_BUCKETS > 0:
-            p_first = bucket_of(p_position_thresholds, row + shift - start - BLOCK_N + 1, POSITION_BUCKETS, BLOCK_P)
-            p_last = bucket_of(p_position_thresholds, row + BLOCK_M - 1 + shift - start, POSITION_BUCKETS, BLOCK_P)
-            logits = add_bias(logits, distance, p_position_thresholds, p_position_table, p_first, p_last)
-        visible = visible_pairs(distance, m_m, m_n, window_left, window_right, LEFT, RIGHT)
-        weights = tl.where(visible, tl.exp2(logits - lse[:, None]), 0.0)
-        d_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
-        d_logits = weights * (d_weights - delta[:, None])
-        dv += tl.dot(tl.trans(weights.to(DOT)), b_do, input_precision=PRECISION)
-        if CHANNELS > 0:
-            d_kc += tl.dot(tl.trans(d_logits), b_qc, input_precision=PRECISION)
-        dk += tl.dot(tl.trans(d_logits.to(DOT)), b_q, input_precision=PRECISION)
+    state = (dk, dv, tl.zeros([BLOCK_N, BLOCK_C], tl.float32))
+    SHARE: tl.constexpr = HEADS // KV_HEADS
+    for i_share in range(SHARE):
+        i_head = i_kv * SHARE + i_share
+        o_lse = i_head * total_q + q_begin
+        queries = (
+            p_q + q_begin * stride_q + i_head * stride_qh,
+            p_grad_out + q_begin * stride_g + i_head * stride_gh,
+            p_lse + o_lse,
+            p_delta + o_lse,
+            p_q_time + q_begin,
+            p_q_cyclic + (q_begin * HEADS + i_head) * CHANNELS,
+            stride_q,
+            stride_g,
+            n_q,
+        )
+        i_table = i_group * HEADS + i_head
+        time = (p_time_thresholds, p_time_cells, p_time_table + i_table * TIME_BUCKETS, TIME_BUCKETS)
+        p_position_row = p_position_table + i_table * POSITION_BUCKETS
+        position = (p_position_thresholds, p_position_cells, p_position_row, POSITION_BUCKETS)
+        problem = (queries, keys, time, position, rules, p_pairs, p_tile + ENDS, scale)
+        state = attend_queries(  # loop: uniform
+            state,
+            problem,
+            HEADS,
+            HEAD_DIM,
+            TIME_BUCKETS,
+            POSITION_BUCKETS,
+            CHANNELS,
+            RULES,
+            TIME_STEPS,
+            POSITION_STEPS,
+            DOT,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_C,
+            UNIFORM,
+        )
+        if TIME_BUCKETS + POSITION_BUCKETS > 0:
+            state = attend_queries(  # loop: few
+                state,
+                problem,
+                HEADS,
+                HEAD_DIM,
+                TIME_BUCKETS,
+                POSITION_BUCKETS,
+                CHANNELS,
+                RULES,
+                TIME_STEPS,
+                POSITION_STEPS,
+                DOT,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_C,
+                FEW,
+            )
+            state = attend_queries(  # loop: several
+                state,
+                problem,
+                HEADS,
+                HEAD_DIM,
+                TIME_BUCKETS,
+                POSITION_BUCKETS,
+                CHANNELS,
+                RULES,
+                TIME_STEPS,
+                POSITION_STEPS,
+                DOT,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_D,
+                BLOCK_C,
+                SEVERAL,
+            )
+        state = attend_queries(  # loop: general
+            state,
+            problem,
+            HEADS,
+            HEAD_DIM,
+            TIME_BUCKETS,
+            POSITION_BUCKETS,
+            CHANNELS,
+            RULES,
+            TIME_STEPS,
+            POSITION_STEPS,
+            DOT,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_D,
+            BLOCK_C,
+            GENERAL,
+        )
+    dk, dv, d_kc = state
 
-    store_rows(p_dk, dk * scale, o_n, m_n, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    store_rows(p_dv, dv, o_n, m_n, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    if CHANNELS > 0:  # k_cyclic is shared by the heads: [Tk, H, C], added up by the launcher
-        p_d_k_cyclic += (k_begin * HEADS + i_head) * CHANNELS
-        store_rows(p_d_k_cyclic, d_kc, o_n, m_n, HEADS * CHANNELS, CHANNELS, BLOCK_C)
+    o_out = (first * KV_HEADS + i_kv) * HEAD_DIM
+    store_rows(p_dk + o_out, dk * scale, o_row, m_row, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    store_rows(p_dv + o_out, dv, o_row, m_row, KV_HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    if CHANNELS > 0:  # k_cyclic is shared by the heads: [Tk, Hk, C], added up by the launcher
+        p_row = p_d_k_cyclic + (first * KV_HEADS + i_kv) * CHANNELS
+        store_rows(p_row, d_kc, o_row, m_row, KV_HEADS * CHANNELS, CHANNELS, BLOCK_C)
+
+
+@triton.jit
+def attend_queries(
+    state,
+    problem,
+    HEADS: tl.constexpr,
+    HEAD_DIM: tl.constexpr,
+    TIME_BUCKETS: tl.constexpr,
+    POSITION_BUCKETS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RULES: tl.constexpr,
+    TIME_STEPS: tl.constexpr,
+    POSITION_STEPS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """(dk, dv, d_k_cyclic) with the pairs of one class and head."""
+    queries, keys, time, position, rules, p_pairs, p_ends, scale = problem
+    dk, dv, d_kc = state
+    p_q, p_g, p_lse, p_delta, p_q_time, p_qc, stride_q, stride_g, n_q = queries
+    b_k, b_v, b_kc, k_time, j = keys
+    p_time_row, p_position_row = time[2], position[2]
+    history, n_k = rules[3], rules[4]
+    BIASED: tl.constexpr = TIME_BUCKETS + POSITION_BUCKETS > 0
+    MASK: tl.constexpr = KIND == GENERAL
+    PARTS: tl.constexpr = 2 if KIND >= FEW and BLOCK_M > 16 else 1
+    WIDTH: tl.constexpr = BLOCK_M // PARTS
+    T_COUNT: tl.constexpr = 0 if KIND == UNIFORM else (1 if KIND == FEW else 3)
+    P_COUNT: tl.constexpr = 0 if KIND == UNIFORM else (1 if KIND == FEW else 2)
+    o_m = tl.arange(0, WIDTH)
+    k_position = tl.minimum(j, history)
+
+    begin = tl.load(p_ends + KIND)
+    end = tl.load(p_ends + (KIND + 1 if BIASED or MASK else GENERAL))
+    for i_part in range(begin * PARTS, end * PARTS):
+        p_pair = p_pairs + i_part // PARTS * PAIR
+        start = tl.load(p_pair) + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        m_m = start + o_m < n_q  # a tile whose pairs are all seen may still end beyond the queries
+        start_q = start.to(tl.int64)
+        b_q = load_rows(p_q + start_q * stride_q, o_m, m_m, stride_q, HEAD_DIM, BLOCK_D, True).to(DOT)
+        b_do = load_rows(p_g + start_q * stride_g, o_m, m_m, stride_g, HEAD_DIM, BLOCK_D, True).to(DOT)
+        lse = tl.load(p_lse + start + o_m, mask=m_m, other=float("inf"))  # no weight beyond the sequence
+        delta = tl.load(p_delta + start + o_m, mask=m_m, other=0.0)
+        i = start + o_m + n_k - n_q
+        logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
+        if CHANNELS > 0:
+            b_qc = load_rows(p_qc + start_q * (HEADS * CHANNELS), o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C, True)
+            logits = tl.dot(b_kc, tl.trans(b_qc), logits, input_precision=PRECISION)
+        if KIND == UNIFORM:
+            bias = 0.0
+            if TIME_BUCKETS > 0:
+                bias += tl.load(p_time_row + tl.load(p_pair + 1)) * LOG2E
+            if POSITION_BUCKETS > 0:
+                bias += tl.load(p_position_row + tl.load(p_pair + 3)) * LOG2E
+            weights = tl.exp2(logits * (scale * LOG2E) + (bias - lse)[None, :])
+        else:
+            logits *= scale * LOG2E
+            if TIME_BUCKETS > 0:
+                q_time = tl.load(p_q_time + start + o_m, mask=m_m, other=0)
+                first = tl.load(p_pair + 1)
+                logits = add_bias(logits, q_time[None, :], k_time[:, None], time, first, T_COUNT, TIME_STEPS, KIND)
+            if POSITION_BUCKETS > 0:
+                q_position = tl.minimum(i, history)
+                first = tl.load(p_pair + 3)
+                logits = add_bias(
+                    logits, q_position[None, :], k_position[:, None], position, first, P_COUNT, POSITION_STEPS, KIND
+                )
+            weights = tl.exp2(logits - lse[None, :])
+            if MASK:
+                visible = visible_queries(i[None, :], j[:, None], rules, RULES)
+                weights = tl.where(visible, weights, 0.0)
+        d_weights = tl.dot(b_v, tl.trans(b_do), input_precision=PRECISION)
+        dv = tl.dot(weights.to(DOT), b_do, dv, input_precision=PRECISION)
+        d_logits = (weights * (d_weights - delta[None, :])).to(DOT)
+        if CHANNELS > 0:
+            d_kc = tl.dot(d_logits, b_qc.to(DOT), d_kc, input_precision=PRECISION)
+        dk = tl.dot(d_logits, b_q, dk, input_precision=PRECISION)
+    return dk, dv, d_kc

@@ -1,21 +1,27 @@
-"""The forward kernel of jagged attention: a program makes the output and lse of one tile of queries of one head.
+"""The forward kernel of jagged attention: out and lse of tiles of queries, one tile of one head at a time.
 
-Shapes and dtypes as in kernel.py; p_tile_sequence, p_tile_start int32 [tiles] are the tiles of the queries.
+Shapes and dtypes as in kernel.py; the records of tiles and pairs as in kernel_tiles.py.
 """
 
 import triton
 import triton.language as tl
 
 from alure.kernels.attention.kernel_tiles import (
+    ENDS,
+    FEW,
+    GENERAL,
     LN2,
     LOG2E,
+    PAIR,
+    SEVERAL,
+    TILE,
+    UNIFORM,
     add_bias,
-    bucket_of,
     load_rows,
     load_times,
-    sequence,
+    places,
     store_rows,
-    visible_pairs,
+    visible_keys,
 )
 
 
@@ -26,15 +32,15 @@ def forward_kernel(
     p_v,
     p_out,
     p_lse,
-    p_q_offsets,
-    p_k_offsets,
-    p_tile_sequence,
-    p_tile_start,
+    p_tiles,
+    p_pairs,
     p_q_time,
     p_k_time,
     p_time_thresholds,
+    p_time_cells,
     p_time_table,
     p_position_thresholds,
+    p_position_cells,
     p_position_table,
     p_q_cyclic,
     p_k_cyclic,
@@ -46,93 +52,230 @@ def forward_kernel(
     stride_vh,
     total_q,
     scale,
-    window_left,
-    window_right,
     HEADS: tl.constexpr,
+    KV_HEADS: tl.constexpr,
     HEAD_DIM: tl.constexpr,
     TIME_BUCKETS: tl.constexpr,
     POSITION_BUCKETS: tl.constexpr,
     CHANNELS: tl.constexpr,
-    LEFT: tl.constexpr,
-    RIGHT: tl.constexpr,
+    RULES: tl.constexpr,
+    TIME_STEPS: tl.constexpr,
+    POSITION_STEPS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
-    BLOCK_T: tl.constexpr,
-    BLOCK_P: tl.constexpr,
     BLOCK_C: tl.constexpr,
 ):
-    i_tile, i_head = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    q_begin, n_q, k_begin, n_k = sequence(p_q_offsets, p_k_offsets, tl.load(p_tile_sequence + i_tile))
-    shift = n_k - n_q
-    p_q += q_begin * stride_q + i_head * stride_qh
-    p_k += k_begin * stride_k + i_head * stride_kh
-    p_v += k_begin * stride_v + i_head * stride_vh
-    p_lse += i_head * total_q + q_begin
-    if TIME_BUCKETS > 0:
-        p_q_time += q_begin
-        p_k_time += k_begin
-        p_time_table += i_head * TIME_BUCKETS
-    if POSITION_BUCKETS > 0:
-        p_position_table += i_head * POSITION_BUCKETS
-    if CHANNELS > 0:
-        p_q_cyclic += (q_begin * HEADS + i_head) * CHANNELS
-        p_k_cyclic += k_begin * CHANNELS
-    p_out += (q_begin * HEADS + i_head) * HEAD_DIM
+    i_work = tl.program_id(0)
+    i_head = tl.cast(i_work % HEADS, tl.int64)
+    p_tile = p_tiles + i_work // HEADS * TILE
+    q_begin, k_begin = tl.load(p_tile), tl.load(p_tile + 2)
+    n_q, n_k, row = (
+        tl.load(p_tile + 1).to(tl.int32),
+        tl.load(p_tile + 3).to(tl.int32),
+        tl.load(p_tile + 4).to(tl.int32),
+    )
+    left, right = tl.load(p_tile + 5).to(tl.int32), tl.load(p_tile + 6).to(tl.int32)
+    contexts, history = tl.load(p_tile + 7).to(tl.int32), tl.load(p_tile + 8).to(tl.int32)
+    rules = (left, right, contexts, history, n_k)
+    i_table = tl.load(p_tile + 9) * HEADS + i_head
+    i_kv = i_head // (HEADS // KV_HEADS)
 
-    row = tl.load(p_tile_start + i_tile)
-    o_m = row + tl.arange(0, BLOCK_M)
-    m_m = o_m < n_q
-    b_q = load_rows(p_q, o_m, m_m, stride_q, HEAD_DIM, BLOCK_D, DOT)
+    first = q_begin + row
+    o_row = tl.arange(0, BLOCK_M)
+    m_row = row + o_row < n_q
+    b_q = load_rows(p_q + first * stride_q + i_head * stride_qh, o_row, m_row, stride_q, HEAD_DIM, BLOCK_D, True)
+    b_q = b_q.to(DOT)
+    b_qc = b_q
     if CHANNELS > 0:
-        b_qc = load_rows(p_q_cyclic, o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C, tl.float32)
+        p_qc = p_q_cyclic + (first * HEADS + i_head) * CHANNELS
+        b_qc = load_rows(p_qc, o_row, m_row, HEADS * CHANNELS, CHANNELS, BLOCK_C, True) / scale
+    q_time = o_row
     if TIME_BUCKETS > 0:
-        b_qt, qt_first, qt_last = load_times(p_q_time, row, o_m, m_m, n_q, BLOCK_M)
+        q_time = tl.load(p_q_time + first + o_row, mask=m_row, other=0)
+    i = row + o_row + n_k - n_q
+
+    queries = (b_q, b_qc, q_time, i)
+    keys = (
+        p_k + k_begin * stride_k + i_kv * stride_kh,
+        p_v + k_begin * stride_v + i_kv * stride_vh,
+        p_k_time + k_begin,
+        p_k_cyclic + k_begin * CHANNELS,
+        stride_k,
+        stride_v,
+    )
+    time = (p_time_thresholds, p_time_cells, p_time_table + i_table * TIME_BUCKETS, TIME_BUCKETS)
+    p_position_row = p_position_table + i_table * POSITION_BUCKETS
+    position = (p_position_thresholds, p_position_cells, p_position_row, POSITION_BUCKETS)
+    problem = (queries, keys, time, position, rules, p_pairs, p_tile + ENDS, scale)
+
     maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
     total = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    begin = 0
-    end = n_k
-    if LEFT:
-        begin = tl.maximum(0, row + shift - window_left)
-    if RIGHT:
-        end = tl.minimum(n_k, row + BLOCK_M + shift + window_right)
-    for start in range(begin, end, BLOCK_N):
-        o_n = start + tl.arange(0, BLOCK_N)
-        m_n = o_n < n_k
-        b_k = load_rows(p_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, DOT)
-        b_v = load_rows(p_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, DOT)
-        if CHANNELS > 0:
-            b_kc = load_rows(p_k_cyclic, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, tl.float32)
-        if TIME_BUCKETS > 0:
-            b_kt, kt_first, kt_last = load_times(p_k_time, start, o_n, m_n, n_k, BLOCK_N)
-        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION) * (scale * LOG2E)
-        if CHANNELS > 0:
-            logits += tl.dot(b_qc, tl.trans(b_kc), input_precision=PRECISION) * LOG2E
-        if TIME_BUCKETS > 0:
-            elapsed = b_qt[:, None] - b_kt[None, :]
-            t_first = bucket_of(p_time_thresholds, qt_first - kt_last, TIME_BUCKETS, BLOCK_T)
-            t_last = bucket_of(p_time_thresholds, qt_last - kt_first, TIME_BUCKETS, BLOCK_T)
-            logits = add_bias(logits, elapsed, p_time_thresholds, p_time_table, t_first, t_last)
-        distance = (o_m + shift)[:, None] - o_n[None, :]
-        if POSITION_BUCKETS > 0:
-            p_first = bucket_of(p_position_thresholds, row + shift - start - BLOCK_N + 1, POSITION_BUCKETS, BLOCK_P)
-            p_last = bucket_of(p_position_thresholds, row + BLOCK_M - 1 + shift - start, POSITION_BUCKETS, BLOCK_P)
-            logits = add_bias(logits, distance, p_position_thresholds, p_position_table, p_first, p_last)
-        visible = visible_pairs(distance, m_m, m_n, window_left, window_right, LEFT, RIGHT)
-        logits = tl.where(visible, logits, float("-inf"))
-        new = tl.maximum(maximum, tl.max(logits, axis=1))
-        finite = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet: 0, not −inf − (−inf)
-        weights = tl.exp2(logits - finite[:, None])
-        decay = tl.exp2(maximum - finite)
-        total = total * decay + tl.sum(weights, axis=1)
-        acc = acc * decay[:, None] + tl.dot(weights.to(DOT), b_v, input_precision=PRECISION)
-        maximum = new
+    state = (acc, maximum, total)
+    state = attend(  # loop: uniform
+        state,
+        problem,
+        HEAD_DIM,
+        TIME_BUCKETS,
+        POSITION_BUCKETS,
+        CHANNELS,
+        RULES,
+        TIME_STEPS,
+        POSITION_STEPS,
+        DOT,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_C,
+        UNIFORM,
+    )
+    if TIME_BUCKETS + POSITION_BUCKETS > 0:
+        state = attend(  # loop: few
+            state,
+            problem,
+            HEAD_DIM,
+            TIME_BUCKETS,
+            POSITION_BUCKETS,
+            CHANNELS,
+            RULES,
+            TIME_STEPS,
+            POSITION_STEPS,
+            DOT,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_C,
+            FEW,
+        )
+        state = attend(  # loop: several
+            state,
+            problem,
+            HEAD_DIM,
+            TIME_BUCKETS,
+            POSITION_BUCKETS,
+            CHANNELS,
+            RULES,
+            TIME_STEPS,
+            POSITION_STEPS,
+            DOT,
+            PRECISION,
+            BLOCK_M,
+            BLOCK_N,
+            BLOCK_D,
+            BLOCK_C,
+            SEVERAL,
+        )
+    state = attend(  # loop: general
+        state,
+        problem,
+        HEAD_DIM,
+        TIME_BUCKETS,
+        POSITION_BUCKETS,
+        CHANNELS,
+        RULES,
+        TIME_STEPS,
+        POSITION_STEPS,
+        DOT,
+        PRECISION,
+        BLOCK_M,
+        BLOCK_N,
+        BLOCK_D,
+        BLOCK_C,
+        GENERAL,
+    )
+    acc, maximum, total = state
 
     seen = total > 0
     total = tl.where(seen, total, 1.0)
-    store_rows(p_out, acc / total[:, None], o_m, m_m, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
+    p_row = p_out + (first * HEADS + i_head) * HEAD_DIM
+    store_rows(p_row, acc / total[:, None], o_row, m_row, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
     lse = tl.where(seen, (maximum + tl.log2(total)) * LN2, float("-inf"))
-    tl.store(p_lse + o_m, lse, mask=m_m)
+    tl.store(p_lse + i_head * total_q + first + o_row, lse, mask=m_row)
+
+
+@triton.jit
+def attend(
+    state,
+    problem,
+    HEAD_DIM: tl.constexpr,
+    TIME_BUCKETS: tl.constexpr,
+    POSITION_BUCKETS: tl.constexpr,
+    CHANNELS: tl.constexpr,
+    RULES: tl.constexpr,
+    TIME_STEPS: tl.constexpr,
+    POSITION_STEPS: tl.constexpr,
+    DOT: tl.constexpr,
+    PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+    KIND: tl.constexpr,
+):
+    """The running (acc, maximum, total) after the pairs of one class."""
+    acc, maximum, total = state
+    queries, keys, time, position, rules, p_pairs, p_ends, scale = problem
+    acc, maximum, total = state
+    b_q, b_qc, q_time, i = queries
+    p_k, p_v, p_k_time, p_kc, stride_k, stride_v = keys
+    p_time_row, p_position_row = time[2], position[2]
+    history, n_k = rules[3], rules[4]
+    BIASED: tl.constexpr = TIME_BUCKETS + POSITION_BUCKETS > 0
+    MASK: tl.constexpr = KIND == GENERAL
+    PARTS: tl.constexpr = 2 if BIASED and KIND >= SEVERAL and BLOCK_N > 16 else 1  # comparisons take registers
+    WIDTH: tl.constexpr = BLOCK_N // PARTS
+    o_n = tl.arange(0, WIDTH)
+    q_position = tl.minimum(i, history)
+
+    begin = tl.load(p_ends + KIND)
+    end = tl.load(p_ends + (KIND + 1 if BIASED or MASK else GENERAL))  # without a bias all but GENERAL are one loop
+    for i_part in range(begin * PARTS, end * PARTS):
+        p_pair = p_pairs + i_part // PARTS * PAIR
+        start = tl.load(p_pair) + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        m_n = start + o_n < n_k
+        start_k = start.to(tl.int64)
+        b_k = load_rows(p_k + start_k * stride_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, MASK).to(DOT)
+        logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
+        if CHANNELS > 0:
+            b_kc = load_rows(p_kc + start_k * CHANNELS, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, MASK)
+            logits = tl.dot(b_qc, tl.trans(b_kc), logits, input_precision=PRECISION)
+        if KIND == UNIFORM:
+            bias = 0.0
+            if TIME_BUCKETS > 0:
+                bias += tl.load(p_time_row + tl.load(p_pair + 1)) * LOG2E
+            if POSITION_BUCKETS > 0:
+                bias += tl.load(p_position_row + tl.load(p_pair + 3)) * LOG2E
+            new = tl.maximum(maximum, tl.max(logits, axis=1) * (scale * LOG2E) + bias)
+            finite = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet: 0, not −inf − (−inf)
+            weights = tl.exp2(logits * (scale * LOG2E) + (bias - finite)[:, None])
+        else:
+            logits *= scale * LOG2E
+            if TIME_BUCKETS > 0:
+                k_time = load_times(p_k_time + start, o_n, m_n, MASK)
+                COUNT: tl.constexpr = 1 if KIND == FEW else 3
+                first = tl.load(p_pair + 1)
+                logits = add_bias(logits, q_time[:, None], k_time[None, :], time, first, COUNT, TIME_STEPS, KIND)
+            if POSITION_BUCKETS > 0:
+                q_place, k_place = places(q_position, start, o_n, history, MASK and RULES)
+                first = tl.load(p_pair + 3)
+                COUNT_P: tl.constexpr = 1 if KIND == FEW else 2
+                logits = add_bias(
+                    logits, q_place[:, None], k_place[None, :], position, first, COUNT_P, POSITION_STEPS, KIND
+                )
+            if MASK:
+                visible = visible_keys(i[:, None], (start + o_n)[None, :], rules, RULES)
+                logits = tl.where(visible, logits, float("-inf"))
+            new = tl.maximum(maximum, tl.max(logits, axis=1))
+            finite = tl.where(new == float("-inf"), 0.0, new)
+            weights = tl.exp2(logits - finite[:, None])
+        decay = tl.exp2(maximum - finite)
+        total = total * decay + tl.sum(weights, axis=1)
+        b_v = load_rows(p_v + start_k * stride_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, MASK).to(DOT)
+        acc = tl.dot(weights.to(DOT), b_v, acc * decay[:, None], input_precision=PRECISION)
+        maximum = new
+    return acc, maximum, total
