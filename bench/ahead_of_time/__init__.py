@@ -11,6 +11,7 @@ tuples (kernel, signature, constexprs[, options[, facts]]).
     options     launch options: {"num_warps": 4, "num_stages": 2}
     facts       {"name": "forward bf16 64 time", "loops": {"uniform": 128 * 64}}
                 name    of the case in budget.json; without it the kernel's name and all constexprs
+                architectures   that ship the case, (90, 100) say; without it all
                 loops   loop → elements that a block handles in one iteration of it; the gate divides by them
 
 A loop gets its name from a comment `# loop: NAME` in a file of the kernel's folder: on the `for` line, or on the

@@ -57,14 +57,15 @@ def compile_cases(
     """
     with ProcessPoolExecutor(workers or os.cpu_count(), get_context("spawn"), _compile_for_real) as pool:
         listed = dict(zip(modules, pool.map(_names, modules.items())))
-        names = [name for of_operator in listed.values() for names in of_operator for name in names]
+        names = [name for of_operator in listed.values() for cases in of_operator for name, _ in cases]
         if repeated := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"two cases of one name: {sorted(repeated)}; give them different names in their facts")
         jobs = [
             ((operator, modules[operator]), position, architecture)
             for operator in only
-            for position in range(len(listed[operator][0]) + (len(listed[operator][1]) if slow else 0))
+            for position, (_, meant_for) in enumerate(listed[operator][0] + (listed[operator][1] if slow else []))
             for architecture in architectures
+            if architecture in meant_for
         ]
         return list(pool.map(_compile, *zip(*jobs))), names
 
@@ -86,9 +87,12 @@ def _cases(operator: str, module: str) -> tuple[list[tuple[Any, ...]], list[tupl
     return quick, [case for case in slow if _name(operator, case) not in known]
 
 
-def _names(operator: tuple[str, str]) -> tuple[list[str], list[str]]:
-    quick, slow = _cases(*operator)
-    return [_name(operator[0], case) for case in quick], [_name(operator[0], case) for case in slow]
+def _names(operator: tuple[str, str]) -> tuple[list[tuple[str, Collection[int]]], ...]:
+    """(quick, slow) cases: the name and the architectures of each."""
+    return tuple(
+        [(_name(operator[0], case), case[4].get("architectures", ARCHITECTURES)) for case in cases]
+        for cases in _cases(*operator)
+    )
 
 
 def _name(operator: str, case: tuple[Any, ...]) -> str:

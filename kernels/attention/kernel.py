@@ -14,51 +14,26 @@ tile by tile and added up in a fixed order: no atomics, the same bits every time
 """
 
 import contextlib
-from typing import NamedTuple
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from alure.kernels.attention.arguments import Batch, Bias, Gradients
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
+from alure.kernels.attention.kernel_configs import AHEAD_OF_TIME, AHEAD_OF_TIME_SLOW, Config, block, configs
 from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.attention.kernel_plan import Plan, Tiling, make_plan
 from alure.kernels.backend import triton_interprets
 
-
-class Config(NamedTuple):
-    """Queries and keys of a tile, and launch options."""
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-
-
-# By padded head_dim: (forward, dq, dk and dv).
-HALF_CONFIGS = {
-    16: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
-    32: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
-    64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
-    128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
-    256: (Config(64, 64, 8, 2), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-}
-FLOAT_CONFIGS = {
-    16: (Config(32, 32, 4, 1), Config(16, 32, 4, 1), Config(16, 32, 4, 1)),
-    32: (Config(32, 16, 4, 1), Config(32, 16, 4, 1), Config(32, 32, 8, 1)),
-    64: (Config(32, 32, 4, 1), Config(32, 32, 8, 1), Config(32, 16, 4, 1)),
-    128: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(32, 16, 4, 1)),
-    256: (Config(32, 16, 8, 1), Config(32, 32, 8, 1), Config(32, 32, 8, 1)),
-}
+__all__ = ["AHEAD_OF_TIME", "AHEAD_OF_TIME_SLOW", "backward", "forward", "prepare"]
 
 
 def prepare(
     q: Tensor, k: Tensor, batch: Batch, time_thresholds: Tensor | None, position_thresholds: Tensor | None
 ) -> tuple[Tensor, ...]:
     """The plan of `batch` for values of the dtype and head_dim of q; see kernel_plan.py. Waits for the device once."""
-    forward_config, q_config, kv_config = _configs(q)
+    forward_config, q_config, kv_config = configs(q)
     tilings = (
         Tiling(forward_config.block_m, forward_config.block_n),
         Tiling(q_config.block_m, q_config.block_n),
@@ -74,7 +49,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
     lse = torch.empty((num_heads, total_q), dtype=torch.float32, device=q.device)
     if total_q == 0:
         return out, lse
-    config = _configs(q)[0]
+    config = configs(q)[0]
     plan = _plan(q, k, batch, bias)
     q, scale, _ = _positive(q, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
@@ -109,7 +84,7 @@ def backward(
     scale: float,
 ) -> Gradients:
     """All gradients; the weights are computed again from lse. See arguments.py."""
-    _, q_config, kv_config = _configs(q)
+    _, q_config, kv_config = configs(q)
     plan = _plan(q, k, batch, bias)
     q, scale, factor = _positive(q, scale)
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
@@ -144,8 +119,8 @@ def backward(
                 q.shape[0],
                 scale,
                 **constants,
-                BLOCK_T=_block(constants["TIME_BUCKETS"], 16),
-                BLOCK_P=_block(constants["POSITION_BUCKETS"], 16),
+                BLOCK_T=block(constants["TIME_BUCKETS"], 16),
+                BLOCK_P=block(constants["POSITION_BUCKETS"], 16),
                 **_launch(q_config),
             )
         if len(plan.kv_tiles):
@@ -243,23 +218,13 @@ def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dic
         "POSITION_BUCKETS": 0 if bias.position_table is None else bias.position_table.shape[2],
         "CHANNELS": channels,
         "RULES": rules,
-        "TIME_STEPS": _block(time_steps, 1),
-        "POSITION_STEPS": _block(position_steps, 1),
+        "TIME_STEPS": block(time_steps, 1),
+        "POSITION_STEPS": block(position_steps, 1),
         "DOT": tl.float32 if triton_interprets() else dtypes[q.dtype],  # the interpreter's bfloat16 dot is wrong
         "PRECISION": "ieee" if exact else "tf32",
-        "BLOCK_D": _block(q.shape[2], 16),
-        "BLOCK_C": _block(channels, 16),
+        "BLOCK_D": block(q.shape[2], 16),
+        "BLOCK_C": block(channels, 16),
     }
-
-
-def _block(size: int, smallest: int) -> int:
-    return max(smallest, triton.next_power_of_2(size))
-
-
-def _configs(q: Tensor) -> tuple[Config, Config, Config]:
-    interprets = triton_interprets()  # one operation at a time, however large: large tiles
-    configs = FLOAT_CONFIGS if q.dtype == torch.float32 and not interprets else HALF_CONFIGS
-    return configs[_block(q.shape[2], 16)]
 
 
 def _launch(config: Config) -> dict[str, int]:

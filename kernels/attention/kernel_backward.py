@@ -105,7 +105,7 @@ def backward_q_kernel(
     b_qc = b_q
     if CHANNELS > 0:
         p_qc = p_q_cyclic + (first * HEADS + i_head) * CHANNELS
-        b_qc = load_rows(p_qc, o_row, m_row, HEADS * CHANNELS, CHANNELS, BLOCK_C, True) / scale
+        b_qc = load_rows(p_qc, o_row, m_row, HEADS * CHANNELS, CHANNELS, BLOCK_C, True) * (1 / scale)
     q_time = o_row
     if TIME_BUCKETS > 0:
         q_time = tl.load(p_q_time + first + o_row, mask=m_row, other=0)
@@ -385,7 +385,7 @@ def backward_kv_kernel(
     b_kc = b_k
     if CHANNELS > 0:
         p_row = p_k_cyclic + first * CHANNELS
-        b_kc = load_rows(p_row, o_row, m_row, CHANNELS, CHANNELS, BLOCK_C, True) / scale
+        b_kc = load_rows(p_row, o_row, m_row, CHANNELS, CHANNELS, BLOCK_C, True) * (1 / scale)
     k_time = o_row
     if TIME_BUCKETS > 0:
         k_time = tl.load(p_k_time + first + o_row, mask=m_row, other=0)

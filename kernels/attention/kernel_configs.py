@@ -1,0 +1,138 @@
+"""Tile sizes and launch options of the attention kernels, and the cases that are compiled ahead of time.
+
+Untuned: the largest tiles found that compile without spills with both biases, cyclic channels and masks together.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
+from alure.kernels.attention.kernel_forward import forward_kernel
+from alure.kernels.backend import triton_interprets
+
+
+class Config(NamedTuple):
+    """Queries and keys of a tile, and launch options."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+
+# By padded head_dim: (forward, dq, dk and dv). From sm_90 on tiles of 128 rows feed two groups of four warps.
+HOPPER_CONFIGS = {
+    16: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
+    32: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
+    64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
+    128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
+    256: (Config(128, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
+}
+AMPERE_CONFIGS = {
+    16: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
+    32: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
+    64: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
+    128: (Config(128, 32, 8, 1), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
+    256: (Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
+}
+# float32 multiplies in float32 unless torch allows tf32, and three tf32 products need twice the registers.
+FLOAT_CONFIGS = {
+    16: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
+    32: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
+    64: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
+    128: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
+    256: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
+}
+
+
+def configs(q: Tensor) -> tuple[Config, Config, Config]:
+    """(forward, dq, dk and dv) for values like q on its device."""
+    width = block(q.shape[2], 16)
+    if triton_interprets():  # one operation at a time, however large
+        return HOPPER_CONFIGS[width]
+    if q.dtype == torch.float32:
+        return FLOAT_CONFIGS[width]
+    major, _ = torch.cuda.get_device_capability(q.device)
+    return HOPPER_CONFIGS[width] if major >= 9 else AMPERE_CONFIGS[width]
+
+
+def block(size: int, smallest: int) -> int:
+    return max(smallest, triton.next_power_of_2(size))
+
+
+_KERNELS = {"forward": forward_kernel, "dq": backward_q_kernel, "dk dv": backward_kv_kernel}
+_BIASES = {"": (0, 0, 0), "time": (107, 0, 0), "time position cyclic": (107, 55, 4)}  # buckets, buckets, channels
+
+
+def _case(name: str, dtype: str, head_dim: int, bias: str, config: Config, architectures: tuple[int, ...]):
+    kernel = _KERNELS[name]
+    time_buckets, position_buckets, channels = _BIASES[bias]
+    constexprs = {
+        "HEADS": 4,
+        "KV_HEADS": 4,
+        "HEAD_DIM": head_dim,
+        "TIME_BUCKETS": time_buckets,
+        "POSITION_BUCKETS": position_buckets,
+        "CHANNELS": channels,
+        "RULES": True,
+        "TIME_STEPS": 1,
+        "POSITION_STEPS": 1,
+        "DOT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
+        "PRECISION": "ieee" if dtype == "fp32" else "tf32",
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_D": head_dim,
+        "BLOCK_C": 16,
+        "BLOCK_T": block(time_buckets, 16),
+        "BLOCK_P": block(position_buckets, 16),
+    }
+    constexprs = {argument: value for argument, value in constexprs.items() if argument in kernel.arg_names}
+    kinds = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_grad_out", "p_dq", "p_dk", "p_dv"), f"*{dtype}:16")
+    kinds |= dict.fromkeys(("p_tiles", "p_time_cells", "p_position_cells"), "*i64:16")
+    kinds |= dict.fromkeys(("p_pairs", "p_q_time", "p_k_time", "p_time_thresholds", "p_position_thresholds"), "*i32:16")
+    kinds |= {"scale": "fp32", "total_q": "i32"}
+    signature = {
+        argument: kinds.get(argument, "*fp32:16" if argument.startswith("p_") else "i32:16")
+        for argument in kernel.arg_names
+        if argument not in constexprs
+    }
+    pairs = config.block_m * config.block_n
+    halved = {"few": name != "forward", "several": True, "general": name != "forward" or bool(bias)}
+    loops = {"uniform": pairs} | {
+        loop: pairs // (1 + half) for loop, half in halved.items() if bias or loop == "general"
+    }
+    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
+    where = "" if len(architectures) == 3 else " ampere" if architectures == (80,) else " hopper"
+    facts = {"name": " ".join(f"{name} {dtype} {head_dim} {bias}".split()) + where, "loops": loops}
+    return kernel, signature, constexprs, options, {**facts, "architectures": architectures}
+
+
+def _cases(dtype: str, head_dim: int, biases: tuple[str, ...], kernels: tuple[str, ...] = tuple(_KERNELS)):
+    tables = [(FLOAT_CONFIGS, (80, 90, 100))] if dtype == "fp32" else []
+    tables = tables or [(HOPPER_CONFIGS, (90, 100)), (AMPERE_CONFIGS, (80,))]
+    return [
+        _case(name, dtype, head_dim, bias, config, architectures)
+        for table, architectures in tables
+        for bias in biases
+        for name, config in zip(_KERNELS, table[head_dim])
+        if name in kernels
+    ]
+
+
+_FULL = "time position cyclic"
+AHEAD_OF_TIME = [
+    *_cases("bf16", 64, ("", "time")),
+    *_cases("bf16", 64, (_FULL,), ("forward",)),
+    *_cases("bf16", 128, ("", "time"), ("forward",)),
+    *_cases("fp32", 64, ("time",), ("forward",)),
+]
+AHEAD_OF_TIME_SLOW = [
+    *_cases("bf16", 64, (_FULL,), ("dq", "dk dv")),
+    *_cases("bf16", 128, ("", "time"), ("dq", "dk dv")),
+    *(case for head_dim in (16, 32, 128, 256) for case in _cases("bf16", head_dim, (_FULL,))),
+    *(case for head_dim in FLOAT_CONFIGS for case in _cases("fp32", head_dim, (_FULL,))),
+]
