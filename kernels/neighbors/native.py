@@ -44,10 +44,11 @@ def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tens
 
 
 def cluster_sums(x: Tensor, errors: Tensor, nearest: Tensor, nlist: int) -> tuple[Tensor, Tensor]:
-    """Sums [nlist, d] of the rows x [n, d] of each cluster, and of their errors [nlist]; float64, in the rows' order."""
+    """Sums [nlist, d] of the rows x [n, d] of each cluster, and of their errors [nlist]; float64, in order."""
     sums = torch.empty((nlist, x.shape[1]), dtype=torch.float64)
     totals = torch.empty(nlist, dtype=torch.float64)
-    arrays = (array.contiguous().numpy() for array in (x, errors, nearest))
-    if not _native.cluster_sums(*arrays, sums.numpy(), totals.numpy(), torch.get_num_threads()):
+    rows, row_errors, clusters = (array.contiguous().numpy() for array in (x, errors, nearest))
+    threads = torch.get_num_threads()
+    if not _native.cluster_sums(rows, row_errors, clusters, sums.numpy(), totals.numpy(), threads):
         raise ValueError(f"nearest: expected clusters 0 … {nlist - 1}")
     return sums, totals
