@@ -114,8 +114,8 @@ public:
 
     // Weights [pairs of keys, kWidth queries, 2], rounded to the nearest.
     void store_weights(std::int64_t key, int v, Floats weight, Floats next) const {
-        const Ints high = (reinterpret_cast<Ints>(next) + 0x8000) & std::int32_t(0xffff0000);
-        const Ints low = (reinterpret_cast<Ints>(weight) + 0x8000) >> 16 & 0xffff;
+        const Ints high = plus(reinterpret_cast<Ints>(next), splat(std::int32_t{0x8000})) & std::int32_t(0xffff0000);
+        const Ints low = plus(reinterpret_cast<Ints>(weight), splat(std::int32_t{0x8000})) >> 16 & 0xffff;
         store(reinterpret_cast<float*>(weights_[current_] + key / 2 * kWidth + v * kLanes),
               reinterpret_cast<Floats>(high | low));
     }

@@ -61,10 +61,19 @@ inline void store(float* p, Floats x) { *reinterpret_cast<UnalignedFloats*>(p) =
 inline Floats splat(float x) { return x - Floats{}; }  // x − 0 is x, −0 included
 inline Ints splat(std::int32_t x) { return x - Ints{}; }
 
+// Of integers that may wrap around.
+typedef std::uint32_t Unsigneds __attribute__((vector_size(ALURE_VECTOR_BYTES)));
+inline Ints plus(Ints a, Ints b) {
+    return reinterpret_cast<Ints>(reinterpret_cast<Unsigneds>(a) + reinterpret_cast<Unsigneds>(b));
+}
+inline Ints minus(Ints a, Ints b) {
+    return reinterpret_cast<Ints>(reinterpret_cast<Unsigneds>(a) - reinterpret_cast<Unsigneds>(b));
+}
+
 // Rounds to the nearest, ties to even; NaN stays NaN.
 inline void store(Bfloat16* p, Floats x) {
     const Ints bits = reinterpret_cast<Ints>(x);
-    const Ints rounded = ((bits + 0x7fff + (bits >> 16 & 1)) >> 16) & 0xffff;
+    const Ints rounded = (plus(bits, 0x7fff + (bits >> 16 & 1)) >> 16) & 0xffff;
     store_indices(reinterpret_cast<std::uint16_t*>(p), x == x ? rounded : splat(std::int32_t{0x7fc0}));
 }
 inline void store(float* p, float x) { *p = x; }
@@ -124,6 +133,11 @@ inline float largest_of_lanes(Floats x) {
         return x[0];
 }
 
+// y · 2^n, where the low bits of `exponent` are n.
+inline Floats scale_by_power(Floats y, Ints exponent) {
+    return reinterpret_cast<Floats>(plus(reinterpret_cast<Ints>(y), exponent << 23));
+}
+
 // exp(x) for x <= 0 or little above; at most 2 ulp; exactly 0 below −87 (where float would go denormal); NaN stays.
 // Cody-Waite reduction x = n·ln 2 + r, the Cephes polynomial on |r| <= ln 2 / 2, n added to the exponent bits.
 inline Floats exp_lanes(Floats x) {
@@ -139,7 +153,7 @@ inline Floats exp_lanes(Floats x) {
     y = y * r + 1.6666665459e-1f;
     y = y * r + 5.0000001201e-1f;
     y = y * (r * r) + r + 1.0f;
-    const Floats scaled = reinterpret_cast<Floats>(reinterpret_cast<Ints>(y) + (reinterpret_cast<Ints>(shifted) << 23));
+    const Floats scaled = scale_by_power(y, reinterpret_cast<Ints>(shifted));
     return x < -87.0f ? Floats{} : scaled;
 }
 
@@ -161,7 +175,7 @@ inline Floats exp2_lanes(Floats x) {
         y = y * r + 6.9314700e-1f;
     }
     y = y * r + 1.0f;
-    return reinterpret_cast<Floats>(reinterpret_cast<Ints>(y) + (reinterpret_cast<Ints>(shifted) << 23));
+    return scale_by_power(y, reinterpret_cast<Ints>(shifted));
 }
 
 // The same for any x < 128: exactly 0 where float would go denormal, so at −infinity too.

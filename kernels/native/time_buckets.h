@@ -146,7 +146,7 @@ private:
                 high[v] = fall(high[v], minus(lanes[kLanes - 1], key_times_[key]));
                 low[v] = fall(low[v], minus(lanes[0], key_times_[key]));
                 first_[row * 2 + v] = low[v];
-                const Ints index = indices(wrapping_minus(load_ints(lanes), key_times_[key]), low[v], high[v]);
+                const Ints index = indices(alure::minus(load_ints(lanes), splat(key_times_[key])), low[v], high[v]);
                 store_indices(index_ + row * kWidth + v * kLanes, index);
                 widest = larger(widest, high[v] - low[v]);
             }
@@ -189,10 +189,6 @@ private:
 
     static std::int32_t minus(std::int32_t a, std::int32_t b) {
         return static_cast<std::int32_t>(static_cast<std::uint32_t>(a) - static_cast<std::uint32_t>(b));
-    }
-    static Ints wrapping_minus(Ints a, std::int32_t b) {
-        typedef std::uint32_t Unsigned __attribute__((vector_size(ALURE_VECTOR_BYTES)));
-        return reinterpret_cast<Ints>(reinterpret_cast<Unsigned>(a) - static_cast<std::uint32_t>(b));
     }
 
     const AttentionInputs& in_;
