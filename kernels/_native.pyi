@@ -155,6 +155,15 @@ class DotLinear:
 def compress_dot_linear(
     given: DotLinear, embeddings: _Float32, hidden: _Float32, instruction_set: str, num_threads: int
 ) -> None: ...
+def compress_dot_linear_backward(
+    given: DotLinear,
+    grad: _Float32,
+    hidden: _Float32,
+    d_x: _Float32,
+    d_weights: tuple[_Float32, _Float32, _Float32, _Float32, _Float32, _Float32, _Float32],
+    instruction_set: str,
+    num_threads: int,
+) -> None: ...
 def compress_dot_linear_int8(
     given: DotLinear, codes: _Int8, scales: _Float32, instruction_set: str, num_threads: int
 ) -> None: ...

@@ -1,7 +1,8 @@
 """Dot-linear compression on the CPU, sums in float32: hands tensors to the C++ of kernels/native.
 
-A user's result depends neither on the rest of the batch nor on the number of threads. Extra memory: per thread the
-products [n · r] of a block of at most 48 users.
+A user's result and the gradient of its vectors depend neither on the rest of the batch nor on the number of threads;
+the weights' gradients not on the threads. Extra memory: forward, per thread the products [n · r] of a block of at most
+48 users; backward, once, about twice the products of at most 512 users or 8 MiB.
 """
 
 import torch
@@ -20,6 +21,24 @@ def dot_linear(x: Tensor, compression: DotLinearCompression) -> tuple[Tensor, Te
     outputs = embeddings.numpy(), hidden.numpy()
     _native.compress_dot_linear(_arguments(x, compression), *outputs, INSTRUCTION_SET, torch.get_num_threads())
     return embeddings.to(x.dtype), hidden
+
+
+def dot_linear_backward(
+    grad: Tensor, x: Tensor, compression: DotLinearCompression, hidden: Tensor
+) -> tuple[Tensor, ...]:
+    """Gradients of x and of the parameters in their order, for `grad` of the embeddings."""
+    weights = compression.tensors()
+    d_x, *d_weights = (torch.empty(t.shape) for t in (x, *weights))
+    _native.compress_dot_linear_backward(
+        _arguments(x, compression),
+        grad.float().contiguous().numpy(),
+        hidden.contiguous().numpy(),
+        d_x.numpy(),
+        tuple(d.numpy() for d in d_weights),
+        INSTRUCTION_SET,
+        torch.get_num_threads(),
+    )
+    return d_x.to(x.dtype), *(d.to(w.dtype) for d, w in zip(d_weights, weights))
 
 
 def dot_linear_int8(x: Tensor, compression: DotLinearCompression) -> tuple[Tensor, Tensor]:

@@ -4,10 +4,11 @@ The functions every backend module (reference, kernel, native) implements; `c` i
 
     dot_linear(x, c)      -> embeddings [B, k, d] in x's dtype, hidden [B, h] before its activation, float32
     dot_linear_int8(x, c) -> codes int8 [B, k, d], scales float32 [B, k]
+    dot_linear_backward(grad, x, c, hidden) -> gradients of x and the parameters    (reference and native)
     normalize(v)          -> L2(RMSNorm(v)) in v's dtype        (reference and kernel: the end of the interaction form)
     normalize_int8(v)     -> the same as codes and scales
 
-The backward is the reference's for all of them.
+The backward of "triton" is the reference's, as is that of the normalisation alone.
 """
 
 import importlib
@@ -163,24 +164,27 @@ def _dot_linear_backward(
     output_bias: Tensor,
     gate: Tensor,
     hidden: Tensor,
+    backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     mlp = (hidden_weight, hidden_bias, output_weight, output_bias)
-    return reference.dot_linear_backward(grad, x, DotLinearCompression(linear, mix, *mlp, gate), hidden)
+    module = _module(backend) if backend == "native" else reference
+    return module.dot_linear_backward(grad, x, DotLinearCompression(linear, mix, *mlp, gate), hidden)
 
 
 @_dot_linear_backward.register_fake
 def _(grad, *rest):  # type: ignore[no-untyped-def]
-    return tuple(x.new_empty(x.shape) for x in rest[:-1])
+    return tuple(x.new_empty(x.shape) for x in rest[:-2])
 
 
 def _save_dot_linear(ctx: Any, inputs: tuple[Any, ...], output: tuple[Tensor, Tensor]) -> None:
     _, hidden = output
     ctx.mark_non_differentiable(hidden)
     ctx.save_for_backward(*inputs[:-1], hidden)
+    ctx.backend = inputs[-1]
 
 
 def _differentiate_dot_linear(ctx: Any, grad: Tensor, _: Tensor) -> tuple[Tensor | None, ...]:
-    return (*_dot_linear_backward(grad, *ctx.saved_tensors), None)
+    return (*_dot_linear_backward(grad, *ctx.saved_tensors, ctx.backend), None)
 
 
 _dot_linear.register_autograd(_differentiate_dot_linear, setup_context=_save_dot_linear)

@@ -1,4 +1,4 @@
-"""Dot-linear compression and the final normalisation in eager PyTorch: the oracle, and the backward of every backend.
+"""Dot-linear compression and the final normalisation in eager PyTorch: the oracle, and the backward of Triton.
 
 Everything runs in float32, or in float64 where the inputs are float64.
 """

@@ -1,5 +1,8 @@
-// alure.kernels._native.DotLinear, compress_dot_linear and compress_dot_linear_int8.
+// alure.kernels._native.DotLinear, compress_dot_linear, its backward, and compress_dot_linear_int8.
+#include <nanobind/stl/tuple.h>
+
 #include <optional>
+#include <tuple>
 
 #include "bindings.h"
 #include "compression.h"
@@ -81,6 +84,35 @@ void bound_compress_int8(const DotLinear& given, Output<std::int8_t, 3> codes, O
     compress_dot_linear(in, {nullptr, nullptr, codes.data(), scales.data()}, users, set, num_threads);
 }
 
+// Gradients [users, n, d] of x and of the weights in their order.
+using WeightGradients = std::tuple<Output<float, 2>, Output<float, 2>, Output<float, 2>, Output<float, 1>,
+                                   Output<float, 2>, Output<float, 1>, Output<float, 2>>;
+
+void bound_compress_backward(const DotLinear& given, Array<float, 3> grad, Array<float, 2> hidden,
+                             Output<float, 3> d_x, const WeightGradients& d_weights,
+                             const std::string& instruction_set, int num_threads) {
+    const DotLinearInputs in = given.inputs();
+    const std::int64_t users = given.users();
+    const auto& [linear, mix, hidden_weight, hidden_bias, output_weight, output_bias, gate] = d_weights;
+    require_shape(grad, {users, in.k, in.d}, "grad: expected shape [users, k, d]");
+    require_shape(hidden, {users, in.hidden}, "hidden: expected shape [users, hidden]");
+    require_shape(d_x, {users, in.n, in.d}, "d_x: expected shape [users, n, d]");
+    require_shape(linear, {in.k, in.n}, "gradient of linear: expected shape [k, n]");
+    require_shape(mix, {in.n, in.r}, "gradient of mix: expected shape [n, r]");
+    require_shape(hidden_weight, {in.n * in.r, in.hidden}, "gradient of hidden_weight: expected shape [n * r, hidden]");
+    require_shape(hidden_bias, {in.hidden}, "gradient of hidden_bias: expected shape [hidden]");
+    require_shape(output_weight, {in.hidden, in.k * in.d}, "gradient of output_weight: expected shape [hidden, k * d]");
+    require_shape(output_bias, {in.k * in.d}, "gradient of output_bias: expected shape [k * d]");
+    require_shape(gate, {in.k, in.d}, "gradient of gate: expected shape [k, d]");
+    const InstructionSet set = chosen(instruction_set);
+    const DotLinearGradients gradients{grad.data(),          hidden.data(),      d_x.data(),
+                                       linear.data(),        mix.data(),         hidden_weight.data(),
+                                       hidden_bias.data(),   output_weight.data(), output_bias.data(),
+                                       gate.data()};
+    const nb::gil_scoped_release release;
+    compress_dot_linear_backward(in, gradients, users, set, num_threads);
+}
+
 }  // namespace
 
 void bind_compression(nb::module_& m) {
@@ -92,6 +124,8 @@ void bind_compression(nb::module_& m) {
              exact("hidden_bias"), exact("output_weight"), exact("output_bias"), exact("gate"));
     m.def("compress_dot_linear", &bound_compress, "given"_a, exact("embeddings"), exact("hidden"), "instruction_set"_a,
           "num_threads"_a);
+    m.def("compress_dot_linear_backward", &bound_compress_backward, "given"_a, exact("grad"), exact("hidden"),
+          exact("d_x"), exact("d_weights"), "instruction_set"_a, "num_threads"_a);
     m.def("compress_dot_linear_int8", &bound_compress_int8, "given"_a, exact("codes"), exact("scales"),
           "instruction_set"_a, "num_threads"_a);
 }

@@ -123,7 +123,7 @@ def test_opcheck(backend: str) -> None:
     detached = [x.detach() for x in leaves.values()]
     torch.library.opcheck(ops.compress_dot_linear_int8.default, (*detached, backend))
     grad, hidden = torch.randn(2, 3, 6), torch.randn(2, 3)
-    torch.library.opcheck(ops.compress_dot_linear_backward.default, (grad, *detached, hidden))
+    torch.library.opcheck(ops.compress_dot_linear_backward.default, (grad, *detached, hidden, backend))
     if backend != "native":
         torch.library.opcheck(ops.normalize.default, (torch.randn(2, 3, 6, requires_grad=True), backend))
         torch.library.opcheck(ops.normalize_int8.default, (torch.randn(2, 3, 6), backend))
