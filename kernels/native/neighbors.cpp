@@ -2,6 +2,7 @@
 
 #include <algorithm>
 #include <cmath>
+#include <functional>
 #include <bit>
 #include <limits>
 #include <memory>
@@ -20,10 +21,11 @@ constexpr float kLowest = std::numeric_limits<float>::lowest();
 constexpr std::int64_t kMissing = std::numeric_limits<std::int64_t>::min();
 
 constexpr std::int64_t kChunk = 8192;                  // queries of a task: lists are packed once, read once a chunk
-constexpr std::int64_t kChunkCandidates = 1 << 20;     // of a chunk: 12 MiB a thread
+constexpr std::int64_t kChunkKeys = 1 << 20;           // of a chunk: 8 MiB a thread
 constexpr std::int64_t kRowBlock = 512;                // rows of a list between two looks at the thresholds
-constexpr std::int64_t kQueryBlockFloats = 6144;       // gathered queries: 24 KiB, beside a pair of panels in the cache
+constexpr std::int64_t kQueryBlockBytes = 24 << 10;    // packed queries, beside a pair of panels in the cache
 constexpr std::int64_t kHits = 1 << 14;
+constexpr std::int64_t kAhead = 4;                     // rows whose vectors are on their way
 constexpr std::int64_t kWaves[] = {0, 1, 4, 12};       // probes come nearest first: these give the thresholds
 constexpr std::int64_t kAssignFloats = 1 << 15;        // scores of a block of rows: 128 KiB
 
@@ -47,49 +49,52 @@ double squared_norm(const float* x, std::int64_t d) {
 // Rows of lists as panels; every list begins with a panel of its own.
 class PackedLists {
 public:
-    PackedLists(const NeighborKernels& kernels, const float* x, std::int64_t d, std::span<const std::int64_t> offsets,
+    PackedLists(const Filter& filter, const float* x, std::int64_t d, std::span<const std::int64_t> offsets,
                 Metric metric, int num_threads)
-        : d_(d), begins_(offsets.size()), largest_norms_(offsets.size() - 1) {
-        for (std::size_t list = 0; list + 1 < offsets.size(); ++list)
-            begins_[list + 1] = begins_[list] + round_up(offsets[list + 1] - offsets[list], kernels.panel_rows);
-        panels_ = std::make_unique_for_overwrite<float[]>(begins_.back() * d);
+        : filter_(filter), d_(d), begins_(offsets.size()), norms_(offsets.size() - 1), bounds_(offsets.size() - 1) {
+        const std::int64_t nlist = static_cast<std::int64_t>(bounds_.size());
+        for (std::int64_t list = 0; list < nlist; ++list)
+            begins_[list + 1] = begins_[list] + round_up(offsets[list + 1] - offsets[list], filter.panel_rows);
+        centers_ = std::make_unique_for_overwrite<float[]>(nlist * d);
+        panels_ = std::make_unique_for_overwrite<char[]>(begins_.back() * filter.row_bytes(d));
         bias_ = std::make_unique_for_overwrite<float[]>(begins_.back());
-        parallel_for(static_cast<std::int64_t>(offsets.size()) - 1, num_threads, [] { return 0; },
-            [&](int, std::int64_t list) {
+        scale_ = std::make_unique_for_overwrite<float[]>(begins_.back());
+        zero_ = std::make_unique_for_overwrite<std::int32_t[]>(begins_.back());
+        parallel_for(nlist, num_threads, [&] { return std::vector<double>(d); },
+            [&](std::vector<double>& mean, std::int64_t list) {
                 const std::int64_t rows = offsets[list + 1] - offsets[list];
                 const float* first = x + offsets[list] * d;
-                kernels.pack(first, rows, d, panels_.get() + begins_[list] * d);
-                float* bias = bias_.get() + begins_[list];
-                std::fill(bias, bias_.get() + begins_[list + 1], -kInfinity);
+                std::fill(mean.begin(), mean.end(), 0.0);
                 double largest = 0.0;
                 for (std::int64_t i = 0; i < rows; ++i) {
-                    const double square = squared_norm(first + i * d, d);
-                    largest = std::max(largest, square);
-                    bias[i] = metric == Metric::kInnerProduct ? 0.0f : -static_cast<float>(square);
+                    largest = std::max(largest, squared_norm(first + i * d, d));
+                    for (std::int64_t c = 0; c < d; ++c) mean[c] += double{first[i * d + c]};
                 }
-                largest_norms_[list] = static_cast<float>(std::sqrt(largest));
+                const double share = 1.0 / static_cast<double>(std::max<std::int64_t>(rows, 1));
+                for (std::int64_t c = 0; c < d; ++c) centers_[list * d + c] = static_cast<float>(mean[c] * share);
+                norms_[list] = static_cast<float>(std::sqrt(largest));
+                bounds_[list] = filter.pack_rows(first, rows, d, metric, this->rows(list, 0));
             });
     }
 
-    // Columns [first, last) of a list, `first` a multiple of the panel's rows.
-    [[nodiscard]] ScoreTile tile(std::int64_t list, std::int64_t first, std::int64_t last) const {
+    [[nodiscard]] PackedRows rows(std::int64_t list, std::int64_t first) const {
         const std::int64_t at = begins_[list] + first;
-        return {.d = d_, .panels = panels_.get() + at * d_, .bias = bias_.get() + at, .columns = last - first};
+        return {centers_.get() + list * d_, panels_.get() + at * filter_.row_bytes(d_), bias_.get() + at,
+                scale_.get() + at, zero_.get() + at};
     }
     [[nodiscard]] std::int64_t columns(std::int64_t list) const { return begins_[list + 1] - begins_[list]; }
-    [[nodiscard]] float largest_norm(std::int64_t list) const { return largest_norms_[list]; }
+    [[nodiscard]] float largest_norm(std::int64_t list) const { return norms_[list]; }
+    [[nodiscard]] RowsBound bound(std::int64_t list) const { return bounds_[list]; }
 
 private:
+    const Filter& filter_;
     std::int64_t d_;
     std::vector<std::int64_t> begins_;  // columns
-    std::unique_ptr<float[]> panels_, bias_;
-    std::vector<float> largest_norms_;
-};
-
-// A row that may be among the k best: its exact score lies between the two.
-struct Candidate {
-    float lower, upper;
-    std::int32_t row;
+    std::unique_ptr<char[]> panels_;
+    std::unique_ptr<float[]> centers_, bias_, scale_;
+    std::unique_ptr<std::int32_t[]> zero_;
+    std::vector<float> norms_;  // the largest of each list
+    std::vector<RowsBound> bounds_;
 };
 
 std::int64_t encode(float score, std::int64_t rank) {
@@ -106,14 +111,18 @@ float score_of(std::int64_t key) {
 // One thread's search of a chunk of queries: list by list, the queries that probe it as rows of a product.
 class ChunkSearch {
 public:
-    ChunkSearch(const SearchInputs& in, const NeighborKernels& kernels, const PackedLists& lists, std::int64_t chunk)
+    ChunkSearch(const SearchInputs& in, const NeighborKernels& kernels, const Filter& filter, const PackedLists& lists,
+                std::int64_t chunk)
         : in_(in),
           kernels_(kernels),
+          filter_(filter),
           lists_(lists),
+          exact_(in.metric == Metric::kInnerProduct ? kernels.inner_product : kernels.negated_distance),
+          factor_(in.metric == Metric::kInnerProduct ? 1.0f : 2.0f),
           capacity_(2 * in.k + 32),
-          query_block_(kernels.query_rows *
-                       std::clamp<std::int64_t>(kQueryBlockFloats / in.d / kernels.query_rows, 1, 32)),
-          candidates_(chunk * capacity_),
+          query_block_(filter.query_rows * std::clamp<std::int64_t>(
+                                               kQueryBlockBytes / filter.query_bytes(in.d) / filter.query_rows, 1, 32)),
+          keys_(chunk * capacity_),
           counts_(chunk),
           floors_(chunk),
           norms_(chunk),
@@ -121,10 +130,12 @@ public:
           seen_(in.nlist),
           pair_begins_(in.nlist + 1),
           pairs_(chunk * in.nprobe),
-          queries_(query_block_ * in.d),
+          queries_(query_block_ * filter.query_bytes(in.d)),
+          scales_(query_block_),
           thresholds_(query_block_),
-          scores_(query_block_ * round_up(kRowBlock, kernels.panel_rows)),
-          hits_(std::max(kHits, 2 * kernels.panel_rows * query_block_)) {}
+          scores_(query_block_ * kRowBlock),
+          terms_(query_block_),
+          hits_(std::max(kHits, 2 * filter.panel_rows * query_block_)) {}
 
     void run(std::int64_t begin, std::int64_t end, std::int64_t* keys) {
         begin_ = begin;
@@ -176,139 +187,137 @@ private:
     }
 
     void scan(std::int64_t list, std::span<const std::int32_t> members) {
+        for (std::size_t m = 0; m < members.size(); m += query_block_)
+            scan_block(list, members.subspan(m, std::min<std::size_t>(query_block_, members.size() - m)));
+    }
+
+    void scan_block(std::int64_t list, std::span<const std::int32_t> members) {
+        pack(list, members);
         const std::int64_t columns = lists_.columns(list);
         for (std::int64_t first = 0; first < columns; first += kRowBlock) {
-            ScoreTile tile = lists_.tile(list, first, std::min(first + kRowBlock, columns));
-            for (std::size_t m = 0; m < members.size(); m += query_block_)
-                scan_block(list, first, tile,
-                           members.subspan(m, std::min<std::size_t>(query_block_, members.size() - m)));
-        }
-    }
-
-    void scan_block(std::int64_t list, std::int64_t first, ScoreTile& tile, std::span<const std::int32_t> members) {
-        const float factor = in_.metric == Metric::kInnerProduct ? 1.0f : 2.0f;
-        bool fresh = false;
-        for (std::size_t m = 0; m < members.size(); ++m) {
-            const float* from = query(members[m]);
-            for (std::int64_t d = 0; d < in_.d; ++d) queries_[m * in_.d + d] = factor * from[d];
-            fresh = fresh || floors_[members[m]] == -kInfinity;
-        }
-        tile.queries = queries_.data();
-        tile.num_queries = static_cast<std::int64_t>(members.size());
-        const std::int64_t first_row = in_.list_offsets[list] + first;
-        if (fresh && tile.columns > in_.k) raise_floors(list, first_row, tile, members);
-        for (std::size_t m = 0; m < members.size(); ++m) thresholds_[m] = threshold(members[m], list);
-        for (std::int64_t column = 0; column < tile.columns;) {
-            std::int64_t found;
-            column = kernels_.hits(tile, thresholds_.data(), column, hits_.data(),
-                                   static_cast<std::int64_t>(hits_.size()), &found);
-            for (std::int64_t h = 0; h < found; ++h) {
-                const Hit& hit = hits_[h];
-                offer(list, members[hit.query], first_row + hit.column, hit.score);
+            const ScoreTile tile{queries_.data(),
+                                 scales_.data(),
+                                 static_cast<std::int64_t>(members.size()),
+                                 in_.d,
+                                 lists_.rows(list, first),
+                                 std::min(kRowBlock, columns - first)};
+            const std::int64_t first_row = in_.list_offsets[list] + first;
+            if (tile.columns > in_.k) raise_floors(first_row, tile, members);
+            set_thresholds(members);
+            for (std::int64_t column = 0; column < tile.columns;) {
+                std::int64_t found;
+                column = filter_.hits(tile, thresholds_.data(), column, hits_.data(),
+                                      static_cast<std::int64_t>(hits_.size()), &found);
+                for (std::int64_t h = 0; h < found; ++h) {
+                    const Hit &hit = hits_[h], &later = hits_[std::min(h + kAhead, found - 1)];
+                    prefetch(query(members[later.query]));
+                    prefetch(in_.database + (first_row + later.column) * in_.d);
+                    offer(members[hit.query], first_row + hit.column);
+                }
+                if (found) set_thresholds(members);
             }
-            if (found)
-                for (std::size_t m = 0; m < members.size(); ++m) thresholds_[m] = threshold(members[m], list);
         }
     }
 
-    // The k-th best of a block of rows bounds what the k best can be.
-    void raise_floors(std::int64_t list, std::int64_t first_row, const ScoreTile& tile,
-                      std::span<const std::int32_t> members) {
-        kernels_.scores(tile, scores_.data());
+    // How a kernel's score becomes the exact score to within `margin`: factor · (score + shift).
+    struct Terms {
+        float shift, margin;
+    };
+
+    void pack(std::int64_t list, std::span<const std::int32_t> members) {
+        const std::int64_t size = filter_.query_bytes(in_.d), count = static_cast<std::int64_t>(members.size());
+        const PackedRows rows = lists_.rows(list, 0);
+        const RowsBound bound = lists_.bound(list);
+        // Twice the bound d·2⁻²⁴·|q||x| on a float32 product's rounding, and some for the roundings around it.
+        const float error = static_cast<float>(in_.d + 16) * 0x1p-23f, largest = lists_.largest_norm(list);
+        for (std::int64_t m = 0; m < count; ++m) {
+            prefetch(query(members[std::min(m + kAhead, count - 1)]));
+            const PackedQuery q =
+                filter_.pack_query(query(members[m]), rows.center, in_.d, in_.metric, queries_.data() + m * size);
+            const float reach = norms_[members[m]] + largest;
+            const float exactly = error * reach * (in_.metric == Metric::kInnerProduct ? largest : reach);
+            const float rounding = 1.0001f * (q.norm * bound.residual + q.residual * bound.norm);
+            scales_[m] = q.scale;
+            terms_[m] = {q.shift, exactly + factor_ * rounding};
+        }
+        const std::int64_t padded = round_up(count, filter_.query_rows);
+        std::fill(queries_.begin() + count * size, queries_.begin() + padded * size, char{0});
+        std::fill(scales_.begin() + count, scales_.begin() + padded, 0.0f);
+        std::fill(thresholds_.begin() + count, thresholds_.begin() + padded, kInfinity);
+    }
+
+    void prefetch(const float* row) const {
+        for (std::int64_t d = 0; d < in_.d; d += 16) __builtin_prefetch(row + d);
+    }
+
+    void set_thresholds(std::span<const std::int32_t> members) {
         for (std::size_t m = 0; m < members.size(); ++m) {
-            float& floor = floors_[members[m]];
-            if (floor != -kInfinity) continue;
+            const float least = (floors_[members[m]] - terms_[m].margin) / factor_ - terms_[m].shift;
+            thresholds_[m] = std::max(least, kLowest);
+        }
+    }
+
+    // The k-th best of a block of rows bounds what the k best can be, where nothing is known yet.
+    void raise_floors(std::int64_t first_row, const ScoreTile& tile, std::span<const std::int32_t> members) {
+        const auto fresh = [&](std::int32_t i) { return floors_[i] == -kInfinity; };
+        if (std::none_of(members.begin(), members.end(), fresh)) return;
+        filter_.scores(tile, scores_.data());
+        for (std::size_t m = 0; m < members.size(); ++m) {
+            if (!fresh(members[m])) continue;
             float* scores = scores_.data() + m * tile.columns;
             const std::int64_t excluded = in_.exclude_row[begin_ + members[m]] - first_row;
             if (excluded >= 0 && excluded < tile.columns) scores[excluded] = -kInfinity;
-            floor = kernels_.kth_largest(scores, tile.columns, in_.k) - shift(members[m]) - margin(members[m], list);
+            const float kth = kernels_.kth_largest(scores, tile.columns, in_.k);
+            floors_[members[m]] = factor_ * (kth + terms_[m].shift) - terms_[m].margin;
         }
     }
 
-    void offer(std::int64_t list, std::int32_t i, std::int64_t row, float score) {
+    // A nominee's exact score decides.
+    void offer(std::int32_t i, std::int64_t row) {
         if (row == in_.exclude_row[begin_ + i]) return;
-        const float value = score - shift(i), error = margin(i, list);
-        if (value + error < floors_[i]) return;
-        candidates_[i * capacity_ + counts_[i]++] = {value - error, value + error, static_cast<std::int32_t>(row)};
+        const float score = exact_(query(i), in_.database + row * in_.d, in_.d);
+        if (score < floors_[i]) return;
+        keys_[i * capacity_ + counts_[i]++] = encode(score, in_.rank[row]);
         if (counts_[i] == capacity_) compact(i);
     }
 
-    // Raises the floor to the k-th best lower bound and drops what cannot reach it.
+    // Keeps the k best; the last of them is the floor.
     void compact(std::int64_t i) {
-        Candidate* first = candidates_.data() + i * capacity_;
-        lowers_.resize(counts_[i]);
-        for (std::int32_t c = 0; c < counts_[i]; ++c) lowers_[c] = first[c].lower;
-        floors_[i] = std::max(floors_[i], kernels_.kth_largest(lowers_.data(), counts_[i], in_.k));
-        const Candidate* end =
-            std::remove_if(first, first + counts_[i], [&](const Candidate& c) { return c.upper < floors_[i]; });
-        counts_[i] = static_cast<std::int32_t>(end - first);
-        if (counts_[i] <= in_.k + 16) return;
-        // Closer to one another than a product resolves: score them exactly.
-        rank_exactly(i);
+        const auto first = keys_.begin() + i * capacity_;
+        std::nth_element(first, first + in_.k - 1, first + counts_[i], std::greater<>());
         counts_[i] = static_cast<std::int32_t>(in_.k);
-        for (std::int64_t c = 0; c < in_.k; ++c) {
-            const float score = score_of(ranked_[c].key);
-            first[c] = {score, score, ranked_[c].row};
-        }
-        floors_[i] = std::max(floors_[i], score_of(ranked_[in_.k - 1].key));
-    }
-
-    // Fills ranked_ with the exact keys of the candidates, best first.
-    void rank_exactly(std::int64_t i) {
-        ranked_.clear();
-        const auto exact = in_.metric == Metric::kInnerProduct ? kernels_.inner_product : kernels_.negated_distance;
-        for (std::int32_t c = 0; c < counts_[i]; ++c) {
-            const std::int32_t row = candidates_[i * capacity_ + c].row;
-            ranked_.push_back({encode(exact(query(i), in_.database + row * in_.d, in_.d), in_.rank[row]), row});
-        }
-        std::sort(ranked_.begin(), ranked_.end(), [](const Ranked& a, const Ranked& b) { return a.key > b.key; });
+        floors_[i] = std::max(floors_[i], score_of(first[in_.k - 1]));
     }
 
     void finish(std::int64_t i, std::int64_t* keys) {
-        rank_exactly(i);
+        const auto first = keys_.begin() + i * capacity_, last = first + counts_[i];
         const std::int64_t found = std::min<std::int64_t>(in_.k, counts_[i]);
-        for (std::int64_t c = 0; c < found; ++c) keys[c] = ranked_[c].key;
+        std::partial_sort_copy(first, last, keys, keys + found, std::greater<>());
         std::fill(keys + found, keys + in_.k, kMissing);
     }
 
     [[nodiscard]] const float* query(std::int64_t i) const { return in_.queries + (begin_ + i) * in_.d; }
 
-    // A kernel's score minus the shift is the score: in l2, 2q·x − |x|² = −|q − x|² + |q|².
-    [[nodiscard]] float shift(std::int64_t i) const {
-        return in_.metric == Metric::kInnerProduct ? 0.0f : norms_[i] * norms_[i];
-    }
-
-    // Twice the bound d·2⁻²⁴·|q||x| on a float32 product's rounding, and some for the roundings around it.
-    [[nodiscard]] float margin(std::int64_t i, std::int64_t list) const {
-        const float error = static_cast<float>(in_.d + 16) * 0x1p-23f, q = norms_[i], x = lists_.largest_norm(list);
-        return error * (in_.metric == Metric::kInnerProduct ? q * x : (q + x) * (q + x));
-    }
-
-    [[nodiscard]] float threshold(std::int64_t i, std::int64_t list) const {
-        return std::max(floors_[i] + shift(i) - margin(i, list), kLowest);
-    }
-
-    struct Ranked {
-        std::int64_t key;
-        std::int32_t row;
-    };
-
     const SearchInputs& in_;
     const NeighborKernels& kernels_;
+    const Filter& filter_;
     const PackedLists& lists_;
+    float (*exact_)(const float*, const float*, std::int64_t);
+    float factor_;
     std::int64_t capacity_, query_block_;
     std::int64_t begin_ = 0, count_ = 0;  // the chunk's queries
-    std::vector<Candidate> candidates_;   // [chunk, capacity]
-    std::vector<std::int32_t> counts_;    // of candidates
+    std::vector<std::int64_t> keys_;      // [chunk, capacity], among them the k best so far
+    std::vector<std::int32_t> counts_;    // of keys
     std::vector<float> floors_;           // no lower score can be among the k best
     std::vector<float> norms_;
     std::vector<std::int32_t> probes_;       // [chunk, nprobe]
     std::vector<std::int64_t> seen_;         // by list, the last query that named it
     std::vector<std::int64_t> pair_begins_;  // by list
     std::vector<std::int32_t> pairs_;        // queries, by list
-    std::vector<float> queries_, thresholds_, scores_, lowers_;
+    std::vector<char> queries_;              // of a block, packed
+    std::vector<float> scales_, thresholds_, scores_;
+    std::vector<Terms> terms_;
     std::vector<Hit> hits_;
-    std::vector<Ranked> ranked_;
 };
 
 bool sound(const SearchInputs& in) {
@@ -327,13 +336,14 @@ bool sound(const SearchInputs& in) {
 bool search(const SearchInputs& in, std::int64_t* keys, InstructionSet set, int num_threads) {
     if (!sound(in)) return false;
     const NeighborKernels& kernels = kernels_of(set);
-    const PackedLists lists(kernels, in.database, in.d, {in.list_offsets, static_cast<std::size_t>(in.nlist + 1)},
+    const Filter& filter = in.d <= kernels.filter.most_channels ? kernels.filter : kernels.exact;
+    const PackedLists lists(filter, in.database, in.d, {in.list_offsets, static_cast<std::size_t>(in.nlist + 1)},
                             in.metric, num_threads);
     const std::int64_t share = (in.num_queries + std::max(num_threads, 1) - 1) / std::max(num_threads, 1);
-    const std::int64_t fits = std::max<std::int64_t>(kChunkCandidates / (2 * in.k + 32), 64);
+    const std::int64_t fits = std::max<std::int64_t>(kChunkKeys / (2 * in.k + 32), 64);
     const std::int64_t chunk = std::clamp<std::int64_t>(share, 1, std::min(kChunk, fits));
     parallel_for((in.num_queries + chunk - 1) / chunk, num_threads,
-        [&] { return ChunkSearch(in, kernels, lists, chunk); },
+        [&] { return ChunkSearch(in, kernels, filter, lists, chunk); },
         [&](ChunkSearch& search, std::int64_t c) {
             search.run(c * chunk, std::min((c + 1) * chunk, in.num_queries), keys);
         });
@@ -342,32 +352,29 @@ bool search(const SearchInputs& in, std::int64_t* keys, InstructionSet set, int 
 
 void assign(const AssignInputs& in, float* scores, std::int64_t* index, InstructionSet set, int num_threads) {
     const NeighborKernels& kernels = kernels_of(set);
+    const Filter& exact = kernels.exact;
     const std::int64_t offsets[] = {0, in.num_centroids};
-    const PackedLists centroids(kernels, in.centroids, in.d, offsets, in.metric, num_threads);
-    const std::int64_t columns = centroids.columns(0);
-    const std::int64_t fits = std::clamp<std::int64_t>(kAssignFloats / columns, 1, kQueryBlockFloats / 16);
-    const std::int64_t block = round_up(fits, kernels.query_rows);
+    const PackedLists centroids(exact, in.centroids, in.d, offsets, in.metric, 1);
+    const std::int64_t columns = centroids.columns(0), size = exact.query_bytes(in.d);
+    const std::int64_t block = exact.query_rows * std::clamp<std::int64_t>(
+        std::min(kAssignFloats / columns, kQueryBlockBytes / size) / exact.query_rows, 1, 64);
     struct Scratch {
-        std::vector<float> queries, scores, best;
+        std::vector<char> queries, selection;
+        std::vector<float> scales, scores, best;
         std::vector<std::int32_t> index;
-        std::vector<char> selection;
     };
     parallel_for((in.num_rows + block - 1) / block, num_threads,
         [&] {
-            return Scratch{std::vector<float>(block * in.d), std::vector<float>(block * columns),
-                           std::vector<float>(in.nprobe), std::vector<std::int32_t>(in.nprobe),
-                           std::vector<char>(8 * (in.nprobe + kernels.panel_rows))};
+            return Scratch{std::vector<char>(block * size), std::vector<char>(8 * (in.nprobe + exact.panel_rows)),
+                           std::vector<float>(block, 1.0f), std::vector<float>(block * columns),
+                           std::vector<float>(in.nprobe), std::vector<std::int32_t>(in.nprobe)};
         },
         [&](Scratch& s, std::int64_t b) {
             const std::int64_t begin = b * block, end = std::min(begin + block, in.num_rows);
-            ScoreTile tile = centroids.tile(0, 0, columns);
-            tile.queries = in.x + begin * in.d;
-            tile.num_queries = end - begin;
-            if (in.metric == Metric::kSquaredDistance) {
-                for (std::int64_t i = 0; i < (end - begin) * in.d; ++i) s.queries[i] = 2.0f * tile.queries[i];
-                tile.queries = s.queries.data();
-            }
-            kernels.scores(tile, s.scores.data());
+            const ScoreTile tile{s.queries.data(), s.scales.data(), end - begin, in.d, centroids.rows(0, 0), columns};
+            for (std::int64_t row = begin; row < end; ++row)
+                exact.pack_query(in.x + row * in.d, nullptr, in.d, in.metric, s.queries.data() + (row - begin) * size);
+            exact.scores(tile, s.scores.data());
             for (std::int64_t i = 0; i < tile.num_queries; ++i) {
                 kernels.largest(s.scores.data() + i * columns, in.num_centroids, in.nprobe, s.selection.data(),
                                 s.best.data(), s.index.data());
@@ -377,7 +384,7 @@ void assign(const AssignInputs& in, float* scores, std::int64_t* index, Instruct
                     std::copy(s.best.begin(), s.best.end(), out);
                 } else {
                     const float shift = static_cast<float>(squared_norm(in.x + (begin + i) * in.d, in.d));
-                    for (std::int64_t p = 0; p < in.nprobe; ++p) out[p] = std::max(shift - s.best[p], 0.0f);
+                    for (std::int64_t p = 0; p < in.nprobe; ++p) out[p] = std::max(shift - 2.0f * s.best[p], 0.0f);
                 }
             }
         });

@@ -4,10 +4,9 @@
 #include <cstdint>
 
 #include "instruction_set.h"
+#include "neighbors_kernels.h"
 
 namespace alure {
-
-enum class Metric { kInnerProduct, kSquaredDistance };
 
 struct SearchInputs {
     const float* queries;   // [num_queries, d]

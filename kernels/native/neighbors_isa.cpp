@@ -1,4 +1,5 @@
 // Compiled once for each instruction set: CMakeLists.txt sets ALURE_ISA (a namespace) and ALURE_VECTOR_BYTES.
+#include "neighbors_bytes.h"
 #include "neighbors_products.h"
 
 namespace alure {
@@ -30,7 +31,8 @@ inline float sum_of_terms(const float* x, const float* y, std::int64_t d, Add ad
     double sums[kSums];
     for (int lane = 0; lane < kSums; ++lane) sums[lane] = vectors[lane / kDoubles][lane % kDoubles];
     for (int lane = 0; i < d; ++i, ++lane) sums[lane] = add(double{x[i]}, double{y[i]}, sums[lane]);
-    return static_cast<float>(((sums[0] + sums[4]) + (sums[2] + sums[6])) + ((sums[1] + sums[5]) + (sums[3] + sums[7])));
+    const double even = (sums[0] + sums[4]) + (sums[2] + sums[6]), odd = (sums[1] + sums[5]) + (sums[3] + sums[7]);
+    return static_cast<float>(even + odd);
 }
 
 float inner_product(const float* x, const float* y, std::int64_t d) {
@@ -41,11 +43,16 @@ float negated_distance(const float* x, const float* y, std::int64_t d) {
     return sum_of_terms(x, y, d, [](auto a, auto b, auto c) { return c - (a - b) * (a - b); });
 }
 
+#if ALURE_VECTOR_BYTES >= 32
+constexpr const Filter& kFastest = kBytes;
+#else
+constexpr const Filter& kFastest = kFloat32;
+#endif
+
 }  // namespace
 
 namespace ALURE_ISA {
-const NeighborKernels neighbor_kernels{kLanes, kRows,   pack,          scores,          hits,
-                                       kth_largest, largest, inner_product, negated_distance};
+const NeighborKernels neighbor_kernels{kFloat32, kFastest, kth_largest, largest, inner_product, negated_distance};
 }
 
 }  // namespace alure

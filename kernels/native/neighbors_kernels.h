@@ -6,12 +6,35 @@
 
 namespace alure {
 
-// Queries against rows packed as panels: score(query, row) = bias[row] + query · row, a float32 sum in the order of d.
+// Inner products, or −|q − x|² / 2: both are larger for nearer rows.
+enum class Metric { kInnerProduct, kSquaredDistance };
+
+// The rows of a list packed as panels, and what turns a product into a score. A filter may move the origin to the
+// list's `center`, and may round: |score + shift − exact score| ≤ residual · |q'| + norm · |q' − rounded q'|, beside
+// float32's rounding; q' is the query as the filter sees it.
+struct PackedRows {
+    const float* center;  // [d]
+    char* panels;         // [columns, row_bytes], columns a multiple of panel_rows
+    float* bias;          // [columns], −inf where there is no row
+    float* scale;         // [columns]
+    std::int32_t* zero;   // [columns]
+};
+
+struct RowsBound {
+    float residual, norm;  // the largest |x' − rounded x'| and |rounded x'| of a list
+};
+
+struct PackedQuery {
+    float scale, shift;    // exact score ≈ kernel's score + shift
+    float norm, residual;  // |q'|, |q' − rounded q'|
+};
+
+// Queries against columns: score(query, column) = bias + query scale · column scale · (product − zero).
 struct ScoreTile {
-    const float* queries;  // [num_queries, d]
+    const char* queries;        // [num_queries, query_bytes], zeros beyond up to a multiple of query_rows
+    const float* query_scales;  // [num_queries], zeros beyond
     std::int64_t num_queries, d;
-    const float* panels;  // of `columns` rows, whole panels
-    const float* bias;    // [columns], −inf where the panel holds no row
+    PackedRows rows;
     std::int64_t columns;
 };
 
@@ -20,17 +43,26 @@ struct Hit {
     float score;
 };
 
-struct NeighborKernels {
+// Fast scores of many queries with many rows.
+struct Filter {
+    std::int64_t most_channels;
     std::int64_t panel_rows;  // rows of a panel
-    std::int64_t query_rows;  // num_queries is best a multiple of it
-    // Packs `rows` rows, row after row, as panels of round_up(rows, panel_rows) rows.
-    void (*pack)(const float* x, std::int64_t rows, std::int64_t d, float* panels);
-    // scores [num_queries, columns].
+    std::int64_t query_rows;  // queries of a register tile
+    std::int64_t (*row_bytes)(std::int64_t d);
+    std::int64_t (*query_bytes)(std::int64_t d);
+    RowsBound (*pack_rows)(const float* x, std::int64_t rows, std::int64_t d, Metric, const PackedRows&);
+    PackedQuery (*pack_query)(const float* query, const float* center, std::int64_t d, Metric, char* packed);
+    // scores [num_queries rounded up to query_rows, columns].
     void (*scores)(const ScoreTile&, float* scores);
-    // Scores of at least their query's threshold, from column `first` on, until `out` might not hold those of two
-    // more panels: returns the column to go on from, and their number in `count`.
+    // Scores of at least their query's threshold (+inf beyond num_queries), from column `first` on, until `out` might
+    // not hold those of two more panels: returns the column to go on from, and their number in `count`.
     std::int64_t (*hits)(const ScoreTile&, const float* thresholds, std::int64_t first, Hit* out,
                          std::int64_t capacity, std::int64_t* count);
+};
+
+struct NeighborKernels {
+    Filter exact;   // float32 sums in the order of d
+    Filter filter;  // the fastest
     // The k-th largest of `count` ≥ k values, or a little less with no value between; values may be −inf.
     float (*kth_largest)(const float* values, std::int64_t count, std::int64_t k);
     // The k largest of `count` ≥ k values, largest first, of equal ones the first first; none may be NaN or infinite.

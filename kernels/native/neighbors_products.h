@@ -1,4 +1,4 @@
-// Products of a few queries with packed rows, in float32: all scores, or those that reach a threshold.
+// Float32 products of a few queries with packed rows: all scores, or those that reach a threshold.
 #pragma once
 
 #include "neighbors_kernels.h"
@@ -8,11 +8,34 @@
 namespace alure {
 namespace {
 
-// Panels are taken in pairs: kPair columns and kRows queries are a register tile.
+// Panels are taken in pairs: kPair columns and a few queries are a register tile.
 constexpr std::int64_t kPair = 2 * kLanes;
 
-inline void pack(const float* x, std::int64_t rows, std::int64_t d, float* panels) {
-    pack_transposed(x, d, rows, d, 0, d, panels);
+inline double squared_norm(const float* x, std::int64_t d) {
+    double sum = 0.0;
+    for (std::int64_t i = 0; i < d; ++i) sum += double{x[i]} * x[i];
+    return sum;
+}
+
+inline float half_negated(double square) { return static_cast<float>(-0.5 * square); }
+
+namespace float32 {
+
+std::int64_t row_bytes(std::int64_t d) { return d * 4; }
+
+RowsBound pack_rows(const float* x, std::int64_t rows, std::int64_t d, Metric metric, const PackedRows& to) {
+    pack_transposed(x, d, rows, d, 0, d, reinterpret_cast<float*>(to.panels));
+    for (std::int64_t i = 0; i < round_up(rows, kLanes); ++i)
+        to.bias[i] = i >= rows                          ? -kInfinity
+                     : metric == Metric::kInnerProduct ? 0.0f
+                                                       : half_negated(squared_norm(x + i * d, d));
+    return {0.0f, 0.0f};
+}
+
+PackedQuery pack_query(const float* query, const float*, std::int64_t d, Metric metric, char* packed) {
+    float* to = reinterpret_cast<float*>(packed);
+    for (std::int64_t i = 0; i < d; ++i) to[i] = query[i];
+    return {1.0f, metric == Metric::kInnerProduct ? 0.0f : half_negated(squared_norm(query, d)), 0.0f, 0.0f};
 }
 
 // sums [Rows, Vectors · kLanes] = bias + queries · panels, in registers.
@@ -36,50 +59,57 @@ inline void multiply_tile(const float* queries, std::int64_t d, const float* pan
     }
 }
 
-// visit(first query, first column, sums) for every register tile of the columns [begin, end) of the scores.
-template <int Vectors, int Rows = kRows, class Visit>
-inline void visit_rows(const ScoreTile& t, std::int64_t query, std::int64_t column, Visit visit) {
-    if constexpr (Rows == kRows)
-        for (; query + kRows <= t.num_queries; query += kRows) {
-            Floats sums[Rows][Vectors];
-            multiply_tile<Rows, Vectors>(t.queries + query * t.d, t.d, t.panels + column * t.d, t.bias + column, sums);
+struct Products {
+    static constexpr int kQueries = kRows;
+
+    // The scores of kQueries queries and Vectors panels.
+    template <int Vectors>
+    static void multiply(const ScoreTile& t, std::int64_t query, std::int64_t column, Floats (&sums)[kRows][Vectors]) {
+        multiply_tile<kRows, Vectors>(reinterpret_cast<const float*>(t.queries) + query * t.d, t.d,
+                                      reinterpret_cast<const float*>(t.rows.panels) + column * t.d,
+                                      t.rows.bias + column, sums);
+    }
+};
+
+}  // namespace float32
+
+// visit(first query, first column, sums) for the register tiles of one or two panels; returns the next column.
+template <class Products, class Visit>
+inline std::int64_t visit_panels(const ScoreTile& t, std::int64_t column, Visit visit) {
+    if (column + kPair <= t.columns) {
+        for (std::int64_t query = 0; query < t.num_queries; query += Products::kQueries) {
+            Floats sums[Products::kQueries][2];
+            Products::multiply(t, query, column, sums);
             visit(query, column, sums);
         }
-    else if (query + Rows == t.num_queries) {
-        Floats sums[Rows][Vectors];
-        multiply_tile<Rows, Vectors>(t.queries + query * t.d, t.d, t.panels + column * t.d, t.bias + column, sums);
-        visit(query, column, sums);
-        return;
-    }
-    if constexpr (Rows > 1) visit_rows<Vectors, Rows - 1>(t, query, column, visit);
-}
-
-template <class Visit>
-inline std::int64_t visit_pair(const ScoreTile& t, std::int64_t column, Visit visit) {
-    if (column + kPair <= t.columns) {
-        visit_rows<2>(t, 0, column, visit);
         return column + kPair;
     }
-    visit_rows<1>(t, 0, column, visit);
+    for (std::int64_t query = 0; query < t.num_queries; query += Products::kQueries) {
+        Floats sums[Products::kQueries][1];
+        Products::multiply(t, query, column, sums);
+        visit(query, column, sums);
+    }
     return column + kLanes;
 }
 
+template <class Products>
 void scores(const ScoreTile& t, float* out) {
     for (std::int64_t column = 0; column < t.columns;)
-        column = visit_pair(t, column, [&]<int Rows, int Vectors>(std::int64_t query, std::int64_t first,
-                                                                  const Floats(&sums)[Rows][Vectors]) {
+        column = visit_panels<Products>(t, column, [&]<int Rows, int Vectors>(std::int64_t query, std::int64_t first,
+                                                                             const Floats(&sums)[Rows][Vectors]) {
             for (int row = 0; row < Rows; ++row)
                 for (int v = 0; v < Vectors; ++v)
                     store(out + (query + row) * t.columns + first + v * kLanes, sums[row][v]);
         });
 }
 
+template <class Products>
 std::int64_t hits(const ScoreTile& t, const float* thresholds, std::int64_t first, Hit* out, std::int64_t capacity,
                   std::int64_t* count) {
     std::int64_t found = 0;
     while (first < t.columns && found + kPair * t.num_queries <= capacity)
-        first = visit_pair(t, first, [&]<int Rows, int Vectors>(std::int64_t query, std::int64_t column,
-                                                                const Floats(&sums)[Rows][Vectors]) {
+        first = visit_panels<Products>(t, first, [&]<int Rows, int Vectors>(std::int64_t query, std::int64_t column,
+                                                                           const Floats(&sums)[Rows][Vectors]) {
             const float* threshold = thresholds + query;
             Floats above = splat(-kInfinity);
 #pragma GCC unroll 16
@@ -100,6 +130,16 @@ std::int64_t hits(const ScoreTile& t, const float* thresholds, std::int64_t firs
     *count = found;
     return first;
 }
+
+inline constexpr Filter kFloat32{std::int64_t{1} << 31,
+                                 kLanes,
+                                 kRows,
+                                 float32::row_bytes,
+                                 float32::row_bytes,
+                                 float32::pack_rows,
+                                 float32::pack_query,
+                                 scores<float32::Products>,
+                                 hits<float32::Products>};
 
 }  // namespace
 }  // namespace alure
