@@ -2,10 +2,9 @@
 
 #include <algorithm>
 #include <atomic>
-#include <memory>
-#include <new>
 #include <vector>
 
+#include "aligned.h"
 #include "parallel.h"
 
 namespace alure {
@@ -25,21 +24,6 @@ const EncodingKernels& kernels_of(InstructionSet set) {
 #endif
     return portable::encoding_kernels;
 }
-
-// Memory of floats or bytes aligned to a cache line, not initialised.
-template <class T>
-class Buffer {
-public:
-    explicit Buffer(std::size_t count) : p_(static_cast<T*>(::operator new(count * sizeof(T), kAlignment))) {}
-    [[nodiscard]] T* get() const { return p_.get(); }
-
-private:
-    static constexpr std::align_val_t kAlignment{64};
-    struct Delete {
-        void operator()(T* p) const { ::operator delete(p, kAlignment); }
-    };
-    std::unique_ptr<T, Delete> p_;
-};
 
 bool sound(const EncodingInputs& in) {
     bool sound = in.offsets[0] == 0 && in.offsets[in.num_sequences] == in.total;
@@ -101,15 +85,16 @@ void write_weights(const EncodingInputs& in, const std::vector<float>& partials,
 bool encode_events(const EncodingInputs& in, float* out, InstructionSet set, int num_threads) {
     if (!sound(in)) return false;
     const EncodingKernels& kernels = kernels_of(set);
-    const Buffer<float> packed(kernels.packed_floats(in));
-    kernels.pack_forward(in, packed.get());
+    const AlignedBytes packed_memory(kernels.packed_floats(in) * sizeof(float));
+    auto* const packed = static_cast<float*>(packed_memory.get());
+    kernels.pack_forward(in, packed);
     std::atomic<bool> all_sound{true};
     const std::int64_t unit = 4 * kernels.block;
-    parallel_for((in.total + unit - 1) / unit, num_threads, [&] { return Buffer<char>(kernels.scratch_bytes(in)); },
-        [&](const Buffer<char>& scratch, std::int64_t u) {
+    parallel_for((in.total + unit - 1) / unit, num_threads, [&] { return AlignedBytes(kernels.scratch_bytes(in)); },
+        [&](const AlignedBytes& scratch, std::int64_t u) {
             const std::int64_t begin = u * unit, end = std::min(begin + unit, in.total);
             const bool fine = for_each_block(in, begin, end, kernels.block, [&](const EventRows& rows) {
-                return kernels.forward(in, packed.get(), rows, out, scratch.get());
+                return kernels.forward(in, packed, rows, out, scratch.get());
             });
             if (!fine) all_sound = false;
         });
@@ -120,8 +105,9 @@ bool encode_events_backward(const EncodingInputs& in, const EncodingGradients& g
                             int num_threads) {
     if (!sound(in)) return false;
     const EncodingKernels& kernels = kernels_of(set);
-    const Buffer<float> packed(kernels.packed_floats(in));
-    kernels.pack_backward(in, packed.get());
+    const AlignedBytes packed_memory(kernels.packed_floats(in) * sizeof(float));
+    auto* const packed = static_cast<float*>(packed_memory.get());
+    kernels.pack_backward(in, packed);
 
     const std::int64_t unit = kUnitBlocks * kernels.block, stride = kernels.weight_stride(in);
     const std::int64_t partial = (in.id_features() + in.d_dense + in.time_features() + 1) * stride;
@@ -129,28 +115,29 @@ bool encode_events_backward(const EncodingInputs& in, const EncodingGradients& g
         std::min(kMostPartialFloats / std::max<std::int64_t>(partial, 1), (in.total + unit - 1) / unit), 1, kMostUnits);
     std::vector<float> partials(units * partial, 0.0f);
     const std::int64_t id_stride = kernels.id_stride(in), round = units * unit;
-    const Buffer<float> d_found(round * id_stride);
+    const AlignedBytes d_found_memory(round * id_stride * sizeof(float));
+    auto* const d_found = static_cast<float*>(d_found_memory.get());
     const TableSums sums{gradients.d_table, gradients.d_position, gradients.d_frequency};
     const Share shares{0, std::max(num_threads, 1)};
 
     std::atomic<bool> all_sound{true};
     for (std::int64_t first = 0; first < in.total; first += round) {
         const std::int64_t last = std::min(first + round, in.total);
-        const auto found_of = [&](std::int64_t row) { return d_found.get() + (row - first) * id_stride; };
+        const auto found_of = [&](std::int64_t row) { return d_found + (row - first) * id_stride; };
         parallel_for((last - first + unit - 1) / unit, num_threads,
-            [&] { return Buffer<char>(kernels.scratch_bytes(in)); },
-            [&](const Buffer<char>& scratch, std::int64_t u) {
+            [&] { return AlignedBytes(kernels.scratch_bytes(in)); },
+            [&](const AlignedBytes& scratch, std::int64_t u) {
                 const std::int64_t begin = first + u * unit, end = std::min(begin + unit, last);
                 const bool fine = for_each_block(in, begin, end, kernels.block, [&](const EventRows& rows) {
                     const BlockGradients to{gradients.grad_out, partials.data() + u * partial, found_of(rows.begin),
                                             gradients.d_dense};
-                    return kernels.backward(in, packed.get(), rows, to, scratch.get());
+                    return kernels.backward(in, packed, rows, to, scratch.get());
                 });
                 if (!fine) all_sound = false;
             });
         if (!all_sound) return false;
         parallel_for(shares.count, num_threads, [] { return 0; }, [&](int, std::int64_t i) {
-            kernels.scatter(in, rows_from(in, first, last), gradients.grad_out, d_found.get(), {i, shares.count},
+            kernels.scatter(in, rows_from(in, first, last), gradients.grad_out, d_found, {i, shares.count},
                             sums);
         });
     }
