@@ -13,7 +13,7 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_case_end_to_end(tmp_path: Path) -> None:
-    done = bench("neighbors", "--quick", "--case", "all_pairs", "--minutes", "1", "--out", str(tmp_path), "--json")
+    done = bench("neighbors", "--quick", "--case", "all_pairs", "--minutes", "30", "--out", str(tmp_path), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["passed"]
