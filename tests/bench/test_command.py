@@ -1,6 +1,7 @@
 """`alure bench` from the command line to the table, the JSON line and the file."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,10 @@ import pytest
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run([sys.executable, "-m", "alure.bench", *words], capture_output=True, text=True, check=False)
+    # pytest-benchmark measures nothing in a worker of pytest-xdist, which it knows by the environment
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PYTEST_")}
+    command = [sys.executable, "-m", "alure.bench", *words]
+    return subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
 
 
 def test_one_case_end_to_end(tmp_path: Path) -> None:
