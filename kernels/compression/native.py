@@ -5,6 +5,8 @@ the weights' gradients not on the threads. Extra memory: forward, per thread the
 48 users; backward, once, about twice the products of at most 512 users or 8 MiB.
 """
 
+from typing import Any
+
 import torch
 from torch import Tensor
 
@@ -29,12 +31,13 @@ def dot_linear_backward(
     """Gradients of x and of the parameters in their order, for `grad` of the embeddings."""
     weights = compression.tensors()
     d_x, *d_weights = (torch.empty(t.shape) for t in (x, *weights))
+    arrays: Any = tuple(d.numpy() for d in d_weights)  # one a weight
     _native.compress_dot_linear_backward(
         _arguments(x, compression),
         grad.float().contiguous().numpy(),
         hidden.contiguous().numpy(),
         d_x.numpy(),
-        tuple(d.numpy() for d in d_weights),
+        arrays,
         INSTRUCTION_SET,
         torch.get_num_threads(),
     )
