@@ -128,7 +128,10 @@ class GraphConfig(Section):
     search: Literal["auto", "faiss", "grouped", "exact"] = "auto"
     exact_below: int = Field(10_000, ge=0, description="countries of fewer users are searched exactly under auto")
     ppr: bool = False
-    ppr_alpha: float = Field(0.15, gt=0, lt=1, description="restart probability of Personalized PageRank")
+    ppr_alpha: float = Field(0.15, ge=0.001, lt=1, description="restart probability of Personalized PageRank")
+    ppr_epsilon: float = Field(
+        0.001, ge=0, le=1, description="walks end below this part of the k-th probability; 0: exact"
+    )
 
 
 class RetrievalConfig(Section):

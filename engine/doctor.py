@@ -20,6 +20,7 @@ OPERATORS: dict[str, str] = {  # operator: the module whose BACKENDS names its i
     "assign_clusters": "alure.kernels.neighbors.ops",
     "residual_quantize": "alure.kernels.quantization.ops",
     "join_candidates": "alure.kernels.candidates.ops",
+    "personalized_pagerank": "alure.kernels.pagerank.ops",
 }
 PACKAGES = (
     "torch",

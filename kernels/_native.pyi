@@ -175,3 +175,15 @@ def cluster_sums(
     errors: NDArray[np.float64],
     num_threads: int,
 ) -> bool: ...
+def personalized_pagerank(
+    offsets: _Int64,
+    neighbors: _Int32,
+    weights: _Float32 | None,
+    sources: _Int64,
+    alpha: float,
+    epsilon: float,
+    scores: _Float32,
+    ids: _Int64,
+    lost: _Float32,
+    num_threads: int,
+) -> None: ...

@@ -108,9 +108,14 @@ def _follow_graphs(
     built = [_publish(store, source, "social", followed, begun, counts, {"k": config.k})]
     if config.ppr:
         begun = time.monotonic()
-        walked, ranks = ppr_graph(follows, user_ids, countries, config.k, alpha=config.ppr_alpha)
-        figures = {"lost_mass": ranks.lost_mass, "mean_lost_mass": ranks.mean_lost_mass}
-        settings = {"k": config.k, "alpha": config.ppr_alpha}
+        walked, lost = ppr_graph(
+            follows, user_ids, countries, config.k, alpha=config.ppr_alpha, epsilon=config.ppr_epsilon
+        )
+        figures = {
+            "lost_mass": float(lost.max(initial=0.0)),
+            "mean_lost_mass": float(lost.mean()) if len(lost) else 0.0,
+        }
+        settings = {"k": config.k, "alpha": config.ppr_alpha, "epsilon": config.ppr_epsilon}
         built.append(_publish(store, source, "ppr", walked, begun, figures, settings))
     return built
 

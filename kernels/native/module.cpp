@@ -22,4 +22,5 @@ NB_MODULE(_native, m) {
     bind_encoding(m);
     bind_neighbors(m);
     bind_compression(m);
+    bind_pagerank(m);
 }

@@ -28,7 +28,6 @@ from alure.engine.graph import (
     social_graph,
 )
 from alure.engine.graph.follows import follows_of
-from alure.engine.graph.ppr import personalized_pagerank
 from alure.engine.store import EmbeddingStore, Generation
 
 has_faiss = pytest.mark.skipif(not engines.has_faiss(), reason="needs faiss")
@@ -385,15 +384,6 @@ def test_social_blocks_change_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
 # ---- Personalized PageRank
 
 
-def by_networkx(follows: Any, alpha: float) -> np.ndarray:
-    graph = nx.DiGraph()
-    n = follows.adjacency.shape[0]
-    graph.add_nodes_from(range(n))
-    graph.add_edges_from(zip(*(part.tolist() for part in follows.adjacency.nonzero())))
-    rows = [nx.pagerank(graph, 1 - alpha, personalization={s: 1.0}, max_iter=2000, tol=1e-12) for s in range(n)]
-    return np.array([[row[v] for v in range(n)] for row in rows])
-
-
 FOLLOWS = {
     "random": random_follows(60, 240),
     "sparse, with users who follow nobody": random_follows(50, 45, seed=3),
@@ -407,52 +397,35 @@ FOLLOWS = {
 
 @pytest.mark.parametrize("name", FOLLOWS)
 @pytest.mark.parametrize("alpha", [0.15, 0.5])
-@pytest.mark.parametrize("prune", [0.0, 1e-7])
-def test_pagerank_equals_networkx(name: str, alpha: float, prune: float) -> None:
+def test_ppr_graph_is_networkx_scaled_to_its_best(name: str, alpha: float) -> None:
     follows = FOLLOWS[name]
     n = follows.adjacency.shape[0]
-    ranks = personalized_pagerank(follows.adjacency, n, alpha=alpha, prune=prune)
-    found = np.zeros((n, n))
-    source, place = (ranks.rows >= 0).nonzero()
-    found[source, ranks.rows[source, place]] = ranks.probabilities[source, place]
-    expected = by_networkx(follows, alpha)
-    np.fill_diagonal(expected, 0.0)
-    np.testing.assert_allclose(found, expected, atol=2e-6 if prune == 0 else 1e-4)
-    assert (np.diff(ranks.probabilities, axis=1) <= 0).all()
+    graph, lost = ppr_graph(follows, pa.array(range(n)), pa.array(["A"] * n), n, alpha=alpha, epsilon=0.0)
+    graph.check_integrity()
+    assert lost.shape == (n,)
+    assert lost.max() < 1e-6
+    directed = nx.DiGraph()
+    directed.add_nodes_from(range(n))
+    directed.add_edges_from(zip(*(part.tolist() for part in follows.adjacency.nonzero())))
+    for u in range(n):
+        exact = nx.pagerank(directed, 1 - alpha, personalization={u: 1.0}, max_iter=2000, tol=1e-12)
+        others = {v: p for v, p in exact.items() if v != u and p > 1e-9}
+        best = max(others.values(), default=1.0)
+        assert dict(graph.neighbors_of(u)) == pytest.approx({v: p / best for v, p in others.items()}, abs=1e-6)
 
 
-def test_pagerank_top_k_in_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_ppr_graph_in_blocks_of_users(monkeypatch: pytest.MonkeyPatch) -> None:
     from alure.engine.graph import ppr
 
-    follows = FOLLOWS["random"]
-    whole = personalized_pagerank(follows.adjacency, 5)
-    monkeypatch.setattr(ppr, "BLOCK_ENTRIES", 7 * 60)
-    parts = personalized_pagerank(follows.adjacency, 5)
-    np.testing.assert_allclose(whole.probabilities, parts.probabilities, atol=2e-6)
-    assert (whole.rows == parts.rows).mean() > 0.98
-    assert whole.rows.shape == (60, 5)
-    assert not (whole.rows == np.arange(60)[:, None]).any()
-
-
-def test_pruned_pagerank_never_overstates_and_says_what_it_lost() -> None:
-    follows = random_follows(300, 3000)
-    exact = personalized_pagerank(follows.adjacency, 300)
-    pruned = personalized_pagerank(follows.adjacency, 300, prune=1e-4)
-    dense = [np.zeros((300, 301)) for _ in range(2)]
-    for out, ranks in zip(dense, (exact, pruned)):
-        np.put_along_axis(out, np.where(ranks.rows >= 0, ranks.rows, 300), ranks.probabilities, 1)
-    missing = (dense[0] - dense[1])[:, :300]
-    assert missing.min() > -2e-6
-    assert missing.max() <= pruned.lost_mass + 2e-6
-    assert 0 < pruned.mean_lost_mass <= pruned.lost_mass < 0.5
-
-
-def test_pagerank_graph_is_scaled_to_its_best() -> None:
-    graph, _ = ppr_graph(FOLLOWS["random"], pa.array(range(60)), pa.array(["A"] * 60), 5)
-    graph.check_integrity()
-    best = graph.similarities[graph.offsets[:-1][np.diff(graph.offsets) > 0]]
-    assert (best == 1.0).all()
-    assert graph.similarities.min() > 0
+    follows, ids, countries = random_follows(300, 3000), pa.array(range(300)), pa.array(["A"] * 300)
+    whole, lost = ppr_graph(follows, ids, countries, 5, epsilon=0.01)
+    assert 0 < lost.mean() <= lost.max() < 1
+    monkeypatch.setattr(ppr, "LEAST_BLOCK", 7)
+    parts, lost_of_parts = ppr_graph(follows, ids, countries, 5, epsilon=0.01)
+    assert (whole.offsets == parts.offsets).all()
+    assert (whole.neighbors == parts.neighbors).all()
+    assert (whole.similarities == parts.similarities).all()
+    assert (lost == lost_of_parts).all()
 
 
 # ---- build_graphs
@@ -505,6 +478,8 @@ def test_build_writes_and_publishes_every_graph(store: EmbeddingStore, tmp_path:
     assert (loaded.similarities == expected.similarities).all()
     assert loaded.neighbors_of(10) == expected.neighbors_of(10)
     SimilarityGraph.load(store, "ppr").check_integrity()
+    figures = report.graphs[2].figures
+    assert 0 <= figures["mean_lost_mass"] <= figures["lost_mass"] < 1
 
 
 def test_build_again_replaces_and_reads_the_generation_asked(store: EmbeddingStore) -> None:

@@ -77,6 +77,7 @@ def test_public_names() -> None:
         "grouped_topk",
         "residual_quantize",
         "join_candidates",
+        "personalized_pagerank",
         "TimeBias",
         "PositionBias",
     ):
