@@ -1,7 +1,9 @@
 """Personalized PageRank from many users, the 100 best of each, beside libraries that compute one user at a time."""
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
+from typing import Any
 
 import numpy as np
 import pytest
@@ -40,9 +42,9 @@ class Case:
         exact = self._ours(n, backend="reference")
         np.put_along_axis(self.exact, exact.ids.clamp(min=0).numpy(), exact.scores.numpy().astype(np.float64), 1)
 
-    def _ours(self, k: int, **options: str) -> PageRanks:
+    def _ours(self, k: int, backend: str = "auto") -> PageRanks:
         sources = torch.from_numpy(self.sources)
-        return personalized_pagerank(self._offsets, self._followed, None, sources, k, ALPHA, **options)
+        return personalized_pagerank(self._offsets, self._followed, None, sources, k, ALPHA, backend=backend)
 
     def ours(self) -> np.ndarray:
         return self._ours(K).ids.numpy()
@@ -101,6 +103,10 @@ def case(quick: bool) -> Case:
     return Case(3_000 if quick else 20_000)
 
 
+def _prepared(prepare: Callable[[], Any], case: Case) -> tuple[Any, Callable[[np.ndarray], str]]:
+    return prepare(), case.check
+
+
 def bench_personalized(race: Callable[[Contest], None], case: Case) -> None:
     entries = [Entry("alure", lambda: (case.ours, case.check))]
     peers = {
@@ -110,5 +116,5 @@ def bench_personalized(race: Callable[[Contest], None], case: Case) -> None:
     }
     for name, (package, prepare) in peers.items():
         if find_spec(package):
-            entries.append(Entry(name, lambda prepare=prepare: (prepare(), case.check)))
+            entries.append(Entry(name, partial(_prepared, prepare, case)))
     race(Contest("pagerank", case.name, entries))

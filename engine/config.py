@@ -130,7 +130,7 @@ class GraphConfig(Section):
     ppr: bool = False
     ppr_alpha: float = Field(0.15, ge=0.001, lt=1, description="restart probability of Personalized PageRank")
     ppr_epsilon: float = Field(
-        0.001, ge=0, le=1, description="walks end below this part of the k-th probability; 0: exact"
+        1e-4, ge=0, le=1, description="walks end below this part of the k-th probability; 0: exact"
     )
 
 

@@ -20,7 +20,7 @@ def ppr_graph(
     k: int,
     *,
     alpha: float = 0.15,
-    epsilon: float = 0.001,
+    epsilon: float = 1e-4,
 ) -> tuple[SimilarityGraph, np.ndarray]:
     """Every user's k others of largest Personalized PageRank; similarity = probability ÷ the best one's, in (0, 1].
 

@@ -4,7 +4,7 @@ Shapes, dtypes and numbers are checked in Python; offsets, ids and weights insid
 through them.
 """
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -106,18 +106,21 @@ def _personalized_pagerank(
     _check_nodes(sources, nodes, "sources")
     if weights is not None:
         _check_weights(weights)
-    arrays = [None if x is None else x.detach().contiguous().numpy() for x in (offsets, neighbors, weights, sources)]
+    graph = (offsets, neighbors, weights, sources)
+    arrays: list[Any] = [None if x is None else x.detach().contiguous().numpy() for x in graph]
     scores, ids = torch.empty(sources.numel(), k), torch.empty(sources.numel(), k, dtype=torch.int64)
     lost = torch.empty(sources.numel())
-    out = [x.numpy() for x in (scores, ids, lost)]
+    out: list[Any] = [x.numpy() for x in (scores, ids, lost)]
     if backend == "native":
         from alure.kernels import _native  # only here: the reference runs where it is not built
 
-        _native.personalized_pagerank(*arrays, alpha, epsilon, *out, torch.get_num_threads())
+        arguments = [*arrays, alpha, epsilon, *out, torch.get_num_threads()]
+        _native.personalized_pagerank(*arguments)
     else:
         from alure.kernels.pagerank import reference  # only here: it needs scipy.sparse, 0.2 s of every command
 
-        reference.personalized_pagerank(*arrays, alpha, *out)
+        arguments = [*arrays, alpha, *out]
+        reference.personalized_pagerank(*arguments)
     return scores, ids, lost
 
 
