@@ -227,10 +227,5 @@ def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dic
     }
 
 
-def _launch(config: Config) -> dict[str, int]:
-    return {
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+def _launch(config: Config) -> dict[str, int | None]:
+    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.launch_options()}

@@ -16,12 +16,19 @@ from alure.kernels.backend import triton_interprets
 
 
 class Config(NamedTuple):
-    """Queries and keys of a tile, and launch options."""
+    """Queries and keys of a tile, and launch options.
+
+    maxnreg: registers a thread may have. Left to itself the assembler can settle on fewer and spill.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    maxnreg: int | None = None
+
+    def launch_options(self) -> dict[str, int | None]:
+        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
 
 
 # By padded head_dim: (forward, dq, dk and dv). From sm_90 on tiles of 128 rows feed two groups of four warps.
@@ -30,7 +37,14 @@ HOPPER_CONFIGS = {
     32: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
     64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
     128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
-    256: (Config(128, 32, 8, 2), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
+    256: (Config(128, 32, 8, 2), Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1, 255)),
+}
+# Hopper's, save where those spill on sm_100.
+BLACKWELL_CONFIGS = HOPPER_CONFIGS | {
+    16: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2, 255)),
+    64: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
+    128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 128, 8, 2, 255)),
+    256: (Config(64, 32, 8, 2), Config(16, 32, 8, 2, 255), Config(16, 16, 8, 1, 255)),
 }
 AMPERE_CONFIGS = {
     16: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
@@ -41,11 +55,11 @@ AMPERE_CONFIGS = {
 }
 # float32 multiplies in float32 unless torch allows tf32, and three tf32 products need twice the registers.
 FLOAT_CONFIGS = {
-    16: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
-    32: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
-    64: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
-    128: (Config(32, 32, 4, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
-    256: (Config(32, 16, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
+    16: (Config(32, 32, 4, 1, 255), Config(32, 16, 4, 1, 255), Config(16, 32, 4, 1)),
+    32: (Config(32, 32, 4, 1, 255), Config(32, 16, 8, 1), Config(16, 32, 4, 1, 255)),
+    64: (Config(16, 32, 4, 1, 255), Config(32, 16, 4, 1), Config(16, 16, 4, 1, 255)),
+    128: (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 2, 255), Config(16, 16, 8, 1, 255)),
+    256: (Config(16, 16, 8, 2, 255), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
 }
 
 
@@ -57,7 +71,8 @@ def configs(q: Tensor) -> tuple[Config, Config, Config]:
     if q.dtype == torch.float32:
         return FLOAT_CONFIGS[width]
     major, _ = torch.cuda.get_device_capability(q.device)
-    return HOPPER_CONFIGS[width] if major >= 9 else AMPERE_CONFIGS[width]
+    table = AMPERE_CONFIGS if major < 9 else HOPPER_CONFIGS if major == 9 else BLACKWELL_CONFIGS
+    return table[width]
 
 
 def block(size: int, smallest: int) -> int:
@@ -105,15 +120,14 @@ def _case(name: str, dtype: str, head_dim: int, bias: str, config: Config, archi
     loops = {"uniform": pairs} | {
         loop: pairs // (1 + half) for loop, half in halved.items() if bias or loop == "general"
     }
-    options = {"num_warps": config.num_warps, "num_stages": config.num_stages}
-    where = "" if len(architectures) == 3 else " ampere" if architectures == (80,) else " hopper"
+    where = "" if len(architectures) == 3 else {80: " ampere", 90: " hopper", 100: " blackwell"}[architectures[0]]
     facts = {"name": " ".join(f"{name} {dtype} {head_dim} {bias}".split()) + where, "loops": loops}
-    return kernel, signature, constexprs, options, {**facts, "architectures": architectures}
+    return kernel, signature, constexprs, config.launch_options(), {**facts, "architectures": architectures}
 
 
 def _cases(dtype: str, head_dim: int, biases: tuple[str, ...], kernels: tuple[str, ...] = tuple(_KERNELS)):
     tables = [(FLOAT_CONFIGS, (80, 90, 100))] if dtype == "fp32" else []
-    tables = tables or [(HOPPER_CONFIGS, (90, 100)), (AMPERE_CONFIGS, (80,))]
+    tables = tables or [(HOPPER_CONFIGS, (90,)), (BLACKWELL_CONFIGS, (100,)), (AMPERE_CONFIGS, (80,))]
     return [
         _case(name, dtype, head_dim, bias, config, architectures)
         for table, architectures in tables
