@@ -61,6 +61,10 @@ FLOAT_CONFIGS = {
     128: (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 2, 255), Config(16, 16, 8, 1, 255)),
     256: (Config(16, 16, 8, 2, 255), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
 }
+BLACKWELL_FLOAT_CONFIGS = FLOAT_CONFIGS | {
+    16: (Config(32, 32, 8, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
+    128: (Config(16, 16, 8, 1, 255), Config(32, 16, 4, 1), Config(16, 16, 8, 1, 255)),
+}
 
 
 def configs(q: Tensor) -> tuple[Config, Config, Config]:
@@ -68,9 +72,9 @@ def configs(q: Tensor) -> tuple[Config, Config, Config]:
     width = block(q.shape[2], 16)
     if triton_interprets():  # one operation at a time, however large
         return HOPPER_CONFIGS[width]
-    if q.dtype == torch.float32:
-        return FLOAT_CONFIGS[width]
     major, _ = torch.cuda.get_device_capability(q.device)
+    if q.dtype == torch.float32:
+        return (FLOAT_CONFIGS if major < 10 else BLACKWELL_FLOAT_CONFIGS)[width]
     table = AMPERE_CONFIGS if major < 9 else HOPPER_CONFIGS if major == 9 else BLACKWELL_CONFIGS
     return table[width]
 
@@ -120,14 +124,16 @@ def _case(name: str, dtype: str, head_dim: int, bias: str, config: Config, archi
     loops = {"uniform": pairs} | {
         loop: pairs // (1 + half) for loop, half in halved.items() if bias or loop == "general"
     }
-    where = "" if len(architectures) == 3 else {80: " ampere", 90: " hopper", 100: " blackwell"}[architectures[0]]
+    where = {(80,): " ampere", (90,): " hopper", (100,): " blackwell"}.get(architectures, "")
     facts = {"name": " ".join(f"{name} {dtype} {head_dim} {bias}".split()) + where, "loops": loops}
     return kernel, signature, constexprs, config.launch_options(), {**facts, "architectures": architectures}
 
 
 def _cases(dtype: str, head_dim: int, biases: tuple[str, ...], kernels: tuple[str, ...] = tuple(_KERNELS)):
-    tables = [(FLOAT_CONFIGS, (80, 90, 100))] if dtype == "fp32" else []
-    tables = tables or [(HOPPER_CONFIGS, (90,)), (BLACKWELL_CONFIGS, (100,)), (AMPERE_CONFIGS, (80,))]
+    if dtype == "fp32":
+        tables = [(FLOAT_CONFIGS, (80, 90)), (BLACKWELL_FLOAT_CONFIGS, (100,))]
+    else:
+        tables = [(HOPPER_CONFIGS, (90,)), (BLACKWELL_CONFIGS, (100,)), (AMPERE_CONFIGS, (80,))]
     return [
         _case(name, dtype, head_dim, bias, config, architectures)
         for table, architectures in tables
