@@ -3,12 +3,12 @@
 #include <algorithm>
 #include <atomic>
 #include <memory>
-#include <new>
 #include <stdexcept>
 #include <string>
 #include <thread>
 #include <vector>
 
+#include "aligned.h"
 #include "forward_tables.h"
 #include "parallel.h"
 
@@ -56,20 +56,6 @@ void check(const AttentionInputs& in) {
             throw std::invalid_argument("groups: expected 0 to " + std::to_string(in.num_groups - 1) + ", got " +
                                         std::to_string(in.groups[s]));
 }
-
-// A thread's scratch: one allocation, aligned to a cache line, reused for every unit.
-class Scratch {
-public:
-    explicit Scratch(std::size_t bytes) : p_(::operator new(bytes, kAlignment)) {}
-    [[nodiscard]] void* get() const { return p_.get(); }
-
-private:
-    static constexpr std::align_val_t kAlignment{64};
-    struct Delete {
-        void operator()(void* p) const { ::operator delete(p, kAlignment); }
-    };
-    std::unique_ptr<void, Delete> p_;
-};
 
 // Work of one thread at a time: a part of one sequence, or sequences [part.sequence, group_end) whole.
 struct Unit {
@@ -175,7 +161,7 @@ public:
     [[nodiscard]] void* get() const { return scratch_.get(); }
 
 private:
-    Scratch scratch_;
+    AlignedBytes scratch_;
     const ForwardKernel& kernel_;
 };
 
@@ -229,7 +215,7 @@ void attention_backward(const AttentionInputs& in, const BackwardArguments& argu
     });
     BucketSums d_time(in, in.time, units.size()), d_position(in, in.position, units.size());
     const std::size_t scratch_bytes = kernel.scratch_bytes(in);
-    const auto begin = [=] { return Scratch(scratch_bytes); };
+    const auto begin = [=] { return AlignedBytes(scratch_bytes); };
     run_units(units, num_threads, begin, parts, [&](const Part& part, std::int64_t u, void* scratch) {
         const Turn turn{wait_for_turn, pass_turn, units[u].counters};
         const std::int64_t group = in.groups ? in.groups[part.sequence] : 0;
