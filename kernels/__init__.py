@@ -12,7 +12,7 @@ from alure.kernels.attention import (
     position_thresholds,
     time_thresholds,
 )
-from alure.kernels.candidates import Candidates, Engagements, NeighborLists, join_candidates
+from alure.kernels.candidates import Candidates, Engagements, ItemRules, NeighborLists, join_candidates
 from alure.kernels.compression import (
     DotLinearCompression,
     InteractionCompression,

@@ -10,6 +10,7 @@ _Int8: TypeAlias = NDArray[np.int8]
 _Int32: TypeAlias = NDArray[np.int32]
 _Int64: TypeAlias = NDArray[np.int64]
 _Uint8: TypeAlias = NDArray[np.uint8]
+_Bool: TypeAlias = NDArray[np.bool_]
 _Uint16: TypeAlias = NDArray[np.uint16]
 
 def join_candidates(
@@ -22,6 +23,9 @@ def join_candidates(
     reasons: _Uint8,
     exclude_offsets: _Int64 | None,
     exclude_items: _Int32 | None,
+    eligible: _Bool | None,
+    groups: _Int32 | None,
+    group_cap: int,
     cap: int,
     num_items: int,
     num_threads: int,

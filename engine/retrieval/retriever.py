@@ -20,7 +20,7 @@ from alure.engine.retrieval.popularity import popular_items
 from alure.engine.retrieval.report import RetrievalReport, Tally
 from alure.engine.signals import stop_flag
 from alure.engine.store import EmbeddingStore, Generation
-from alure.kernels import Candidates, join_candidates
+from alure.kernels import Candidates, ItemRules, join_candidates
 
 CHUNK_CANDIDATES = 1 << 22  # bounds a chunk's strings in memory; users a chunk = this / cap
 
@@ -91,15 +91,14 @@ class CandidateRetriever:
 
     def join(self, lists: Sequence[Neighbors], users: np.ndarray, first: int, last: int) -> Candidates:
         """The blend for rows first to last − 1. users: int64 [rows], their indices in the log, −1 unknown."""
-        exclude_offsets, exclude_items = self._seen_by(users[first:last])
+        rules = ItemRules(*self._seen_by(users[first:last]))
         found = [
             join_candidates(
                 graph.rows(first, last),
                 self.engagements,
                 self.config.cap,
                 num_items=len(self.events.items),
-                exclude_offsets=exclude_offsets,
-                exclude_items=exclude_items,
+                rules=rules,
             )
             for graph in lists
         ]

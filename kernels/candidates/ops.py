@@ -33,6 +33,17 @@ class Engagements:
     reasons: Tensor  # uint8 [engagements], a set of bits
 
 
+@dataclass(frozen=True)
+class ItemRules:
+    """What a row may get. None: no such rule."""
+
+    exclude_offsets: Tensor | None = None  # int64 [rows + 1]
+    exclude_items: Tensor | None = None  # int32, ascending within a row: not for this row, such as what it has seen
+    eligible: Tensor | None = None  # bool [num_items]; False: for no row
+    groups: Tensor | None = None  # int32 [num_items], such as accounts; negative: none
+    group_cap: int = 1  # items of one group a row
+
+
 class Candidates(NamedTuple):
     """Row r's items, best first, are `items[offsets[r] : offsets[r + 1]]`."""
 
@@ -48,18 +59,17 @@ def join_candidates(
     cap: int,
     *,
     num_items: int | None = None,
-    exclude_offsets: Tensor | None = None,
-    exclude_items: Tensor | None = None,
+    rules: ItemRules | None = None,
     backend: str = "auto",
 ) -> Candidates:
     """The best `cap` items of each row: score(item) = Σ similarity × weight over its neighbours' engagements.
 
     Products and sums are in float64, in the order of the lists, and the score is rounded to float32 at the end, so
     both backends give the same bits, whatever the number of threads. Ranks are by the rounded score; equal scores by
-    lower item. Items whose score is not above 0 are left out; reasons of one item are OR-ed.
+    lower item. Items whose score is not above 0 are left out, and those that `rules` refuse; of each group the best
+    `group_cap` stay, then the best `cap` of all. Reasons of one item are OR-ed.
 
-    num_items: where given, every item id must be below it. exclude_offsets int64 [rows + 1] and exclude_items int32,
-    ascending within a row: items a row must not get (such as those it has seen).
+    num_items: where given, every item id must be below it; rules.eligible and rules.groups need it.
     All tensors on the CPU. Memory: the output twice, and one row's items for each of torch.get_num_threads() threads.
 
     Raises TypeError for a wrong dtype and ValueError for anything else that is not a valid list: offsets that do not
@@ -72,11 +82,8 @@ def join_candidates(
     total = _check_vector(engagements.items, torch.int32, "engagements.items")
     _check_vector(engagements.weights, torch.float32, "engagements.weights", total)
     _check_vector(engagements.reasons, torch.uint8, "engagements.reasons", total)
-    if (exclude_offsets is None) != (exclude_items is None):
-        raise ValueError("exclude_offsets, exclude_items: expected both or neither")
-    if exclude_offsets is not None and exclude_items is not None:
-        _check_vector(exclude_offsets, torch.int64, "exclude_offsets", bounds)
-        _check_vector(exclude_items, torch.int32, "exclude_items")
+    rules = rules or ItemRules()
+    _check_rules(rules, bounds, num_items)
     if cap < 1:
         raise ValueError(f"cap: expected at least 1, got {cap}")
     if num_items is not None and not 0 <= num_items <= _MAX_ITEMS:
@@ -91,13 +98,31 @@ def join_candidates(
             engagements.items,
             engagements.weights,
             engagements.reasons,
-            exclude_offsets,
-            exclude_items,
+            rules.exclude_offsets,
+            rules.exclude_items,
+            rules.eligible,
+            rules.groups,
+            rules.group_cap,
             cap,
             _MAX_ITEMS if num_items is None else num_items,
             backend,
         )
     )
+
+
+def _check_rules(rules: ItemRules, bounds: int, num_items: int | None) -> None:
+    if (rules.exclude_offsets is None) != (rules.exclude_items is None):
+        raise ValueError("exclude_offsets, exclude_items: expected both or neither")
+    if rules.exclude_offsets is not None and rules.exclude_items is not None:
+        _check_vector(rules.exclude_offsets, torch.int64, "exclude_offsets", bounds)
+        _check_vector(rules.exclude_items, torch.int32, "exclude_items")
+    for name, values, dtype in (("eligible", rules.eligible, torch.bool), ("groups", rules.groups, torch.int32)):
+        if values is not None:
+            if num_items is None:
+                raise ValueError(f"{name}: expected num_items beside it, which is its length")
+            _check_vector(values, dtype, name, num_items)
+    if rules.group_cap < 1:
+        raise ValueError(f"group_cap: expected at least 1, got {rules.group_cap}")
 
 
 def _check_vector(values: Tensor, dtype: torch.dtype, name: str, size: int | None = None) -> int:
@@ -129,6 +154,9 @@ def _join_candidates(
     reasons: Tensor,
     exclude_offsets: Tensor | None,
     exclude_items: Tensor | None,
+    eligible: Tensor | None,
+    groups: Tensor | None,
+    group_cap: int,
     cap: int,
     num_items: int,
     backend: str,
@@ -143,6 +171,9 @@ def _join_candidates(
         _array(reasons),
         _array(exclude_offsets),
         _array(exclude_items),
+        _array(eligible),
+        _array(groups),
+        group_cap,
         cap,
         num_items,
     )
@@ -167,6 +198,9 @@ def _(
     reasons: Tensor,
     exclude_offsets: Tensor | None,
     exclude_items: Tensor | None,
+    eligible: Tensor | None,
+    groups: Tensor | None,
+    group_cap: int,
     cap: int,
     num_items: int,
     backend: str,

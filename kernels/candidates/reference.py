@@ -4,6 +4,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 _EDGES_PER_CHUNK = 1 << 18  # bounds the temporaries; a row is never split
+_ITEM = 2**31 - 1  # the low bits of a key, row above item
 
 
 def join_candidates(
@@ -16,6 +17,9 @@ def join_candidates(
     reasons: NDArray[np.uint8],
     exclude_offsets: NDArray[np.int64] | None,
     exclude_items: NDArray[np.int32] | None,
+    eligible: NDArray[np.bool_] | None,
+    groups: NDArray[np.int32] | None,
+    group_cap: int,
     cap: int,
     num_items: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32], NDArray[np.uint8]]:
@@ -59,19 +63,36 @@ def join_candidates(
             excluded_rows = np.repeat(np.arange(begin, end), np.diff(exclude_offsets[begin : end + 1]))
             excluded = exclude_items[exclude_offsets[begin] : exclude_offsets[end]].astype(np.int64)
             keep &= ~np.isin(keys, (excluded_rows * 2**31 + excluded)[excluded >= 0])
+        if eligible is not None:
+            keep &= eligible[keys & _ITEM]
         keys, scores, combined = keys[keep], scores[keep], combined[keep]
         best = np.lexsort((keys, -scores, keys >> 31))
-        starts = np.searchsorted(keys >> 31, np.arange(begin, end))  # keys are in the order of the rows
-        rank = np.arange(best.size) - starts[(keys >> 31) - begin]
-        best = best[rank < cap]
+        if groups is not None:
+            best = best[_best_of_groups(keys[best] >> 31, groups[keys[best] & _ITEM], group_cap)]
+        best = best[_rank(keys[best] >> 31) < cap]
         counts.append(np.bincount((keys[best] >> 31) - begin, minlength=end - begin))
-        parts.append(((keys[best] & (2**31 - 1)).astype(np.int32), scores[best], combined[best]))
+        parts.append(((keys[best] & _ITEM).astype(np.int32), scores[best], combined[best]))
         begin = end
     offsets = np.cumsum(np.concatenate(counts), dtype=np.int64)
     if not parts:
         return offsets, np.empty(0, np.int32), np.empty(0, np.float32), np.empty(0, np.uint8)
     joined_items, joined_scores, joined_reasons = (np.concatenate(part) for part in zip(*parts))
     return offsets, joined_items, joined_scores, joined_reasons
+
+
+def _rank(rows: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Each one's place within its run of equal rows."""
+    starts = np.flatnonzero(np.diff(rows, prepend=np.iinfo(np.int64).min))
+    return np.arange(rows.size) - np.repeat(starts, np.diff(starts, append=rows.size))
+
+
+def _best_of_groups(rows: NDArray[np.int64], groups: NDArray[np.int32], group_cap: int) -> NDArray[np.bool_]:
+    """Which are among the first `group_cap` of their row and group, or of no group; best first within a row."""
+    run = rows * 2**32 + groups
+    order = np.argsort(run, kind="stable")
+    kept = np.empty(rows.size, np.bool_)
+    kept[order] = _rank(run[order]) < group_cap
+    return kept | (groups < 0)
 
 
 def _check_offsets(offsets: NDArray[np.int64], total: int, name: str) -> None:

@@ -1,12 +1,12 @@
 #include "join.h"
 
 #include <algorithm>
-#include <bit>
 #include <cmath>
-#include <limits>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "join_row.h"
 #include "parallel.h"
 
 namespace alure {
@@ -25,13 +25,14 @@ void check_values(std::span<const T> values, const char* name, const std::string
     std::atomic<std::int64_t> first_bad{size};
     parallel_for((size + kValuesPerCheck - 1) / kValuesPerCheck, num_threads, [] { return 0; },
                  [&](int, std::int64_t block) {
-                     const std::int64_t end = std::min(size, (block + 1) * kValuesPerCheck);
-                     for (std::int64_t i = block * kValuesPerCheck; i < end; ++i) {
-                         if (valid(values[i])) continue;
-                         std::int64_t seen = first_bad.load();
-                         while (i < seen && !first_bad.compare_exchange_weak(seen, i)) {
-                         }
-                         return;
+                     const std::int64_t begin = block * kValuesPerCheck, end = std::min(size, begin + kValuesPerCheck);
+                     int all_valid = 1;  // without a way out of the loop, so that it becomes vectors
+                     for (std::int64_t i = begin; i < end; ++i) all_valid &= valid(values[i]);
+                     if (all_valid) return;
+                     const auto bad = std::find_if_not(values.begin() + begin, values.begin() + end, valid);
+                     const std::int64_t at = bad - values.begin();
+                     std::int64_t seen = first_bad.load();
+                     while (at < seen && !first_bad.compare_exchange_weak(seen, at)) {
                      }
                  });
     if (first_bad == size) return;
@@ -55,11 +56,11 @@ void check_offsets(std::span<const std::int64_t> offsets, std::size_t total, con
 
 void check_same_length(std::size_t got, std::size_t expected, const char* name) {
     if (got != expected)
-        fail(std::string(name) + ": expected " + std::to_string(expected) + " values, one an id, got " +
+        fail(std::string(name) + ": expected " + std::to_string(expected) + " values, got " +
              std::to_string(got));
 }
 
-void check(const NeighborLists& neighbors, const Engagements& engagements, const Exclusions& exclusions,
+void check(const NeighborLists& neighbors, const Engagements& engagements, const ItemRules& rules,
            const JoinLimits& limits) {
     if (limits.cap < 1) fail("cap: expected at least 1, got " + std::to_string(limits.cap));
     check_offsets(neighbors.offsets, neighbors.ids.size(), "neighbors.offsets");
@@ -79,137 +80,121 @@ void check(const NeighborLists& neighbors, const Engagements& engagements, const
     check_values(engagements.items, "engagements.items", item_range, limits.num_threads, is_item);
     check_values(engagements.weights, "engagements.weights", "finite numbers", limits.num_threads, is_finite);
 
-    if (exclusions.offsets.empty()) return;
-    if (exclusions.offsets.size() != neighbors.offsets.size())
-        fail("exclude_offsets: expected " + std::to_string(neighbors.offsets.size()) +
-             " values, as neighbors.offsets, got " + std::to_string(exclusions.offsets.size()));
-    check_offsets(exclusions.offsets, exclusions.items.size(), "exclude_offsets");
-    for (std::size_t row = 0; row + 1 < exclusions.offsets.size(); ++row) {
-        const auto begin = exclusions.items.begin() + exclusions.offsets[row];
-        const auto end = exclusions.items.begin() + exclusions.offsets[row + 1];
+    if (!rules.eligible.empty()) check_same_length(rules.eligible.size(), limits.num_items, "eligible");
+    if (!rules.groups.empty()) {
+        check_same_length(rules.groups.size(), limits.num_items, "groups");
+        if (rules.group_cap < 1) fail("group_cap: expected at least 1, got " + std::to_string(rules.group_cap));
+    }
+    if (rules.exclude_offsets.empty()) return;
+    check_same_length(rules.exclude_offsets.size(), neighbors.offsets.size(), "exclude_offsets");
+    check_offsets(rules.exclude_offsets, rules.exclude_items.size(), "exclude_offsets");
+    for (std::size_t row = 0; row + 1 < rules.exclude_offsets.size(); ++row) {
+        const auto begin = rules.exclude_items.begin() + rules.exclude_offsets[row];
+        const auto end = rules.exclude_items.begin() + rules.exclude_offsets[row + 1];
         if (!std::is_sorted(begin, end))
             fail("exclude_items: expected ascending items within a row, got a descent in row " + std::to_string(row));
     }
 }
 
-// item → (score, reasons) by open addressing; sized to the row, so it stays in the nearest cache that holds the row.
-class Accumulator {
-public:
-    struct Entry {
-        double score;
-        std::int32_t item;
-        std::uint8_t reasons;
-    };
-
-    void start_row(std::int64_t most_items) {
-        entries_.clear();
-        const auto wanted = std::bit_ceil(static_cast<std::uint64_t>(std::max<std::int64_t>(most_items, 8)) * 2);
-        slots_.assign(wanted, kEmpty);  // keeps its storage
-        shift_ = 64 - std::countr_zero(wanted);
-        mask_ = wanted - 1;
-    }
-
-    void add(std::int32_t item, double score, std::uint8_t reasons) {
-        // Fibonacci hashing spreads the runs of neighbouring ids that an account's ads form.
-        std::uint64_t slot = (static_cast<std::uint64_t>(item) * 0x9E3779B97F4A7C15u) >> shift_;
-        for (;; slot = (slot + 1) & mask_) {
-            const std::int32_t entry = slots_[slot];
-            if (entry == kEmpty) {
-                slots_[slot] = static_cast<std::int32_t>(entries_.size());
-                entries_.push_back({score, item, reasons});
-                return;
-            }
-            if (entries_[entry].item == item) {
-                entries_[entry].score += score;
-                entries_[entry].reasons |= reasons;
-                return;
-            }
-        }
-    }
-
-    [[nodiscard]] const std::vector<Entry>& entries() const { return entries_; }
-
-private:
-    static constexpr std::int32_t kEmpty = -1;
-    std::vector<std::int32_t> slots_;  // index into entries_
-    std::vector<Entry> entries_;       // in the order of first appearance
-    std::uint64_t mask_ = 0;
-    int shift_ = 0;
-};
-
-struct Ranked {
-    std::uint64_t key;  // ascending key = best first, then lower item
-    std::uint8_t reasons;
-    bool operator<(const Ranked& other) const { return key < other.key; }
-};
-
-Ranked rank(float score, std::int32_t item, std::uint8_t reasons) {
-    // The bits of positive floats are in the order of their values.
-    const std::uint64_t descending = ~std::bit_cast<std::uint32_t>(score);
-    return {descending << 32 | static_cast<std::uint32_t>(item), reasons};
+std::int32_t group_of(const ItemRules& rules, std::int32_t item) {
+    return rules.groups.empty() ? -1 : rules.groups[item];
 }
 
-float score_of(const Ranked& ranked) { return std::bit_cast<float>(~static_cast<std::uint32_t>(ranked.key >> 32)); }
+struct Part {  // what a chunk of rows yields, until the sizes are known
+    std::vector<std::int32_t> items;
+    std::vector<float> scores;
+    std::vector<std::uint8_t> reasons;
 
-struct Scratch {
-    Accumulator accumulator;
-    std::vector<Ranked> ranked;
+    void resize(std::size_t size) {
+        items.resize(size);
+        scores.resize(size);
+        reasons.resize(size);
+    }
 };
 
-// The best items of one row, in scratch.ranked.
-void join_row(std::int64_t row, const NeighborLists& neighbors, const Engagements& engagements,
-              const Exclusions& exclusions, const JoinLimits& limits, Scratch& scratch) {
+struct Scratch {
+    explicit Scratch(std::int64_t num_groups) : taken(num_groups) {}
+
+    Accumulator accumulator;
+    Ranking ranking;
+    std::vector<std::int32_t> taken;  // items of each group
+    Part part;                        // filled again and again: its pages are there already
+};
+
+void add_up(std::int64_t row, const NeighborLists& neighbors, const Engagements& engagements, std::int64_t num_items,
+            Accumulator& accumulator) {
     const std::int64_t begin = neighbors.offsets[row], end = neighbors.offsets[row + 1];
     std::int64_t most_items = 0;
     for (std::int64_t n = begin; n < end; ++n)
         most_items += engagements.offsets[neighbors.ids[n] + 1] - engagements.offsets[neighbors.ids[n]];
-
-    Accumulator& accumulator = scratch.accumulator;
-    accumulator.start_row(std::min(most_items, limits.num_items));
+    accumulator.start_row(std::min(most_items, num_items));
     for (std::int64_t n = begin; n < end; ++n) {
         const double similarity = neighbors.similarities[n];
         const std::int32_t list = neighbors.ids[n];
         for (std::int64_t e = engagements.offsets[list]; e < engagements.offsets[list + 1]; ++e)
             accumulator.add(engagements.items[e], similarity * engagements.weights[e], engagements.reasons[e]);
     }
+}
 
+// Appends the best items of one row to scratch.part and returns their number.
+std::int64_t join_row(std::int64_t row, const NeighborLists& neighbors, const Engagements& engagements,
+                      const ItemRules& rules, const JoinLimits& limits, Scratch& scratch) {
+    add_up(row, neighbors, engagements, limits.num_items, scratch.accumulator);
     std::span<const std::int32_t> excluded;
-    if (!exclusions.offsets.empty())
-        excluded =
-            exclusions.items.subspan(exclusions.offsets[row], exclusions.offsets[row + 1] - exclusions.offsets[row]);
-    auto& ranked = scratch.ranked;
-    ranked.clear();
-    for (const auto& entry : accumulator.entries()) {
-        const auto score = static_cast<float>(entry.score);
-        if (score > 0 && !std::binary_search(excluded.begin(), excluded.end(), entry.item))
-            ranked.push_back(rank(score, entry.item, entry.reasons));
+    if (!rules.exclude_offsets.empty()) {
+        const std::int64_t first = rules.exclude_offsets[row];
+        excluded = rules.exclude_items.subspan(first, rules.exclude_offsets[row + 1] - first);
     }
-    if (static_cast<std::int64_t>(ranked.size()) > limits.cap) {
-        std::nth_element(ranked.begin(), ranked.begin() + limits.cap, ranked.end());
-        ranked.resize(limits.cap);
+    const auto& entries = scratch.accumulator.entries();
+    scratch.ranking.clear();
+    for (std::size_t place = 0; place < entries.size(); ++place) {
+        const auto score = static_cast<float>(entries[place].score);
+        const std::int32_t item = entries[place].item;
+        if (score > 0 && (rules.eligible.empty() || rules.eligible[item]) &&
+            !std::binary_search(excluded.begin(), excluded.end(), item))
+            scratch.ranking.offer(score, place);
     }
-    std::sort(ranked.begin(), ranked.end());
+    const auto ranked = scratch.ranking.sorted(entries);
+    Part& out = scratch.part;
+    const std::size_t begin = out.items.size();
+    const std::size_t most = begin + std::min<std::size_t>(ranked.size(), limits.cap);
+    out.resize(most);
+    std::size_t end = begin;
+    for (std::size_t i = 0; i < ranked.size() && end < most; ++i) {
+        const ScoredItem& entry = Ranking::entry(entries, ranked[i]);
+        if (const std::int32_t group = group_of(rules, entry.item); group >= 0)
+            if (scratch.taken[group]++ >= rules.group_cap) continue;
+        out.items[end] = entry.item;
+        out.scores[end] = Ranking::score(ranked[i]);
+        out.reasons[end++] = entry.reasons;
+    }
+    out.resize(end);
+    for (const ScoredItem& entry : entries)
+        if (const std::int32_t group = group_of(rules, entry.item); group >= 0) scratch.taken[group] = 0;
+    return static_cast<std::int64_t>(end - begin);
 }
 
 }  // namespace
 
-Candidates join_candidates(const NeighborLists& neighbors, const Engagements& engagements, const Exclusions& exclusions,
+Candidates join_candidates(const NeighborLists& neighbors, const Engagements& engagements, const ItemRules& rules,
                            const JoinLimits& limits) {
-    check(neighbors, engagements, exclusions, limits);
+    check(neighbors, engagements, rules, limits);
     const auto rows = static_cast<std::int64_t>(neighbors.offsets.size()) - 1;
     const std::int64_t num_chunks = (rows + kRowsPerChunk - 1) / kRowsPerChunk;
+    std::int64_t num_groups = 0;
+    for (const std::int32_t group : rules.groups) num_groups = std::max<std::int64_t>(num_groups, group + std::int64_t{1});
 
     Candidates out;
     out.offsets.assign(rows + 1, 0);
-    std::vector<std::vector<Ranked>> chunks(num_chunks);  // what a chunk of rows yields, until the sizes are known
+    std::vector<Part> parts(num_chunks);
     parallel_for(
-        num_chunks, limits.num_threads, [] { return Scratch(); },
+        num_chunks, limits.num_threads, [&] { return Scratch(num_groups); },
         [&](Scratch& scratch, std::int64_t chunk) {
-            for (std::int64_t row = chunk * kRowsPerChunk; row < std::min(rows, (chunk + 1) * kRowsPerChunk); ++row) {
-                join_row(row, neighbors, engagements, exclusions, limits, scratch);
-                out.offsets[row + 1] = static_cast<std::int64_t>(scratch.ranked.size());
-                chunks[chunk].insert(chunks[chunk].end(), scratch.ranked.begin(), scratch.ranked.end());
-            }
+            const std::int64_t last = std::min(rows, (chunk + 1) * kRowsPerChunk);
+            for (std::int64_t row = chunk * kRowsPerChunk; row < last; ++row)
+                out.offsets[row + 1] = join_row(row, neighbors, engagements, rules, limits, scratch);
+            parts[chunk] = scratch.part;
+            scratch.part.resize(0);
         });
     for (std::int64_t row = 0; row < rows; ++row) out.offsets[row + 1] += out.offsets[row];
 
@@ -219,13 +204,11 @@ Candidates join_candidates(const NeighborLists& neighbors, const Engagements& en
     parallel_for(
         num_chunks, limits.num_threads, [] { return 0; },
         [&](int, std::int64_t chunk) {
-            std::int64_t o = out.offsets[chunk * kRowsPerChunk];
-            for (const Ranked& ranked : chunks[chunk]) {
-                out.items[o] = static_cast<std::int32_t>(static_cast<std::uint32_t>(ranked.key));
-                out.scores[o] = score_of(ranked);
-                out.reasons[o++] = ranked.reasons;
-            }
-            std::vector<Ranked>().swap(chunks[chunk]);
+            const Part part = std::move(parts[chunk]);  // its memory goes with it
+            const std::int64_t o = out.offsets[chunk * kRowsPerChunk];
+            std::copy(part.items.begin(), part.items.end(), out.items.begin() + o);
+            std::copy(part.scores.begin(), part.scores.end(), out.scores.begin() + o);
+            std::copy(part.reasons.begin(), part.reasons.end(), out.reasons.begin() + o);
         });
     return out;
 }

@@ -21,9 +21,13 @@ struct Engagements {
     std::span<const std::uint8_t> reasons;  // bit set
 };
 
-struct Exclusions {
-    std::span<const std::int64_t> offsets;  // empty: nothing is excluded
-    std::span<const std::int32_t> items;    // ascending within a row
+// What a row may get; an empty span makes no rule.
+struct ItemRules {
+    std::span<const std::int64_t> exclude_offsets;  // [rows + 1]
+    std::span<const std::int32_t> exclude_items;    // ascending within a row: not for this row
+    std::span<const bool> eligible;                 // [num_items]; false: for no row
+    std::span<const std::int32_t> groups;           // [num_items], negative: none
+    std::int64_t group_cap = 0;                     // items of one group a row
 };
 
 struct JoinLimits {
@@ -40,10 +44,11 @@ struct Candidates {
 };
 
 // For each row: score(item) = Σ similarity × weight over the neighbours' engagements, added in double in the order of
-// the lists, then rounded to float; reasons are OR-ed; excluded items and scores not above 0 are left out; the best
-// `cap` remain, best first, equal scores by lower item. The result does not depend on the number of threads.
-// Throws std::invalid_argument for any array that does not describe valid lists.
-Candidates join_candidates(const NeighborLists& neighbors, const Engagements& engagements, const Exclusions& exclusions,
+// the lists, then rounded to float; reasons are OR-ed; items that the rules refuse and scores not above 0 are left out;
+// of each group the best `group_cap` remain, of all the best `cap`, best first, equal scores by lower item. The result
+// does not depend on the number of threads. Throws std::invalid_argument for any array that does not describe valid
+// lists.
+Candidates join_candidates(const NeighborLists& neighbors, const Engagements& engagements, const ItemRules& rules,
                            const JoinLimits& limits);
 
 }  // namespace alure

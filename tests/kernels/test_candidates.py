@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from alure.kernels import Candidates, Engagements, NeighborLists, join_candidates
+from alure.kernels import Candidates, Engagements, ItemRules, NeighborLists, join_candidates
 
 BACKENDS = ("native", "reference")
 INT32, INT64, UINT8 = torch.int32, torch.int64, torch.uint8
@@ -44,7 +44,9 @@ def rows_of(joined: Candidates) -> list[list[tuple[int, float, int]]]:
     return [list(zip(*(column[a:b] for column in columns))) for a, b in pairwise(bounds)]
 
 
-def plain_join(neighbors, engagements, cap, excluded=None) -> list[list[tuple[int, float, int]]]:
+def plain_join(
+    neighbors, engagements, cap, excluded=None, eligible=None, groups=None, group_cap=1
+) -> list[list[tuple[int, float, int]]]:
     """The definition, with dictionaries."""
     out = []
     for row, edges in enumerate(neighbors):
@@ -58,7 +60,15 @@ def plain_join(neighbors, engagements, cap, excluded=None) -> list[list[tuple[in
         gone = set(excluded[row]) if excluded else set()
         with np.errstate(over="ignore"):
             rounded = [(i, float(np.float32(s)), reasons[i]) for i, s in scores.items() if i not in gone]
-        out.append(sorted((r for r in rounded if r[1] > 0), key=lambda r: (-r[1], r[0]))[:cap])
+        kept, taken = [], dict[int, int]()
+        for entry in sorted((r for r in rounded if r[1] > 0), key=lambda r: (-r[1], r[0])):
+            if eligible is not None and not eligible[entry[0]]:
+                continue
+            group = -1 if groups is None else groups[entry[0]]
+            taken[group] = taken.get(group, 0) + 1
+            if group < 0 or taken[group] <= group_cap:
+                kept.append(entry)
+        out.append(kept[:cap])
     return out
 
 
@@ -87,21 +97,28 @@ def problems(draw):
             st.lists(st.integers(-2, num_items + 2), max_size=5).map(sorted), min_size=len(rows), max_size=len(rows)
         )
     )
-    return rows, lists, seen, draw(st.integers(1, 15)), draw(st.sampled_from([None, num_items]))
+    eligible = draw(st.none() | st.lists(st.booleans(), min_size=num_items, max_size=num_items))
+    groups = draw(st.none() | st.lists(st.integers(-2, 4), min_size=num_items, max_size=num_items))
+    rules = {"excluded": seen, "eligible": eligible, "groups": groups, "group_cap": draw(st.integers(1, 3))}
+    return rows, lists, draw(st.integers(1, 15)), num_items, rules
 
 
 @settings(max_examples=200, deadline=None)
 @given(problems())
 def test_both_backends_are_the_definition(problem):
-    rows, lists, seen, cap, num_items = problem
-    exclude = {}
-    if seen is not None:
-        flat = [item for row in seen for item in row]
-        exclude = {"exclude_offsets": _offsets(seen), "exclude_items": torch.tensor(flat, dtype=INT32)}
-    expected = plain_join(rows, lists, cap, seen)
+    rows, lists, cap, num_items, given = problem
+    expected = plain_join(rows, lists, cap, **given)
+    seen, eligible, groups = given["excluded"], given["eligible"], given["groups"]
+    rules = ItemRules(
+        exclude_offsets=None if seen is None else _offsets(seen),
+        exclude_items=None if seen is None else torch.tensor([item for row in seen for item in row], dtype=INT32),
+        eligible=None if eligible is None else torch.tensor(eligible),
+        groups=None if groups is None else torch.tensor(groups, dtype=INT32),
+        group_cap=given["group_cap"],
+    )
     for backend in BACKENDS:
         joined = join_candidates(
-            neighbor_lists(rows), engagement_lists(lists), cap, num_items=num_items, backend=backend, **exclude
+            neighbor_lists(rows), engagement_lists(lists), cap, num_items=num_items, rules=rules, backend=backend
         )
         assert [x.dtype for x in joined] == [INT64, INT32, torch.float32, UINT8]
         assert rows_of(joined) == expected, backend
@@ -128,9 +145,32 @@ def large_problem(seed: int, rows: int = 700, lists: int = 900, num_items: int =
 @pytest.mark.parametrize("cap", [1, 50, 10**6])
 def test_threads_and_backends_agree_to_the_bit(cap, num_threads):
     neighbors, engagements = large_problem(seed=cap)
-    native, reference = (join_candidates(neighbors, engagements, cap, backend=b) for b in BACKENDS)
-    for a, b in zip(native, reference):
-        assert torch.equal(a, b)
+    rng = np.random.default_rng(cap)
+    rules = ItemRules(
+        eligible=torch.from_numpy(rng.random(3000) < 0.9),
+        groups=torch.from_numpy(rng.integers(-1, 400, 3000).astype(np.int32)),
+        group_cap=2,
+    )
+    for chosen in (None, rules):
+        native, reference = (
+            join_candidates(neighbors, engagements, cap, num_items=3000, rules=chosen, backend=b) for b in BACKENDS
+        )
+        for a, b in zip(native, reference):
+            assert torch.equal(a, b)
+
+
+def test_equal_scores_in_a_long_row_are_in_the_order_of_items():
+    items = np.random.default_rng(0).permutation(5000).astype(np.int32)
+    engagements = Engagements(
+        torch.tensor([0, 5000]), torch.from_numpy(items), torch.full((5000,), 0.5), torch.ones(5000, dtype=UINT8)
+    )
+    weights = engagements.weights.clone()
+    weights[torch.from_numpy(items) % 7 == 0] = 2.0**-130  # below the least normal float
+    engagements = Engagements(engagements.offsets, engagements.items, weights, engagements.reasons)
+    for backend in BACKENDS:
+        joined = join_candidates(neighbor_lists([[(0, 1.0)]]), engagements, 5000, backend=backend)
+        first = [i for i in range(5000) if i % 7]
+        assert joined.items.tolist() == first + list(range(0, 5000, 7))
 
 
 def test_reference_in_chunks_of_rows(monkeypatch):
@@ -194,6 +234,8 @@ GOOD = {
     "engagements.reasons": vector(UINT8, 1, 2, 1),
     "exclude_offsets": vector(INT64, 0, 2, 2),
     "exclude_items": vector(INT32, 3, 7),
+    "eligible": torch.ones(10, dtype=torch.bool),
+    "groups": vector(INT32, *range(-5, 5)),
 }
 
 HOSTILE = [
@@ -217,6 +259,8 @@ HOSTILE = [
     ("exclude_offsets", vector(INT64, 0, 2), r"expected shape \[3\], got \[2\]"),
     ("exclude_offsets", vector(INT64, 0, 2, 9), "number of values, 2, got 9"),
     ("exclude_items", vector(INT32, 7, 3), "descent in row 0"),
+    ("eligible", torch.ones(9, dtype=torch.bool), r"expected shape \[10\], got \[9\]"),
+    ("groups", vector(INT32, 1, 2), r"expected shape \[10\], got \[2\]"),
 ]
 
 
@@ -227,8 +271,7 @@ def join_parts(parts: dict[str, Tensor], backend: str, cap: int = 5) -> Candidat
         Engagements(*values[3:7]),
         cap,
         num_items=10,
-        exclude_offsets=values[7],
-        exclude_items=values[8],
+        rules=ItemRules(*values[7:]),
         backend=backend,
     )
 
@@ -250,6 +293,8 @@ def test_hostile_values_are_refused_before_they_are_used(name, value, message, b
         ("neighbors.similarities", vector(torch.float64, 1, 1, 1)),
         ("engagements.reasons", vector(INT32, 1, 2, 1)),
         ("exclude_items", [3, 7]),
+        ("eligible", torch.ones(10, dtype=UINT8)),
+        ("groups", torch.ones(10)),
     ],
 )
 def test_wrong_types_are_named(name, value):
@@ -263,7 +308,11 @@ def test_wrong_arguments_are_named():
     with pytest.raises(ValueError, match=r"neighbors\.offsets: expected shape \[rows \+ 1\], got \[0\]"):
         join_candidates(NeighborLists(vector(INT64), vector(INT32), vector(torch.float32)), engagement_lists([]), 1)
     with pytest.raises(ValueError, match="expected both or neither"):
-        join_candidates(neighbor_lists([]), engagement_lists([]), 1, exclude_items=vector(INT32))
+        join_candidates(neighbor_lists([]), engagement_lists([]), 1, rules=ItemRules(exclude_items=vector(INT32)))
+    with pytest.raises(ValueError, match="eligible: expected num_items beside it"):
+        join_candidates(neighbor_lists([]), engagement_lists([]), 1, rules=ItemRules(eligible=GOOD["eligible"]))
+    with pytest.raises(ValueError, match="group_cap: expected at least 1, got 0"):
+        join_candidates(neighbor_lists([]), engagement_lists([]), 1, rules=ItemRules(group_cap=0))
     with pytest.raises(ValueError, match="backend: this operator offers native, reference"):
         join_parts(GOOD, "triton")
     with pytest.raises(ValueError, match=r"neighbors\.ids: the join runs on the CPU"):
@@ -272,7 +321,7 @@ def test_wrong_arguments_are_named():
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_opcheck(backend):
-    with_exclusions = (*GOOD.values(), 5, 10, backend)
-    without = (*list(GOOD.values())[:7], None, None, 5, 10, backend)
-    for arguments in (with_exclusions, without):
+    with_rules = (*GOOD.values(), 1, 5, 10, backend)
+    without = (*list(GOOD.values())[:7], None, None, None, None, 1, 5, 10, backend)
+    for arguments in (with_rules, without):
         torch.library.opcheck(torch.ops.alure.join_candidates.default, arguments)
