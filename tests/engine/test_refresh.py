@@ -24,7 +24,7 @@ from alure.engine.refresh.embedder import Embedder, Snapshot
 from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
 from alure.engine.store import EmbeddingStore
 
-SMALL = RefreshConfig(unit_users=16, token_budget=150)
+SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -304,7 +304,7 @@ def test_a_long_job_is_estimated_first(tmp_path: Path, capsys: pytest.CaptureFix
 
 def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model, events = UserModel.load(world / "model"), Events.open(world / "events")
-    snapshot = Snapshot("g", START + 20 * DAY, "m", None, RefreshConfig(token_budget=50))
+    snapshot = Snapshot("g", START + 20 * DAY, "m", None, RefreshConfig(token_budget=50, precision="float32"))
     embedder = Embedder(model, events, snapshot, torch.device("cpu"))
     totals: list[tuple[int, int]] = []
     forward = model.forward
