@@ -347,6 +347,60 @@ def inspect(
 
 
 @app.command()
+def verify(
+    store: Annotated[Path, typer.Argument(help="The store.")],
+    generation: Annotated[str | None, typer.Option(help="Only this one (default: all that are published).")] = None,
+    as_json: Json = False,
+) -> None:
+    """Read every published file of a store and compare it with its checksum; exit 1 names what is damaged.
+
+    Example: `alure verify store`
+    """
+    from alure.engine.store import EmbeddingStore
+    from alure.engine.store.upkeep import verify as verify_store
+
+    finish(verify_store(EmbeddingStore(store), generation), as_json)
+
+
+@app.command()
+def rollback(
+    store: Annotated[Path, typer.Argument(help="The store.")],
+    to: Annotated[
+        str | None, typer.Option(help="This generation becomes the newest (default: the one before).")
+    ] = None,
+    as_json: Json = False,
+) -> None:
+    """Withdraw the newest generation, and the graphs and candidates made from it; `--to` it brings it back.
+
+    Example: `alure rollback store`
+    """
+    from alure.engine.store import EmbeddingStore
+    from alure.engine.store.upkeep import rollback as roll_back
+
+    finish(roll_back(EmbeddingStore(store), to), as_json)
+
+
+@app.command()
+def vacuum(
+    store: Annotated[Path, typer.Argument(help="The store.")],
+    keep: Annotated[
+        int | None, typer.Option(min=1, help="Newest generations to keep (default: all published).")
+    ] = None,
+    grace_hours: Annotated[float, typer.Option(help="Nothing younger is deleted; readers have this long.")] = 168.0,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would go.")] = False,
+    as_json: Json = False,
+) -> None:
+    """Delete what nobody can read any more: old, withdrawn and unfinished generations, files of writers that died.
+
+    Example: `alure vacuum store --keep 7 --dry-run`
+    """
+    from alure.engine.store import EmbeddingStore
+    from alure.engine.store.upkeep import vacuum as vacuum_store
+
+    finish(vacuum_store(EmbeddingStore(store), keep=keep, grace_hours=grace_hours, dry_run=dry_run), as_json)
+
+
+@app.command()
 def export(
     store: Annotated[Path, typer.Argument(help="The store.")],
     to: Annotated[str, typer.Option(help="faiss, parquet, lance or npy.")],

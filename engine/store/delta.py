@@ -1,19 +1,30 @@
 """One Delta table on disk: created on first write, appended to exactly once a key, streamed into, scanned."""
 
+import math
 import queue
-from collections.abc import Iterable, Iterator
+import time
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as fs
-from deltalake import CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake import ColumnProperties, CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError
 
 from alure.engine.errors import AlureError, InputError
 
 COMMIT_ATTEMPTS = 50  # each after losing a race to another commit, so some writer gains with every one
+
+
+class DataFile(NamedTuple):
+    path: str  # relative to the table's folder
+    size_bytes: int
+    written_at: float  # unix seconds
+    partition: dict[str, str]
 
 
 class DataTable:
@@ -22,7 +33,12 @@ class DataTable:
     def __init__(self, path: Path, partition_by: list[str], row_group_rows: int = 65_536) -> None:
         self.path = path
         self.partition_by = partition_by
-        self.writer = WriterProperties(compression="ZSTD", compression_level=1, max_row_group_size=row_group_rows)
+        self.writer = WriterProperties(
+            compression="ZSTD",
+            compression_level=1,
+            max_row_group_size=row_group_rows,
+            default_column_properties=ColumnProperties(dictionary_enabled=False, statistics_enabled="CHUNK"),
+        )
 
     def exists(self) -> bool:
         return DeltaTable.is_deltatable(str(self.path))
@@ -47,26 +63,43 @@ class DataTable:
                     "use another store for data of another shape"
                 )
 
-    def has(self, app_id: str) -> bool:
-        return self.exists() and self.open().transaction_version(app_id) is not None
+    def written(self, group: str, parts: Sequence[str]) -> set[str]:
+        """Those of `parts` that `append_once` wrote to the group, from one snapshot."""
+        if not self.exists():
+            return set()
+        table = self.open()
+        version = _removals(table, group) + 1
+        return {part for part in parts if table.transaction_version(f"{group}/{part}") == version}
 
-    def append_once(self, data: pa.Table, app_id: str) -> bool:
-        """Append `data` in one commit unless a commit with `app_id` is there already; whether it was appended.
+    def append_once(self, data: pa.Table, group: str, part: str) -> bool:
+        """Append `data` in one commit unless this part of the group is there already; whether it was appended.
 
-        Two writers of one `app_id` may race: Delta lets one commit, the other sees it here and returns False.
+        Two writers of one part may race: Delta lets one commit, the other sees it here and returns False.
         """
         self.ensure(data.schema)
+        app_id = f"{group}/{part}"
         for _ in range(COMMIT_ATTEMPTS):
             table = self.open()
-            if table.transaction_version(app_id) is not None:
+            version = _removals(table, group) + 1
+            if table.transaction_version(app_id) == version:
                 return False
-            once = CommitProperties(app_transactions=[Transaction(app_id, 1)])
+            once = CommitProperties(app_transactions=[Transaction(app_id, version)])
             try:
                 write_deltalake(table, data, mode="append", commit_properties=once, writer_properties=self.writer)
             except CommitFailedError:
                 continue
             return True
         raise AlureError(f"{self.path}: lost {COMMIT_ATTEMPTS} races to commit {app_id}; run again")
+
+    def remove(self, group: str, **partition: str) -> None:
+        """Remove a partition, which is the whole of a group; the group's parts then count as not written."""
+        table = self.open()
+        removed = CommitProperties(app_transactions=[Transaction(_removal(group), _removals(table, group) + 1)])
+        table.delete(_predicate(partition), commit_properties=removed)
+
+    def delete(self, **partition: str) -> None:
+        """Remove a partition (no file is rewritten); losing a race to an append is retried by Delta itself."""
+        self.open().delete(_predicate(partition))
 
     def append_stream(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
         """Append all `batches` in one commit and return the number of rows; nothing is committed if `batches` raises.
@@ -93,9 +126,33 @@ class DataTable:
             write.result()
         return rows
 
-    def delete(self, predicate: str) -> None:
-        """Remove whole partitions (no file is rewritten); losing a race to an append is retried by Delta itself."""
-        self.open().delete(predicate)
+    def files(self, **partition: str) -> list["DataFile"]:
+        """What the table is made of now, of one partition where it is given."""
+        if not self.exists():
+            return []
+        rows = pa.table(self.open().get_add_actions(flatten=True)).to_pylist()
+        wanted = {f"partition.{column}": value for column, value in partition.items()}
+        return [
+            DataFile(unquote(row["path"]), row["size_bytes"], row["modification_time"] / 1e3, _partition(row))
+            for row in rows
+            if wanted.items() <= row.items()
+        ]
+
+    def vacuum(self, grace_hours: float, dry_run: bool) -> list[str]:
+        """Delete files that no snapshot of the last `grace_hours` reads, and what writers that died left half written.
+
+        Returns their paths, relative to the table's folder.
+        """
+        if not self.exists():
+            return []
+        before = time.time() - 3600 * grace_hours
+        torn = [path for path in self.path.rglob("*#*") if path.stat().st_mtime < before]
+        if not dry_run:
+            for path in torn:
+                path.unlink(missing_ok=True)
+        hours = math.ceil(grace_hours)
+        unread = self.open().vacuum(hours, dry_run, enforce_retention_duration=False, full=True)
+        return [*unread, *(str(path.relative_to(self.path)) for path in torn)]
 
     def dataset(self, snapshot: DeltaTable | None = None) -> ds.Dataset:
         """The rows of a snapshot (None: of now).
@@ -106,22 +163,41 @@ class DataTable:
         local = fs.SubTreeFileSystem(str(self.path.resolve()), fs.LocalFileSystem())
         return (snapshot or self.open()).to_pyarrow_dataset(filesystem=local)
 
+    def part(self, where: ds.Expression) -> ds.Dataset:
+        """The files of now that `where` does not rule out by their partition, as a dataset to be read many times."""
+        all_files = self.dataset()
+        chosen = list(all_files.get_fragments(where))
+        return ds.FileSystemDataset(chosen, all_files.schema, all_files.format, all_files.filesystem)
+
     def scan(self, where: ds.Expression, columns: list[str], batch_rows: int = 32_768) -> Iterator[pa.RecordBatch]:
-        """The rows of `where` in no particular order, at most `batch_rows` at a time; little is read ahead."""
-        scanner = (
-            self.open()
-            .to_pyarrow_dataset()
-            .scanner(columns=columns, filter=where, batch_size=batch_rows, batch_readahead=2, fragment_readahead=1)
-        )
-        for batch in scanner.to_batches():
-            if batch.num_rows:
-                yield batch
+        """The rows of `where` now, in no particular order, at most `batch_rows` at a time; little is read ahead."""
+        files = self.open().to_pyarrow_dataset()
+        limits = {"batch_size": batch_rows, "batch_readahead": 2, "fragment_readahead": 1}
+        batches = files.scanner(columns=columns, filter=where, **limits).to_batches()
+        return (batch for batch in batches if batch.num_rows)
 
     def table(self, where: ds.Expression, columns: list[str]) -> pa.Table:
         return self.dataset().to_table(columns=columns, filter=where)
 
     def count(self, where: ds.Expression) -> int:
         return self.dataset().count_rows(filter=where)
+
+
+def _partition(row: dict[str, Any]) -> dict[str, str]:
+    return {key.removeprefix("partition."): value for key, value in row.items() if key.startswith("partition.")}
+
+
+def _predicate(partition: dict[str, str]) -> str:
+    return " AND ".join(f"{column} = '{value.replace(chr(39), chr(39) * 2)}'" for column, value in partition.items())
+
+
+def _removal(group: str) -> str:
+    return f"{group}/removed"
+
+
+def _removals(table: DeltaTable, group: str) -> int:
+    """How often the group was removed. Parts written before carry an earlier version than what is asked for now."""
+    return table.transaction_version(_removal(group)) or 0
 
 
 def _same_type(a: pa.DataType, b: pa.DataType) -> bool:

@@ -5,11 +5,13 @@ STORE/embeddings    one row a user and generation, written in units of users, ea
 STORE/graph         one row a user, generation and graph      } written whole: all rows of one write carry its
 STORE/candidates    one row a user, generation and blend      } write_id, and the publication names the write_id,
 STORE/popularity    one row a country and generation          } so a rewrite replaces the old rows at one stroke
+STORE/checksums     one row a file of what is published
 STORE/quarantine    rows that were refused, and why
 """
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -19,6 +21,7 @@ import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
 from alure.engine.errors import AlureError, InputError
+from alure.engine.store.checksums import Checksums
 from alure.engine.store.delta import DataTable
 from alure.engine.store.generations import Generation, GenerationLog
 from alure.engine.store.rows import (
@@ -31,9 +34,11 @@ from alure.engine.store.rows import (
     in_order,
     order_of,
 )
-from alure.engine.store.whole import WholeTable, as_ids
+from alure.engine.store.whole import SHAPES, WholeTable, as_ids
 
 Rows: TypeAlias = pa.RecordBatch | pa.Table
+GenerationName: TypeAlias = str | Generation | None
+ROW_GROUP_ROWS = 2_048  # a point read decodes one group: 2 ms, and 150 ms where it has 65,536 rows
 
 
 @dataclass(frozen=True)
@@ -48,22 +53,27 @@ class EmbeddingMatrix:
 class EmbeddingStore:
     """`EmbeddingStore(path, create=True)` makes the folder where there is none.
 
-    `generation=None` means the newest published one everywhere. Reading what is not published raises InputError.
+    `generation=None` means the newest published one everywhere; a `Generation` that was looked up before is
+    read without another look at the log. Reading what is not published raises InputError.
     """
 
     def __init__(self, path: str | Path, *, create: bool = False) -> None:
         self.path = Path(path)
         self.log = GenerationLog(self.path / "generations")
-        self.embeddings = DataTable(self.path / "embeddings", ["generation", "country"])
-        self._graph = WholeTable(self.path, "graph", self.log)
-        self._candidates = WholeTable(self.path, "candidates", self.log)
-        self._popularity = WholeTable(self.path, "popularity", self.log)
+        self.checksums = Checksums(self.path)
+        self.embeddings = DataTable(self.path / "embeddings", ["generation", "country"], ROW_GROUP_ROWS)
+        self.whole = {table: WholeTable(self.path, table, self.log, self.checksums) for table in SHAPES}
+        self._part = lru_cache(maxsize=8)(self._open_part)
         self.quarantine = DataTable(self.path / "quarantine", [])
         if not self.log.log.exists():
             if not create:
                 raise InputError(f"store: {self.path} is not an embedding store; `alure refresh --store` makes one")
             self.path.mkdir(parents=True, exist_ok=True)
             self.log.create()
+
+    def tables(self) -> list[DataTable]:
+        whole = [table.data for table in self.whole.values()]
+        return [self.log.log, self.embeddings, *whole, self.checksums.table, self.quarantine]
 
     # ---- publications
 
@@ -74,7 +84,7 @@ class EmbeddingStore:
     def latest(self, table: str, name: str = "") -> Generation:
         return self.log.require(None, table, name)
 
-    def published(self, generation: str | None, table: str, name: str = "") -> Generation:
+    def published(self, generation: GenerationName, table: str, name: str = "") -> Generation:
         """The publication of this generation (None: the newest). Raises InputError that lists the published ones."""
         return self.log.require(generation, table, name)
 
@@ -88,17 +98,11 @@ class EmbeddingStore:
         """
         rows = conform(rows, embedding_schema(id_type(rows, "user_id")), {"generation": generation})
         check_unit(rows, unit)
-        return self.embeddings.append_once(rows, _unit_key(generation, unit))
-
-    def has_unit(self, generation: str, unit: str) -> bool:
-        return self.embeddings.has(_unit_key(generation, unit))
+        return self.embeddings.append_once(rows, generation, unit)
 
     def written_units(self, generation: str, units: Sequence[str]) -> set[str]:
         """Those of `units` that are written, from one snapshot."""
-        if not self.embeddings.exists():
-            return set()
-        snapshot = self.embeddings.open()
-        return {unit for unit in units if snapshot.transaction_version(_unit_key(generation, unit)) is not None}
+        return self.embeddings.written(generation, units)
 
     def count_written(self, generation: str, *, as_of: int | None = None) -> int:
         """Rows of a generation, published or not; `as_of`: only those made for this time."""
@@ -123,6 +127,7 @@ class EmbeddingStore:
             )
         if present is None:
             self._check_written(new)
+            self.checksums.record(self.embeddings, new.generation)
         return self.log.publish(new, may_replace=lambda present: present is None)
 
     def _check_written(self, new: Generation) -> None:
@@ -144,18 +149,25 @@ class EmbeddingStore:
                     f"generation {new.generation}: expected no row later than its as_of {new.as_of}, found {latest}"
                 )
 
-    def read_embeddings(self, generation: str | None = None, country: str | None = None) -> pa.Table:
+    def read_embeddings(self, generation: GenerationName = None, country: str | None = None) -> pa.Table:
         """EMBEDDING_COLUMNS, sorted by (country, user_id)."""
         chosen = self.published(generation, "embeddings")
-        return in_order(self._embedding_rows(chosen, country, EMBEDDING_COLUMNS))
+        rows = self._embedding_rows(chosen, country, EMBEDDING_COLUMNS)
+        if country is None and len(rows) != chosen.rows:
+            raise AlureError(
+                f"generation {chosen.generation}: {chosen.rows:,} rows were published, {len(rows):,} are there"
+            )
+        return in_order(rows)
 
-    def iter_embeddings(self, generation: str | None = None, country: str | None = None) -> Iterator[pa.RecordBatch]:
+    def iter_embeddings(
+        self, generation: GenerationName = None, country: str | None = None
+    ) -> Iterator[pa.RecordBatch]:
         """EMBEDDING_COLUMNS in batches, in no particular order."""
         chosen = self.published(generation, "embeddings")
         where = _of(chosen.generation, country=country)
         return self.embeddings.scan(where, EMBEDDING_COLUMNS) if chosen.rows else iter(())
 
-    def read_matrix(self, generation: str | None = None, country: str | None = None) -> EmbeddingMatrix:
+    def read_matrix(self, generation: GenerationName = None, country: str | None = None) -> EmbeddingMatrix:
         """The embeddings as one float32 array [n, k·d]; for populations whose list column would not fit Arrow's."""
         chosen = self.published(generation, "embeddings")
         width = _width(chosen)
@@ -172,21 +184,45 @@ class EmbeddingStore:
             rows, values = rows.take(order), values[order]
         return EmbeddingMatrix(rows["user_id"].combine_chunks(), rows["country"].combine_chunks(), values)
 
-    def countries(self, generation: str | None = None) -> list[str]:
+    def countries(self, generation: GenerationName = None) -> list[str]:
         chosen = self.published(generation, "embeddings")
         parts = {str(p["country"]) for p in self.embeddings.open().partitions() if p["generation"] == chosen.generation}
         return sorted(parts)
 
-    def read_user(self, user_id: int | str, generation: str | None = None) -> dict[str, Any]:
+    def read_user(self, user_id: int | str, generation: GenerationName = None) -> dict[str, Any]:
         """One user's row. Raises InputError where the generation has no such user."""
         chosen = self.published(generation, "embeddings")
-        where = _of(chosen.generation) & (ds.field("user_id") == as_ids([user_id], self.user_id_type())[0])
-        rows = self.embeddings.table(where, EMBEDDING_COLUMNS)
+        rows = self.read_rows([user_id], chosen)
         if not len(rows):
             raise InputError(f"user {user_id!r}: not among the {chosen.rows:,} users of generation {chosen.generation}")
         return rows.to_pylist()[0]
 
-    def check_integrity(self, generation: str | None = None) -> None:
+    def read_rows(self, users: Sequence[Any], generation: GenerationName = None) -> pa.Table:
+        """EMBEDDING_COLUMNS of those of `users` that the generation has, in no particular order."""
+        chosen = self.published(generation, "embeddings")
+        part = self._part(chosen.generation, chosen.sequence)
+        wanted = ds.field("user_id").isin(as_ids(users, part.schema.field("user_id").type))
+        return part.to_table(columns=EMBEDDING_COLUMNS, filter=wanted)
+
+    def read_history(self, users: Sequence[Any], generations: int = 7) -> pa.Table:
+        """What the newest `generations` say of `users`, as one jagged sequence a user, oldest first, for models that
+        read earlier embeddings as a feature: user_id, as_ofs list<int64>, models list<string>, embeddings
+        list<list<float32>>. An embedding that was carried forward is there once. Spaces of two models do not compare.
+        """
+        columns = ["user_id", "as_of", "model", "embedding"]
+        newest = self.generations("embeddings")[-generations:]
+        if not newest:
+            raise InputError(f"{self.path}: nothing of this table is published yet, so users have no history")
+        rows = pa.concat_tables([self.read_rows(users, chosen).select(columns) for chosen in newest])
+        rows = rows.append_column("row", pa.array(np.arange(len(rows))))
+        once = rows.group_by(columns[:3]).aggregate([("row", "min")])["row_min"]
+        rows = rows.take(once).sort_by([(name, "ascending") for name in columns[:3]]).combine_chunks()
+        runs = pc.run_end_encode(rows["user_id"].combine_chunks())
+        offsets = pa.concat_arrays([pa.array([0], pa.int32()), runs.run_ends])
+        lists = [pa.ListArray.from_arrays(offsets, rows[name].combine_chunks()) for name in columns[1:]]
+        return pa.table([runs.values, *lists], names=["user_id", "as_ofs", "models", "embeddings"])
+
+    def check_integrity(self, generation: GenerationName = None) -> None:
         """Read a published generation through and raise AlureError unless it is what its publication says.
 
         Checked: number of rows, users unique, one model, one width k·d, every value finite.
@@ -215,7 +251,7 @@ class EmbeddingStore:
         if distinct != rows:
             raise AlureError(f"generation {chosen.generation}: {rows - distinct:,} users are there more than once")
 
-    def read_users(self, generation: str | None = None, users: Sequence[Any] | None = None) -> pa.Table:
+    def read_users(self, generation: GenerationName = None, users: Sequence[Any] | None = None) -> pa.Table:
         """user_id and country of a generation's users, sorted by (country, user_id).
 
         users: only these, each once. Raises InputError on one that the generation does not have.
@@ -235,8 +271,12 @@ class EmbeddingStore:
         """EMBEDDING_COLUMNS of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order."""
         chosen = self.published(generation, "embeddings")
         user = ds.field("user_id")
-        where = _of(chosen.generation, country=country) & (user >= bounds[0]) & (user <= bounds[1])
-        return self.embeddings.table(where, EMBEDDING_COLUMNS)
+        where = (ds.field("country") == country) & (user >= bounds[0]) & (user <= bounds[1])
+        return self._part(chosen.generation, chosen.sequence).to_table(columns=EMBEDDING_COLUMNS, filter=where)
+
+    def _open_part(self, generation: str, sequence: int) -> ds.Dataset:
+        """The files of a published generation, which never change under one sequence number."""
+        return self.embeddings.part(_of(generation))
 
     def _embedding_rows(self, chosen: Generation, country: str | None, columns: list[str]) -> pa.Table:
         if not self.embeddings.exists():
@@ -257,17 +297,17 @@ class EmbeddingStore:
 
         batches: user_id, country, neighbor_ids list of the ids' type, similarities list<float32>; best first.
         """
-        return self._graph.write(self._source(source), name, batches, properties)
+        return self.whole["graph"].write(self._source(source), name, batches, properties)
 
     def read_graph(
-        self, generation: str | None = None, name: str = "alure", users: Sequence[Any] | None = None
+        self, generation: GenerationName = None, name: str = "alure", users: Sequence[Any] | None = None
     ) -> pa.Table:
         """user_id, country, neighbor_ids, similarities, sorted by (country, user_id); `users`: only theirs."""
-        return self._graph.read(self.published(generation, "graph", name), users)
+        return self.whole["graph"].read(self.published(generation, "graph", name), users)
 
-    def iter_graph(self, generation: str | None = None, name: str = "alure") -> Iterator[pa.RecordBatch]:
+    def iter_graph(self, generation: GenerationName = None, name: str = "alure") -> Iterator[pa.RecordBatch]:
         """The same columns in batches, in no particular order."""
-        return self._graph.scan(self.published(generation, "graph", name), batch_rows=32_768)
+        return self.whole["graph"].scan(self.published(generation, "graph", name), batch_rows=32_768)
 
     def write_candidates(
         self, source: str | Generation, name: str, batches: Iterable[Rows], properties: Mapping[str, Any]
@@ -277,27 +317,27 @@ class EmbeddingStore:
         batches: user_id, country, item_ids list of the ids' type, scores list<float32>, reasons list<string>,
         graphs list<string>; best first.
         """
-        return self._candidates.write(self._source(source), name, batches, properties)
+        return self.whole["candidates"].write(self._source(source), name, batches, properties)
 
     def read_candidates(
-        self, generation: str | None = None, name: str = "alure", users: Sequence[Any] | None = None
+        self, generation: GenerationName = None, name: str = "alure", users: Sequence[Any] | None = None
     ) -> pa.Table:
         """user_id, country, item_ids, scores, reasons, graphs, sorted by (country, user_id); `users`: only theirs."""
-        return self._candidates.read(self.published(generation, "candidates", name), users)
+        return self.whole["candidates"].read(self.published(generation, "candidates", name), users)
 
     def iter_candidates(
-        self, generation: str | None = None, name: str = "alure", columns: Sequence[str] | None = None
+        self, generation: GenerationName = None, name: str = "alure", columns: Sequence[str] | None = None
     ) -> Iterator[pa.RecordBatch]:
         """The same columns (or only `columns`) in batches of at most 1024 users, in no particular order."""
-        return self._candidates.scan(self.published(generation, "candidates", name), 1024, columns)
+        return self.whole["candidates"].scan(self.published(generation, "candidates", name), 1024, columns)
 
     def write_popularity(self, source: str | Generation, rows: Rows, properties: Mapping[str, Any]) -> Generation:
         """rows: country, item_ids, scores; one row a country, best first."""
-        return self._popularity.write(self._source(source), "", [rows], properties)
+        return self.whole["popularity"].write(self._source(source), "", [rows], properties)
 
-    def read_popularity(self, generation: str | None = None) -> pa.Table:
+    def read_popularity(self, generation: GenerationName = None) -> pa.Table:
         """country, item_ids, scores, sorted by country."""
-        return self._popularity.read(self.published(generation, "popularity"))
+        return self.whole["popularity"].read(self.published(generation, "popularity"))
 
     def _source(self, source: str | Generation) -> Generation:
         return source if isinstance(source, Generation) else self.published(source, "embeddings")
@@ -318,10 +358,6 @@ class EmbeddingStore:
 def _of(generation: str, country: str | None = None) -> ds.Expression:
     where = ds.field("generation") == generation
     return where if country is None else where & (ds.field("country") == country)
-
-
-def _unit_key(generation: str, unit: str) -> str:
-    return f"{generation}/{unit}"
 
 
 def _width(chosen: Generation) -> int:

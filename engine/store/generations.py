@@ -33,6 +33,7 @@ LOG_SCHEMA = pa.schema(
         ("published_at", pa.timestamp("us", "UTC")),
         ("properties", pa.string()),
         ("write_id", pa.string()),
+        ("withdrawn", pa.bool_()),
     ]
 )
 
@@ -43,7 +44,8 @@ class Generation:
 
     as_of: unix seconds. model: the digest of the model that made the embeddings. properties: JSON-able (k and d of
     embeddings, the configuration and figures of the others). `sequence` and `published_at` are given by the log;
-    `write_id` tells the rows of this publication from those of one it replaced.
+    `write_id` tells the rows of this publication from those of one it replaced. withdrawn: by a rollback; its rows
+    are there until a vacuum.
     """
 
     generation: str
@@ -54,6 +56,7 @@ class Generation:
     model: str = ""
     properties: Mapping[str, Any] = field(default_factory=dict)
     write_id: str = ""
+    withdrawn: bool = False
     sequence: int = -1
     published_at: datetime | None = None
 
@@ -75,11 +78,12 @@ class GenerationLog:
 
     def published(self, table: str | None = None) -> list[Generation]:
         """What is visible, in order of publication: of every (generation, table, name) its newest publication."""
-        newest: dict[tuple[str, str, str], Generation] = {}
-        for row in _read(self.log.dataset()):
-            newest.pop(row.key, None)
-            newest[row.key] = row
-        return [row for row in newest.values() if table is None or row.table == table]
+        newest = _newest(_read(self.log.dataset()))
+        return [row for row in newest if not row.withdrawn and table in (None, row.table)]
+
+    def withdrawn(self) -> list[Generation]:
+        """What a rollback hid: publications whose newest row says so; `published_at` is when."""
+        return [row for row in _newest(_read(self.log.dataset())) if row.withdrawn]
 
     def find(self, generation: str, table: str, name: str = "") -> Generation | None:
         return next((row for row in self.published(table) if row.key == (generation, table, name)), None)
@@ -91,30 +95,51 @@ class GenerationLog:
         the same key (None: there is none) may give way to `new`.
         Returns the publication that is visible afterwards. Raises AlureError where another publisher was first.
         """
-        for _ in range(COMMIT_ATTEMPTS):
-            snapshot = self.log.open()
-            rows = _read(self.log.dataset(snapshot))
-            present = next((row for row in reversed(rows) if row.key == new.key), None)
-            if not may_replace(present):
-                assert present is not None
-                if present.same_content(new):
-                    return present
+        visible = [new]
+
+        def decide(newest: list[Generation]) -> list[Generation]:
+            present = next((row for row in newest if row.key == new.key and not row.withdrawn), None)
+            if may_replace(present):
+                return [new]
+            assert present is not None
+            if not present.same_content(new):
                 raise AlureError(
                     f"generation {new.generation}: {_called(new)} was published meanwhile by another process, with "
                     "other content; nothing was replaced. Run again to write it anew"
                 )
-            sequence = rows[-1].sequence + 1 if rows else 0
-            row = _to_row(new, sequence)
-            once = CommitProperties(app_transactions=[Transaction("publish", sequence)])
+            visible[0] = present
+            return []
+
+        return (self.append(decide) or visible)[0]
+
+    def append(self, decide: Callable[[list[Generation]], list[Generation]]) -> list[Generation]:
+        """Append, in one commit, what `decide` makes of the newest publication of every key (withdrawn ones too).
+
+        A lost race asks `decide` again. Returns what was appended, with its sequence numbers.
+        """
+        for _ in range(COMMIT_ATTEMPTS):
+            snapshot = self.log.open()
+            rows = _read(self.log.dataset(snapshot))
+            chosen = decide(_newest(rows))
+            if not chosen:
+                return []
+            first = rows[-1].sequence + 1 if rows else 0
+            table = _to_rows(chosen, first)
+            once = CommitProperties(app_transactions=[Transaction("publish", first)])
             try:
-                write_deltalake(snapshot, row, mode="append", commit_properties=once)
+                write_deltalake(snapshot, table, mode="append", commit_properties=once)
             except CommitFailedError:
                 continue
-            return _from_row(row.to_pylist()[0])
-        raise AlureError(f"{self.log.path}: lost {COMMIT_ATTEMPTS} races to publish {new.generation}; run again")
+            return [_from_row(row) for row in table.to_pylist()]
+        raise AlureError(f"{self.log.path}: lost {COMMIT_ATTEMPTS} races to publish; run again")
 
-    def require(self, generation: str | None, table: str, name: str = "") -> Generation:
-        """The publication asked for, or the newest one (None). Raises InputError that lists what there is."""
+    def require(self, generation: "str | Generation | None", table: str, name: str = "") -> Generation:
+        """The publication asked for, or the newest one (None). Raises InputError that lists what there is.
+
+        One that was looked up before is taken as it is, without reading the log.
+        """
+        if isinstance(generation, Generation):
+            return generation
         published = self.published(table)
         of_name = [row for row in published if row.name == name]
         if generation is None and of_name:
@@ -147,15 +172,28 @@ def _read(log: ds.Dataset) -> list[Generation]:
     return [_from_row(row) for row in rows]
 
 
+def _newest(rows: list[Generation]) -> list[Generation]:
+    """Of each key its last row, in order of publication."""
+    newest: dict[tuple[str, str, str], Generation] = {}
+    for row in rows:
+        newest.pop(row.key, None)
+        newest[row.key] = row
+    return list(newest.values())
+
+
 def _from_row(row: dict[str, Any]) -> Generation:
     return Generation(**{**row, "properties": json.loads(row["properties"])})
 
 
-def _to_row(new: Generation, sequence: int) -> pa.Table:
-    values = {
-        **{name: getattr(new, name) for name in LOG_SCHEMA.names},
-        "sequence": sequence,
-        "published_at": datetime.now(UTC),
-        "properties": _canonical(new.properties),
-    }
-    return pa.Table.from_pylist([values], schema=LOG_SCHEMA)
+def _to_rows(generations: list[Generation], first: int) -> pa.Table:
+    now = datetime.now(UTC)
+    rows = [
+        {
+            **{name: getattr(generation, name) for name in LOG_SCHEMA.names},
+            "sequence": first + place,
+            "published_at": now,
+            "properties": _canonical(generation.properties),
+        }
+        for place, generation in enumerate(generations)
+    ]
+    return pa.Table.from_pylist(rows, schema=LOG_SCHEMA)

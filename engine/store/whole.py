@@ -12,6 +12,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 
 from alure.engine.errors import AlureError, InputError
+from alure.engine.store.checksums import Checksums
 from alure.engine.store.delta import DataTable
 from alure.engine.store.generations import Generation, GenerationLog
 from alure.engine.store.rows import FLOATS, STRINGS, conform, id_type, in_order
@@ -32,8 +33,8 @@ COLUMNS: dict[str, list[str]] = {
 class WholeTable:
     """One of `SHAPES` in the folder of a store."""
 
-    def __init__(self, path: Path, table: str, log: GenerationLog) -> None:
-        self.table, self.log = table, log
+    def __init__(self, path: Path, table: str, log: GenerationLog, checksums: Checksums) -> None:
+        self.table, self.log, self.checksums = table, log, checksums
         self.named_by, row_group_rows = SHAPES[table]
         partitions = ["generation", *([self.named_by] if self.named_by else []), "write_id"]
         self.data = DataTable(path / table, partitions, row_group_rows)
@@ -69,6 +70,7 @@ class WholeTable:
         new = Generation(
             source.generation, self.table, name, rows, source.as_of, source.model, dict(properties), write_id
         )
+        self.checksums.record(self.data, source.generation, write_id)
         replaced = before.write_id if before else None
         try:
             visible = self.log.publish(new, lambda present: (present.write_id if present else None) == replaced)
@@ -97,7 +99,8 @@ class WholeTable:
         return self.data.scan(_of(chosen), wanted, batch_rows) if chosen.rows else iter(())
 
     def _remove(self, write_id: str | None) -> None:
-        self.data.delete(f"write_id = '{write_id}'")
+        assert write_id is not None
+        self.data.delete(write_id=write_id)
 
     def _empty(self) -> pa.Table:
         return self.data.schema().empty_table().select(COLUMNS[self.table])

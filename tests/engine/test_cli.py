@@ -17,8 +17,8 @@ from support.command_line import CommandLine
 from alure.engine.world import build_world
 
 COMMANDS = (
-    "demo", "run", "ingest", "train", "refresh", "graph", "retrieve", "evaluate", "inspect", "export", "bench",
-    "profile", "doctor",
+    "demo", "run", "ingest", "train", "refresh", "graph", "retrieve", "evaluate", "inspect", "verify",
+    "rollback", "vacuum", "export", "bench", "profile", "doctor",
 )  # fmt: skip
 
 

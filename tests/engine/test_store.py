@@ -6,50 +6,16 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pyarrow as pa
 import pytest
+from support.store import generation, graph, unit
 
 from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.signals import stop_flag
 from alure.engine.store import EmbeddingStore, Generation
-
-WIDTH = 4
-NOW = datetime(2026, 11, 22, tzinfo=UTC)
-
-
-def unit(ids: Any, country: Any = "BR", model: str = "m", as_of: int = 7, width: int = WIDTH) -> pa.Table:
-    count = len(ids)
-    countries = [country] * count if isinstance(country, str) else country
-    values = np.arange(count * width, dtype=np.float32).reshape(count, width)
-    return pa.table(
-        {
-            "user_id": ids,
-            "country": pa.array(countries, pa.string()),
-            "embedding": pa.array(values.tolist(), pa.list_(pa.float32())),
-            "as_of": pa.array([as_of] * count, pa.int64()),
-            "model": pa.array([model] * count, pa.string()),
-            "num_events": pa.array([1] * count, pa.int64()),
-            "refreshed_at": pa.array([NOW] * count, pa.timestamp("us", "UTC")),
-        }
-    )
-
-
-def generation(rows: int, name: str = "g", model: str = "m", **properties: Any) -> Generation:
-    return Generation(name, "embeddings", "", rows, 7, model, {"k": 2, "d": 2, **properties})
-
-
-def graph(ids: list[Any], similarity: float = 0.5) -> pa.Table:
-    count = len(ids)
-    neighbors = [[ids[(i + 1) % count]] for i in range(count)]
-    similarities = pa.array([[similarity]] * count, pa.list_(pa.float32()))
-    return pa.table(
-        {"user_id": ids, "country": ["BR"] * count, "neighbor_ids": neighbors, "similarities": similarities}
-    )
 
 
 @pytest.fixture
@@ -70,11 +36,10 @@ def test_a_folder_that_is_no_store_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_unit_is_written_once(store: EmbeddingStore) -> None:
-    assert not store.has_unit("g", "0-2")
+    assert store.written_units("g", ["0-2"]) == set()
     assert store.write_unit("g", "0-2", unit([1, 2]))
     assert not store.write_unit("g", "0-2", unit([8, 9]))
-    assert store.has_unit("g", "0-2")
-    assert not store.has_unit("h", "0-2")
+    assert store.written_units("h", ["0-2"]) == set()
     assert store.written_units("g", ["0-2", "2-4"]) == {"0-2"}
     store.publish(generation(2))
     assert store.read_embeddings()["user_id"].to_pylist() == [1, 2]
@@ -101,7 +66,7 @@ def test_writers_of_one_unit_at_once_add_it_once(store: EmbeddingStore) -> None:
 
 def test_an_empty_unit_is_done_too(store: EmbeddingStore) -> None:
     assert store.write_unit("g", "0-5", unit(pa.array([], pa.int64())))
-    assert store.has_unit("g", "0-5")
+    assert store.written_units("g", ["0-5"]) == {"0-5"}
     assert store.count_written("g") == 0
 
 
@@ -205,13 +170,13 @@ def test_a_graph_is_replaced_whole(published: EmbeddingStore) -> None:
     assert published.read_graph(users=[2])["user_id"].to_pylist() == [2]
     assert published.read_graph(users=[]).num_rows == 0
     assert [g.properties for g in published.generations("graph")] == [{"k": 3}]
-    writes = {p["write_id"] for p in published._graph.data.open().partitions()}
+    writes = {p["write_id"] for p in published.whole["graph"].data.open().partitions()}
     assert writes == {second.write_id}  # the replaced rows are gone from the table
 
 
 def test_a_write_that_fails_half_way_leaves_what_was(published: EmbeddingStore) -> None:
     published.write_graph("g", "alure", [graph([1, 2, 3])], {})
-    version = published._graph.data.open().version()
+    version = published.whole["graph"].data.open().version()
 
     def failing() -> Iterator[pa.Table]:
         yield graph([1, 2], 0.25)
@@ -219,7 +184,7 @@ def test_a_write_that_fails_half_way_leaves_what_was(published: EmbeddingStore) 
 
     with pytest.raises(KeyError, match="the builder failed"):
         published.write_graph("g", "alure", failing(), {})
-    assert published._graph.data.open().version() == version
+    assert published.whole["graph"].data.open().version() == version
     assert published.read_graph().num_rows == 3
 
 
