@@ -64,10 +64,10 @@ def attention_forward(
 ) -> None: ...
 def attention_backward(
     attention: Attention,
-    grad_out: _Float32,
+    grad_out: _Float32 | _Uint16,
     lse: _Float32,
     delta: _Float32,
-    dq: _Float32,
+    dq: _Float32 | _Uint16,
     dk: _Float32,
     dv: _Float32,
     d_time_table: _Float32 | None,

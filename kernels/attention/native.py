@@ -1,8 +1,9 @@
 """Jagged attention on the CPU: hands tensors to the C++ of kernels/native. Arguments as in arguments.py.
 
-The forward takes float32 and bfloat16, the backward computes in float32. A sequence's result depends neither on the
-rest of the batch nor on the number of threads, and both passes sum in a fixed order. Extra memory: the outputs, and per
-thread a block of keys and a part of a sequence's queries.
+Takes float32 and bfloat16; sums are float32. Products of bfloat16 are exact, and where the machine has tiles for them
+(AMX), weights and the gradients of logits are rounded to bfloat16. A sequence's result depends neither on the rest of
+the batch nor on the number of threads, and both passes sum in a fixed order. Extra memory: the outputs, of the backward
+dk and dv in float32, and per thread a block of keys and a part of a sequence's queries.
 """
 
 from typing import Any
@@ -37,21 +38,19 @@ def backward(
     scale: float,
 ) -> Gradients:
     """The weights are computed again from lse."""
-    dq = torch.zeros(q.shape, dtype=torch.float32)
-    dk, dv = (torch.empty(x.shape, dtype=torch.float32) for x in (k, v))
+    dq = torch.empty(q.shape, dtype=q.dtype)
+    sums = [torch.zeros(x.shape, dtype=torch.float32) for x in (k, v)]
     of_bias = [
         None if x is None else torch.zeros(x.shape, dtype=torch.float32)
         for x in (bias.time_table, bias.position_table, bias.q_cyclic, bias.k_cyclic)
     ]
-    arrays: list[Any] = [
-        *(_array(x.float()) for x in (grad_out, lse, delta)),
-        *(x.numpy() for x in (dq, dk, dv)),
-        *(None if x is None else x.numpy() for x in of_bias),
-    ]
-    attention = _attention(q.float(), k.float(), v.float(), batch, bias, scale)
-    arguments = [*arrays, INSTRUCTION_SET, torch.get_num_threads()]
+    rows: list[Any] = [_values(grad_out.to(q.dtype)), _array(lse), _array(delta)]
+    outputs: list[Any] = [_values(dq), *(None if x is None else x.numpy() for x in (*sums, *of_bias))]
+    attention = _attention(q, k, v, batch, bias, scale)
+    arguments = [*rows, *outputs, INSTRUCTION_SET, torch.get_num_threads()]
     _native.attention_backward(attention, *arguments)
-    return Gradients(dq.to(q.dtype), dk.to(k.dtype), dv.to(v.dtype), *of_bias)
+    dk, dv = (x.to(k.dtype) for x in sums)
+    return Gradients(dq, dk, dv, *of_bias)
 
 
 def _attention(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: float) -> _native.Attention:

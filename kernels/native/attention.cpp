@@ -39,6 +39,16 @@ const ForwardKernel& forward_kernel_of(InstructionSet set, Element element) {
     return kernels.forward_bfloat16;
 }
 
+const BackwardKernel& backward_kernel_of(InstructionSet set, Element element) {
+    const AttentionKernels& kernels = kernels_of(set);
+    if (element == Element::kFloat32) return kernels.backward_float32;
+    if (set == InstructionSet::kEmulatedAmx) return emulated_amx::backward_bfloat16;
+#if defined(ALURE_HAS_AMX)
+    if (set == InstructionSet::kAmx) return amx::backward_bfloat16;
+#endif
+    return kernels.backward_bfloat16;
+}
+
 void check_offsets(const std::int64_t* offsets, std::int64_t num_sequences, std::int64_t total, const char* name) {
     bool sound = offsets[0] == 0 && offsets[num_sequences] == total;
     for (std::int64_t i = 0; i < num_sequences; ++i) sound = sound && offsets[i] <= offsets[i + 1];
@@ -113,17 +123,17 @@ void for_each_part(std::int64_t sequence, std::int64_t length, std::int64_t most
         visit(Part{sequence, begin, std::min(length, begin + most)});
 }
 
-// How many units have added to each tile of queries and head of one sequence. A unit waits only for units that were
+// How many units have added to each block of keys and key head of one sequence. A unit waits only for units that were
 // handed out before it, so waiting ends.
 using Counters = std::unique_ptr<std::atomic<std::int64_t>[]>;
 
-void wait_for_turn(void* counters, std::int64_t tile, std::int64_t turn) {
-    auto& counter = static_cast<std::atomic<std::int64_t>*>(counters)[tile];
+void wait_for_turn(void* counters, std::int64_t place, std::int64_t turn) {
+    auto& counter = static_cast<std::atomic<std::int64_t>*>(counters)[place];
     while (counter.load(std::memory_order_acquire) != turn) std::this_thread::yield();
 }
 
-void pass_turn(void* counters, std::int64_t tile, std::int64_t turn) {
-    static_cast<std::atomic<std::int64_t>*>(counters)[tile].store(turn + 1, std::memory_order_release);
+void pass_turn(void* counters, std::int64_t place, std::int64_t turn) {
+    static_cast<std::atomic<std::int64_t>*>(counters)[place].store(turn + 1, std::memory_order_release);
 }
 
 // float64 sums by bucket [groups, heads, buckets], one set a unit, added up in the order of the units.
@@ -149,20 +159,21 @@ private:
     std::vector<double> sums_;
 };
 
-// What a thread of the forward holds while it works.
-class ForwardThread {
+// What a thread holds while it works.
+template <class Kernel>
+class Worker {
 public:
-    ForwardThread(const ForwardKernel& kernel, std::size_t scratch_bytes) : scratch_(scratch_bytes), kernel_(kernel) {
+    Worker(const Kernel& kernel, std::size_t scratch_bytes) : scratch_(scratch_bytes), kernel_(kernel) {
         kernel_.begin_thread();
     }
-    ~ForwardThread() { kernel_.end_thread(); }
-    ForwardThread(const ForwardThread&) = delete;
-    ForwardThread& operator=(const ForwardThread&) = delete;
+    ~Worker() { kernel_.end_thread(); }
+    Worker(const Worker&) = delete;
+    Worker& operator=(const Worker&) = delete;
     [[nodiscard]] void* get() const { return scratch_.get(); }
 
 private:
     AlignedBytes scratch_;
-    const ForwardKernel& kernel_;
+    const Kernel& kernel_;
 };
 
 // Runs the parts of every unit: work(part, unit index, scratch); begin() makes a thread's scratch.
@@ -189,40 +200,41 @@ void attention_forward(const AttentionInputs& in, const ForwardOutputs& outputs,
     const TableStorage storage(in);
     const ForwardTables tables = storage.tables();
     const std::size_t scratch_bytes = kernel.scratch_bytes(in);
-    const auto begin = [&] { return ForwardThread(kernel, scratch_bytes); };
+    const auto begin = [&] { return Worker(kernel, scratch_bytes); };
     run_units(units, num_threads, begin, parts,
               [&](const Part& part, std::int64_t, void* scratch) { kernel.run(in, tables, outputs, part, scratch); });
 }
 
-void attention_backward(const AttentionInputs& in, const BackwardArguments& arguments, const TableGradients& tables,
-                        InstructionSet set, int num_threads) {
+void attention_backward(const AttentionInputs& in, const BackwardArguments& arguments,
+                        const TableGradients& table_gradients, InstructionSet set, int num_threads) {
     check(in);
-    if (in.element != Element::kFloat32) throw std::invalid_argument("backward: expected float32");
-    const BackwardKernel& kernel = kernels_of(set).backward;
+    const BackwardKernel& kernel = backward_kernel_of(set, in.element);
     const auto parts = [&](std::int64_t s, auto visit) {
-        for_each_part(s, lengths_of(in, s).keys, kernel.keys, visit);
+        for_each_part(s, lengths_of(in, s).queries, kernel.queries, visit);
     };
     std::vector<Counters> counters;
     const std::vector<Unit> units = units_of(in, [&](std::int64_t s, std::vector<Unit>& out) {
         const auto [queries, keys] = lengths_of(in, s);
         void* own = nullptr;
-        if (keys > kernel.keys) {
-            const std::int64_t tiles = (queries + kernel.queries - 1) / kernel.queries;
-            counters.push_back(std::make_unique<std::atomic<std::int64_t>[]>(tiles * in.heads));
+        if (queries > kernel.queries) {
+            const std::int64_t blocks = (keys + kernel.keys - 1) / kernel.keys;
+            counters.push_back(std::make_unique<std::atomic<std::int64_t>[]>(blocks * in.key_heads));
             own = counters.back().get();
         }
         parts(s, [&](const Part& part) { out.push_back({part, 0, own}); });
     });
+    const TableStorage storage(in);
+    const ForwardTables tables = storage.tables();
     BucketSums d_time(in, in.time, units.size()), d_position(in, in.position, units.size());
     const std::size_t scratch_bytes = kernel.scratch_bytes(in);
-    const auto begin = [=] { return AlignedBytes(scratch_bytes); };
+    const auto begin = [&] { return Worker(kernel, scratch_bytes); };
     run_units(units, num_threads, begin, parts, [&](const Part& part, std::int64_t u, void* scratch) {
         const Turn turn{wait_for_turn, pass_turn, units[u].counters};
         const std::int64_t group = in.groups ? in.groups[part.sequence] : 0;
-        kernel.run(in, arguments, part, turn, d_time.of(u, group), d_position.of(u, group), scratch);
+        kernel.run(in, tables, arguments, part, turn, d_time.of(u, group), d_position.of(u, group), scratch);
     });
-    d_time.write(tables.d_time);
-    d_position.write(tables.d_position);
+    d_time.write(table_gradients.d_time);
+    d_position.write(table_gradients.d_position);
 }
 
 }  // namespace alure

@@ -16,7 +16,7 @@ struct TableGradients {
     float* d_position;
 };
 
-// Takes float32. Sums are in one fixed order, so the gradients do not depend on the threads.
+// Sums are in one fixed order, so the gradients do not depend on the threads.
 void attention_backward(const AttentionInputs& in, const BackwardArguments& arguments, const TableGradients& tables,
                         InstructionSet set, int num_threads);
 

@@ -71,26 +71,26 @@ struct ForwardOutputs {
 };
 
 struct BackwardArguments {
-    const float* grad_out;  // [total_q, heads, head_dim]
-    const float* lse;       // [heads, total_q]
-    const float* delta;     // [heads, total_q]
-    float* dq;              // [total_q, heads, head_dim], zeros before
-    float* dk;              // [total_k, key_heads, head_dim]
-    float* dv;              // [total_k, key_heads, head_dim]
-    float* d_q_cyclic;      // [total_q, heads, num_cyclic], zeros before
-    float* d_k_cyclic;      // [total_k, num_cyclic], zeros before
+    Rows grad_out;       // [total_q, heads, head_dim], elements as of q
+    const float* lse;    // [heads, total_q]
+    const float* delta;  // [heads, total_q]
+    void* dq;            // [total_q, heads, head_dim], elements as of q
+    float* dk;           // [total_k, key_heads, head_dim], zeros before
+    float* dv;           // [total_k, key_heads, head_dim], zeros before
+    float* d_q_cyclic;   // [total_q, heads, num_cyclic]
+    float* d_k_cyclic;   // [total_k, num_cyclic], zeros before
 };
 
-// Rows [begin, end) of a sequence: of its queries (forward) or of its keys (backward); all heads.
+// Queries [begin, end) of a sequence, all heads.
 struct Part {
     std::int64_t sequence, begin, end;
 };
 
-// Lets the parts that add to the same rows of dq do so in the order of their keys. `tile` counts tiles of queries of
-// one head, head after head.
+// Lets the parts that add to the same rows of dk and dv do so in the order of their queries. `place` counts the key
+// heads of blocks of keys, block after block.
 struct Turn {
-    void (*wait)(void* counters, std::int64_t tile, std::int64_t turn);
-    void (*pass)(void* counters, std::int64_t tile, std::int64_t turn);
+    void (*wait)(void* counters, std::int64_t place, std::int64_t turn);
+    void (*pass)(void* counters, std::int64_t place, std::int64_t turn);
     void* counters;  // null: nobody else adds to these rows
 };
 
@@ -103,18 +103,20 @@ struct ForwardKernel {
 };
 
 struct BackwardKernel {
-    std::int64_t keys;     // most rows of a part
-    std::int64_t queries;  // queries a turn
+    std::int64_t queries;  // most rows of a part
+    std::int64_t keys;     // keys a turn
     std::size_t (*scratch_bytes)(const AttentionInputs&);
+    void (*begin_thread)();
+    void (*end_thread)();
     // d_time and d_position: sums by bucket [heads, num_thresholds + 1], added to; not read without the table.
-    void (*run)(const AttentionInputs&, const BackwardArguments&, const Part&, const Turn&, double* d_time,
-                double* d_position, void* scratch);
+    void (*run)(const AttentionInputs&, const ForwardTables&, const BackwardArguments&, const Part&, const Turn&,
+                double* d_time, double* d_position, void* scratch);
 };
 
-// Of one instruction set. The backward takes float32 only.
+// Of one instruction set.
 struct AttentionKernels {
     ForwardKernel forward_float32, forward_bfloat16;
-    BackwardKernel backward;
+    BackwardKernel backward_float32, backward_bfloat16;
 };
 
 namespace portable {
@@ -128,9 +130,11 @@ extern const AttentionKernels attention_kernels;
 }
 namespace amx {
 extern const ForwardKernel forward_bfloat16;
-}
+extern const BackwardKernel backward_bfloat16;
+}  // namespace amx
 namespace emulated_amx {
 extern const ForwardKernel forward_bfloat16;
-}
+extern const BackwardKernel backward_bfloat16;
+}  // namespace emulated_amx
 
 }  // namespace alure

@@ -106,16 +106,18 @@ void bound_forward(const Attention& attention, nb::ndarray<nb::ndim<3>, nb::c_co
     attention_forward(in, {out.data(), lse.data()}, set, num_threads);
 }
 
-// dq, d_q_cyclic and d_k_cyclic must hold zeros.
-void bound_backward(const Attention& attention, Array<float, 3> grad_out, Array<float, 2> lse, Array<float, 2> delta,
-                    Output<float, 3> dq, Output<float, 3> dk, Output<float, 3> dv,
-                    std::optional<Output<float, 3>> d_time_table, std::optional<Output<float, 3>> d_position_table,
-                    std::optional<Output<float, 3>> d_q_cyclic, std::optional<Output<float, 2>> d_k_cyclic,
-                    const std::string& instruction_set, int num_threads) {
+// dk, dv and d_k_cyclic must hold zeros.
+void bound_backward(const Attention& attention, const Values& grad_out, Array<float, 2> lse, Array<float, 2> delta,
+                    nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu> dq, Output<float, 3> dk,
+                    Output<float, 3> dv, std::optional<Output<float, 3>> d_time_table,
+                    std::optional<Output<float, 3>> d_position_table, std::optional<Output<float, 3>> d_q_cyclic,
+                    std::optional<Output<float, 2>> d_k_cyclic, const std::string& instruction_set, int num_threads) {
     const AttentionInputs in = attention.inputs();
     const auto& q = attention.q;
     const auto& k = attention.k;
-    require(grad_out.size() == q.size() && dq.size() == q.size(), "grad_out, dq: expected the shape of q");
+    require(grad_out.shape(0) == q.shape(0) && grad_out.shape(1) == q.shape(1) && grad_out.shape(2) == q.shape(2) &&
+                grad_out.dtype() == q.dtype() && dq.size() == q.size() && dq.dtype() == q.dtype(),
+            "grad_out, dq: expected the shape and type of q");
     require(dk.size() == k.size() && dv.size() == k.size(), "dk, dv: expected the shape of k");
     for (const auto* x : {&lse, &delta})
         require(size(x->shape(0)) == in.heads && size(x->shape(1)) == in.total_q,
@@ -127,8 +129,8 @@ void bound_backward(const Attention& attention, Array<float, 3> grad_out, Array<
     require(!attention.k_cyclic || (d_q_cyclic && d_k_cyclic && d_q_cyclic->size() == attention.q_cyclic->size() &&
                                     d_k_cyclic->size() == attention.k_cyclic->size()),
             "d_q_cyclic, d_k_cyclic: expected the shapes of the channels");
-    const BackwardArguments arguments{grad_out.data(), lse.data(), delta.data(),        dq.data(),
-                                      dk.data(),       dv.data(),  or_null(d_q_cyclic), or_null(d_k_cyclic)};
+    const BackwardArguments arguments{rows_of(grad_out), lse.data(), delta.data(),        dq.data(),
+                                      dk.data(),         dv.data(),  or_null(d_q_cyclic), or_null(d_k_cyclic)};
     const TableGradients tables{or_null(d_time_table), or_null(d_position_table)};
     const InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;

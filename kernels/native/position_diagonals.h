@@ -36,6 +36,8 @@ public:
         for (; x < size_; ++x) values_[x] = table[buckets_[x]];
     }
 
+    [[nodiscard]] std::int32_t bucket(std::int64_t difference) const { return buckets_[difference - least_]; }
+
     // Biases of the queries from position i on, one a lane, against key j.
     [[nodiscard]] Floats values(std::int64_t i, std::int64_t j) const { return load(values_ + (i - j - least_)); }
 

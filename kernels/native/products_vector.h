@@ -55,6 +55,34 @@ inline void multiply_tile(std::int64_t rows, const float* a, std::int64_t stride
     }
 }
 
+template <class From>
+inline void copy_lanes(const From* x, std::int64_t size, float* packed) {
+    std::int64_t i = 0;
+    for (; i + kLanes <= size; i += kLanes) store(packed + i, load(x + i));
+    for (; i < size; ++i) packed[i] = to_float(x[i]);
+}
+
+// x [rows, columns] times `factor` as [columns, kWidth], zeros in the lanes without a row.
+template <class From>
+inline void pack_lanes(const From* x, std::int64_t stride, std::int64_t rows, std::int64_t columns, float factor,
+                       float* packed) {
+    for (int v = 0; v < 2; ++v) {
+        const std::int64_t first = v * kLanes, lanes = smaller<std::int64_t>(kLanes, rows - first);
+        std::int64_t column = 0;
+        for (; column + kLanes <= columns; column += kLanes) {
+            Floats square[kLanes];
+            for (int i = 0; i < kLanes; ++i)
+                square[i] = i < lanes ? factor * load(x + (first + i) * stride + column) : Floats{};
+            transpose(square);
+            for (int i = 0; i < kLanes; ++i) store(packed + (column + i) * kWidth + first, square[i]);
+        }
+        for (; column < columns; ++column)
+            for (std::int64_t i = 0; i < kLanes; ++i)
+                packed[column * kWidth + first + i] =
+                    i < lanes ? factor * to_float(x[(first + i) * stride + column]) : 0.0f;
+    }
+}
+
 template <class T>
 class VectorProducts {
 public:
@@ -88,10 +116,10 @@ public:
         const T* k = static_cast<const T*>(in_.k.data) + row * in_.k.row_stride + head * in_.k.head_stride;
         const T* v = static_cast<const T*>(in_.v.data) + row * in_.v.row_stride + head * in_.v.head_stride;
         for (std::int64_t r = 0; r < rows; ++r) {
-            copy(k + r * in_.k.row_stride, in_.head_dim, keys_ + r * channels_);
+            copy_lanes(k + r * in_.k.row_stride, in_.head_dim, keys_ + r * channels_);
             for (std::int64_t c = 0; c < in_.num_cyclic; ++c)
                 keys_[r * channels_ + in_.head_dim + c] = in_.k_cyclic[(row + r) * in_.num_cyclic + c];
-            copy(v + r * in_.v.row_stride, in_.head_dim, values_ + r * in_.head_dim);
+            copy_lanes(v + r * in_.v.row_stride, in_.head_dim, values_ + r * in_.head_dim);
         }
     }
 
@@ -124,36 +152,6 @@ public:
     static void end_thread() {}
 
 private:
-    static void copy(const float* x, std::int64_t size, float* packed) { copy_lanes(x, size, packed); }
-    static void copy(const Bfloat16* x, std::int64_t size, float* packed) { copy_lanes(x, size, packed); }
-    template <class From>
-    static void copy_lanes(const From* x, std::int64_t size, float* packed) {
-        std::int64_t i = 0;
-        for (; i + kLanes <= size; i += kLanes) store(packed + i, load(x + i));
-        for (; i < size; ++i) packed[i] = to_float(x[i]);
-    }
-
-    // x [rows, columns] times `factor` as [columns, kWidth], zeros in the lanes without a row.
-    template <class From>
-    static void pack_lanes(const From* x, std::int64_t stride, std::int64_t rows, std::int64_t columns, float factor,
-                           float* packed) {
-        for (int v = 0; v < 2; ++v) {
-            const std::int64_t first = v * kLanes, lanes = smaller<std::int64_t>(kLanes, rows - first);
-            std::int64_t column = 0;
-            for (; column + kLanes <= columns; column += kLanes) {
-                Floats square[kLanes];
-                for (int i = 0; i < kLanes; ++i)
-                    square[i] = i < lanes ? factor * load(x + (first + i) * stride + column) : Floats{};
-                transpose(square);
-                for (int i = 0; i < kLanes; ++i) store(packed + (column + i) * kWidth + first, square[i]);
-            }
-            for (; column < columns; ++column)
-                for (std::int64_t i = 0; i < kLanes; ++i)
-                    packed[column * kWidth + first + i] =
-                        i < lanes ? factor * to_float(x[(first + i) * stride + column]) : 0.0f;
-        }
-    }
-
     const AttentionInputs& in_;
     std::int64_t channels_;
     float* keys_;    // [kBlock, channels]

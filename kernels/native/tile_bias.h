@@ -1,206 +1,158 @@
-// The biases of a tile of queries against a block of keys in the backward: prepared once, used by every head, and the
-// gradients of the tables.
+// What a part's queries and one block of keys add to their scores, and who sees whom: found once, used by every head.
 #pragma once
 
 #include "attention_mask.h"
-#include "scratch.h"
+#include "position_diagonals.h"
+#include "time_buckets.h"
 
 namespace alure {
 namespace {
 
-// Times are sorted, so along a row of keys the time bucket only falls: a row is a few runs of one bucket, found without
-// a logarithm or a gather.
-struct Run {
-    std::int32_t end;  // key of the block after the run's last
-    std::int32_t bucket;
-};
-
-// The runs of one query after another, whose times never fall, over one block of sorted keys.
-class RunFinder {
-public:
-    // reached: scratch of as many integers as there are thresholds. num_keys >= 1.
-    void start(const BucketTable& table, const std::int64_t* keys, std::int64_t num_keys, std::int32_t* reached) {
-        thresholds_ = table.thresholds;
-        num_thresholds_ = static_cast<std::int32_t>(table.num_thresholds);
-        keys_ = keys;
-        num_keys_ = static_cast<std::int32_t>(num_keys);
-        reached_ = reached;
-        for (std::int32_t b = 0; b < num_thresholds_; ++b) reached_[b] = 0;
-        first_ = 0;
-    }
-
-    // Writes the runs of a query at time `query`, at most num_keys; returns the end of what it wrote.
-    Run* find(std::int64_t query, Run* runs) {
-        while (first_ < num_thresholds_ && thresholds_[first_] <= query - keys_[0]) ++first_;
-        const std::int64_t least = query - keys_[num_keys_ - 1];
-        std::int32_t bucket = first_, key = 0;
-        while (bucket > 0 && thresholds_[bucket - 1] > least) {
-            // The boundary only moves on from query to query, so the search goes on where it stopped.
-            const std::int64_t newest = query - thresholds_[bucket - 1];
-            std::int32_t end = larger(reached_[bucket - 1], key + 1);
-            while (end < num_keys_ && keys_[end] <= newest) ++end;
-            reached_[bucket - 1] = end;
-            *runs++ = {end, bucket};
-            if (end == num_keys_) return runs;
-            key = end;
-            const std::int64_t elapsed = query - keys_[key];
-            do --bucket;
-            while (bucket > 0 && thresholds_[bucket - 1] > elapsed);
-        }
-        *runs++ = {num_keys_, bucket};
-        return runs;
-    }
-
-private:
-    const std::int64_t* thresholds_ = nullptr;
-    std::int32_t num_thresholds_ = 0;
-    const std::int64_t* keys_ = nullptr;
-    std::int32_t num_keys_ = 0;
-    std::int32_t* reached_ = nullptr;  // for each threshold, a key not beyond the boundary of any query to come
-    std::int32_t first_ = 0;           // bucket of key 0
-};
-
 class TileBias {
 public:
-    // For tiles of at most `rows` queries and blocks of at most `keys` keys.
-    TileBias(const AttentionInputs& in, std::int64_t rows, std::int64_t keys, Arena& arena)
-        : in_(in), has_time_(in.time.table != nullptr), has_position_(in.position.table != nullptr) {
-        if (has_time_) {
-            reached_ = arena.array<std::int32_t>(in.time.num_thresholds);
-            runs_ = arena.array<Run>(rows * keys);
-            row_runs_ = arena.array<Run*>(rows + 1);
-        }
-        if (has_position_) {
-            while (zero_bucket_ < in.position.num_thresholds && in.position.thresholds[zero_bucket_] <= 0)
-                ++zero_bucket_;
-            diagonal_buckets_ = arena.array<std::int32_t>(rows + keys);
-            diagonal_values_ = arena.array<float>(rows + keys + 2 * kLanes);
-            diagonal_sums_ = arena.array<float>(rows + keys + 2 * kLanes);
-        }
-    }
+    // For at most `tiles` tiles of queries and `keys` keys a block.
+    TileBias(const AttentionInputs& in, const ForwardTables* tables, std::int64_t tiles, std::int64_t keys,
+             Arena& arena)
+        : in_(in),
+          tables_(tables),
+          strips_((keys + kStrip - 1) / kStrip),
+          times_(in, tables, tiles, keys, arena),
+          positions_(in, tiles * kWidth, keys, arena),
+          seen_begin_(arena.array<std::int32_t>(tiles * kWidth)),
+          seen_end_(arena.array<std::int32_t>(tiles * kWidth)),
+          sights_(arena.array<Sight>(tiles * strips_)) {}
 
-    void start_block(std::int64_t k_row, std::int64_t first_key, std::int64_t num_keys) {
-        first_key_ = first_key;
-        num_keys_ = num_keys;
-        if (has_time_) finder_.start(in_.time, in_.k_times + k_row, num_keys, reached_);
-    }
-
-    // Queries from row q_row of the packed tensors, at positions from `first` of their sequence.
-    void start_tile(const Mask& mask, std::int64_t q_row, std::int64_t first, std::int64_t rows) {
-        history_ = mask.history();
-        first_ = first;
-        if (has_time_) {
-            row_runs_[0] = runs_;
-            for (std::int64_t r = 0; r < rows; ++r)
-                row_runs_[r + 1] = finder_.find(in_.q_times[q_row + r], row_runs_[r]);
-        }
-        if (!has_position_) return;
-        // A position bucket depends on query − key alone, so a row's biases are a stretch of the same array, shifted.
-        newest_ = smaller(first + rows - 1, history_);
-        num_diagonals_ = newest_ - smaller(first, history_) + num_keys_;
-        std::int64_t bucket = in_.position.num_thresholds;
-        for (std::int64_t x = 0; x < num_diagonals_; ++x) {
-            while (bucket > 0 && in_.position.thresholds[bucket - 1] > newest_ - first_key_ - x) --bucket;
-            diagonal_buckets_[x] = static_cast<std::int32_t>(bucket);
+    void start_part(const Sequence& sequence, const Part& part) {
+        sequence_ = &sequence;
+        rows_ = part.end - part.begin;
+        position_ = part.begin + sequence.shift;
+        times_.start_part(sequence.q_row + part.begin, rows_);
+        for (std::int64_t i = 0; i < round_up(rows_, kWidth); ++i) {
+            const Range seen = sequence.mask.seen(position_ + i);
+            seen_begin_[i] = static_cast<std::int32_t>(seen.begin);
+            seen_end_[i] = static_cast<std::int32_t>(seen.end);
         }
     }
 
-    // `table`: group · heads + head.
-    void start_head(std::int64_t table) {
-        if (has_time_) time_values_ = in_.time.table + table * (in_.time.num_thresholds + 1);
-        if (!has_position_) return;
-        position_values_ = in_.position.table + table * (in_.position.num_thresholds + 1);
-        for (std::int64_t x = 0; x < num_diagonals_; ++x) {
-            diagonal_values_[x] = position_values_[diagonal_buckets_[x]];
-            diagonal_sums_[x] = 0.0f;
+    void start_block(std::int64_t block, std::int64_t end) {
+        block_ = block;
+        num_keys_ = end - block;
+        times_.start_block(sequence_->k_row + block, num_keys_);
+        positions_.start_block(position_, rows_, block, end);
+        for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) {
+            find_sights(tile);
+            times_.find(tile);
         }
-        for (int i = 0; i < 2 * kLanes; ++i) diagonal_sums_[num_diagonals_ + i] = 0.0f;
-        target_sum_ = 0.0;
     }
 
-    // Biases of query `row` of the tile into logits[written), whole vectors.
-    void write(std::int64_t row, Range written, float* logits) const {
-        if (has_time_)
-            write_time(row, written, logits);
-        else
-            fill(logits, written, Floats{});
-        if (!has_position_) return;
-        const std::int64_t target = target_of(row);
-        const float at_target = target < 0 ? 0.0f : logits[target] + position_values_[zero_bucket_];
-        const float* values = diagonal_values_ + diagonal_of(row);
-        for (std::int64_t j = written.begin; j < written.end; j += kLanes)
-            store(logits + j, load(logits + j) + load(values + j));
-        if (target >= 0) logits[target] = at_target;
+    void start_head(std::int64_t head) {
+        const std::int64_t table = sequence_->group * in_.heads + head;
+        if (in_.time.table) time_table_ = tables_->time + table * tables_->time_stride;
+        if (in_.position.table) positions_.start_head(tables_->position + table * tables_->position_stride);
     }
 
-    // Adds a row of gradients of logits (0 where hidden, whole vectors) to the sums by bucket.
-    void add_gradients(std::int64_t row, const float* d_logits, double* d_time) {
-        if (has_time_) {
-            std::int32_t begin = 0;
-            for (const Run* run = row_runs_[row]; run != row_runs_[row + 1]; begin = run++->end)
-                d_time[run->bucket] += sum_of(d_logits, begin, run->end);
+    // Strips of the block from the first to the last of which any is seen.
+    [[nodiscard]] Range strips(std::int64_t tile) const {
+        const Sight* sights = sights_ + tile * strips_;
+        Range range{0, (num_keys_ + kStrip - 1) / kStrip};
+        while (!range.empty() && sights[range.begin] == Sight::kHidden) ++range.begin;
+        while (!range.empty() && sights[range.end - 1] == Sight::kHidden) --range.end;
+        return range;
+    }
+    // Whole strips have no targets with a position bias.
+    [[nodiscard]] Sight sight(std::int64_t tile, std::int64_t strip) const { return sights_[tile * strips_ + strip]; }
+
+    [[nodiscard]] Strip strip(std::int64_t tile, std::int64_t strip) const { return times_.strips(tile)[strip]; }
+    [[nodiscard]] float of_bucket(std::int32_t bucket) const { return in_.time.table ? time_table_[bucket] : 0.0f; }
+
+    // Biases of vector `v` of a tile's queries and one key of a whole strip, without those of kOne.
+    template <LookUp kLookUp, bool kPosition>
+    [[nodiscard]] Floats whole(std::int64_t tile, std::int64_t key, int v) const {
+        Floats bias{};
+        if constexpr (kLookUp != LookUp::kOne) bias = times_.template values<kLookUp>(tile, key, v, time_table_);
+        if constexpr (kPosition) bias += positions_.values(position_of(tile, v), block_ + key);
+        return bias;
+    }
+
+    // The same of any strip, with those of kOne, and −inf where the key is hidden.
+    [[nodiscard]] Floats masked(std::int64_t tile, std::int64_t key, int v) const {
+        const std::int64_t i = position_of(tile, v), j = block_ + key;
+        Floats bias{};
+        if (in_.time.table) {
+            const Strip one = strip(tile, key / kStrip);
+            bias = one.look_up == LookUp::kOne ? splat(of_bucket(one.bucket))
+                                               : times_.values<LookUp::kGather>(tile, key, v, time_table_);
         }
-        if (!has_position_) return;
-        const std::int64_t target = target_of(row);
-        float* sums = diagonal_sums_ + diagonal_of(row);
-        const float before = target < 0 ? 0.0f : sums[target];
-        for (std::int64_t j = 0; j < num_keys_; j += kLanes) store(sums + j, load(sums + j) + load(d_logits + j));
-        if (target < 0) return;
-        sums[target] = before;
-        target_sum_ += d_logits[target];
+        if (in_.position.table) bias += positions_.values(i, j, sequence_->mask.history());
+        return seen(tile * kWidth + v * kLanes, i, j) ? bias : splat(-kInfinity);
     }
 
-    void finish_head(double* d_position) const {
-        if (!has_position_) return;
-        for (std::int64_t x = 0; x < num_diagonals_; ++x) d_position[diagonal_buckets_[x]] += diagonal_sums_[x];
-        d_position[zero_bucket_] += target_sum_;
+    [[nodiscard]] const TimeBuckets& times() const { return times_; }
+    [[nodiscard]] const PositionDiagonals& positions() const { return positions_; }
+    [[nodiscard]] std::int64_t position_of(std::int64_t tile, int v) const {
+        return position_ + tile * kWidth + v * kLanes;
     }
+    [[nodiscard]] std::int64_t history() const { return sequence_->mask.history(); }
+    [[nodiscard]] std::int64_t block() const { return block_; }
+    [[nodiscard]] std::int64_t rows() const { return rows_; }
+    [[nodiscard]] std::int64_t num_keys() const { return num_keys_; }
 
 private:
-    // Targets all stand right after the history, where the diagonals end; a target's own key, where it is one of the
-    // block (−1 else), stands there too.
-    [[nodiscard]] std::int64_t diagonal_of(std::int64_t row) const { return newest_ - smaller(first_ + row, history_); }
-    [[nodiscard]] std::int64_t target_of(std::int64_t row) const {
-        const std::int64_t i = first_ + row, key = i - first_key_;
-        return i >= history_ && key >= 0 && key < num_keys_ ? key : -1;
-    }
-
-    void write_time(std::int64_t row, Range written, float* logits) const {
-        const Run* run = row_runs_[row];
-        while (run->end <= written.begin) ++run;
-        std::int64_t j = written.begin;
-        for (; run != row_runs_[row + 1]; ++run) {
-            const Floats value = splat(time_values_[run->bucket]);
-            const std::int64_t end = smaller<std::int64_t>(run->end, written.end);
-            fill(logits, {j, end}, value);
-            if (end == written.end) return;
-            j = end;
+    void find_sights(std::int64_t tile) {
+        const std::int64_t first = position_ + tile * kWidth;
+        const std::int64_t last = first + smaller<std::int64_t>(kWidth, rows_ - tile * kWidth) - 1;
+        const bool has_targets = in_.position.table && last > history();  // they have no diagonals of one bias
+        Sight* sights = sights_ + tile * strips_;
+        for (std::int64_t begin = 0; begin < num_keys_; begin += kStrip) {
+            const std::int64_t end = smaller(begin + kStrip, num_keys_);
+            const Sight sight = sequence_->mask.sight(first, last, block_ + begin, block_ + end);
+            *sights++ = sight == Sight::kWhole && has_targets ? Sight::kMasked : sight;
         }
     }
 
-    static float sum_of(const float* values, std::int32_t begin, std::int32_t end) {
-        Floats sum{};
-        for (; begin + kLanes <= end; begin += kLanes) sum += load(values + begin);
-        if (begin < end) sum += lane_numbers() < end - begin ? load(values + begin) : Floats{};
-        return sum_of_lanes(sum);
+    // Which of the queries from row `row` of the part, position i, see key j.
+    [[nodiscard]] Ints seen(std::int64_t row, std::int64_t i, std::int64_t j) const {
+        const auto key = static_cast<std::int32_t>(j);
+        if (j < sequence_->mask.contexts()) return splat(std::int32_t{-1});
+        if (j >= history()) return lane_numbers() == static_cast<std::int32_t>(j - i);
+        return (load_ints(seen_begin_ + row) <= key) & (load_ints(seen_end_ + row) > key);
     }
 
     const AttentionInputs& in_;
-    const bool has_time_, has_position_;
-    RunFinder finder_;
-    std::int32_t* reached_ = nullptr;
-    Run* runs_ = nullptr;
-    Run** row_runs_ = nullptr;  // [rows + 1] where each row's runs begin
-    const float* time_values_ = nullptr;
-    std::int32_t* diagonal_buckets_ = nullptr;  // from the newest query and oldest key on
-    float *diagonal_values_ = nullptr, *diagonal_sums_ = nullptr;
-    const float* position_values_ = nullptr;
-    double target_sum_ = 0.0;  // of the logits between a target and itself
-    std::int64_t zero_bucket_ = 0, num_diagonals_ = 0;
-    std::int64_t first_key_ = 0, num_keys_ = 0;  // of the block
-    std::int64_t first_ = 0, newest_ = 0;        // positions of the tile's first query, and of its last, if of history
-    std::int64_t history_ = 0;
+    const ForwardTables* tables_;
+    const std::int64_t strips_;  // of a block
+    TimeBuckets times_;
+    PositionDiagonals positions_;
+    std::int32_t *seen_begin_, *seen_end_;  // [queries] the history that each query sees
+    Sight* sights_;                         // [tiles, strips]
+    const Sequence* sequence_ = nullptr;
+    const float* time_table_ = nullptr;
+    std::int64_t rows_ = 0, position_ = 0;   // of the part
+    std::int64_t block_ = 0, num_keys_ = 0;  // first key of the block, and how many
 };
+
+// Calls work<look-up, position>() for a whole strip.
+template <class Work>
+inline void with_look_up(LookUp look_up, bool position, Work work) {
+    const auto with_position = [&]<LookUp kLookUp>() {
+        if (position)
+            work.template operator()<kLookUp, true>();
+        else
+            work.template operator()<kLookUp, false>();
+    };
+    switch (look_up) {
+        case LookUp::kOne:
+            return with_position.template operator()<LookUp::kOne>();
+        case LookUp::kPermute:
+            return with_position.template operator()<LookUp::kPermute>();
+        case LookUp::kPermuteTwo:
+            return with_position.template operator()<LookUp::kPermuteTwo>();
+        case LookUp::kPermuteFour:
+            return with_position.template operator()<LookUp::kPermuteFour>();
+        case LookUp::kGather:
+            return with_position.template operator()<LookUp::kGather>();
+    }
+}
 
 }  // namespace
 }  // namespace alure

@@ -19,6 +19,10 @@ constexpr std::int64_t kStrip = 16;  // keys of a rectangle
 // With AVX2 four are still faster than the gather: 14 % of a forward of 64 events with 16 channels.
 enum class LookUp : std::uint8_t { kOne, kPermute, kPermuteTwo, kPermuteFour, kGather };
 
+struct Buckets {
+    std::int32_t least, most;
+};
+
 struct Strip {
     LookUp look_up = LookUp::kOne;
     std::int32_t bucket = 0;  // with kOne
@@ -65,6 +69,7 @@ public:
     void start_block(std::int64_t k_row, std::int64_t num_keys) {
         num_keys_ = num_keys;
         if (!in_.time.table) return;
+        buckets_ = {static_cast<std::int32_t>(in_.time.num_thresholds), 0};
         times_ = in_.k_times + k_row;
         for (std::int64_t j = 0; j < num_keys; ++j) key_times_[j] = static_cast<std::int32_t>(times_[j]);
     }
@@ -78,12 +83,24 @@ public:
         const std::int64_t most = elapsed(queries_[last], times_[0]),
                            least = elapsed(queries_[begin], times_[num_keys_ - 1]);
         const std::int32_t high = bucket_of(in_.time, most), low = bucket_of(in_.time, least);
+        buckets_ = {smaller(buckets_.least, low), larger(buckets_.most, high)};
         if (low == high)
             for (std::int64_t s = 0; s < num_strips; ++s) strips[s].bucket = low;
         else if (most < INT32_MAX && least > INT32_MIN)
             find_strips(tile, high, strips);
         else
             find_far_apart(tile, strips);
+    }
+
+    // Buckets of all pairs of the block and the tiles found.
+    [[nodiscard]] Buckets buckets() const { return buckets_; }
+
+    // Of vector `v` of a tile's queries and one key of a strip that is not kOne: buckets, counted from `first`.
+    [[nodiscard]] std::int32_t first(std::int64_t tile, std::int64_t key, int v) const {
+        return first_[(tile * keys_ + key) * 2 + v];
+    }
+    [[nodiscard]] const std::uint16_t* index(std::int64_t tile, std::int64_t key, int v) const {
+        return index_ + (tile * keys_ + key) * kWidth + v * kLanes;
     }
 
     [[nodiscard]] const Strip* strips(std::int64_t tile) const {
@@ -93,9 +110,8 @@ public:
     // Biases of vector `v` of a tile's queries and one key, from one head's table.
     template <LookUp kLookUp>
     [[nodiscard]] Floats values(std::int64_t tile, std::int64_t key, int v, const float* table) const {
-        const std::int64_t row = tile * keys_ + key;
-        const float* window = table + first_[row * 2 + v];
-        const Ints index = load_indices(index_ + row * kWidth + v * kLanes);
+        const float* window = table + first(tile, key, v);
+        const Ints index = load_indices(this->index(tile, key, v));
         if constexpr (kLookUp == LookUp::kPermute)
             return permute(load(window), index);
         else if constexpr (kLookUp == LookUp::kPermuteTwo)
@@ -202,6 +218,7 @@ private:
     const std::int64_t* queries_ = nullptr;
     const std::int64_t* times_ = nullptr;
     std::int64_t rows_ = 0, num_keys_ = 0;
+    Buckets buckets_{};
 };
 
 }  // namespace

@@ -1,6 +1,6 @@
 """The C++ attention: every instruction set this machine runs, tiles, threads, leaks, memory, hostile input."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -24,6 +24,7 @@ OPTIONS = {
     "window": {"window_size": (70, 30)},
     "causal window": {"causal": True, "window_size": (9, 9)},
 }
+TARGETS = {"num_targets": torch.tensor([2, 0, 40, 1, 20, 1]), "num_contexts": torch.tensor([3, 0, 5, 17, 0, 0])}
 
 
 @pytest.fixture(params=INSTRUCTION_SETS)
@@ -48,10 +49,10 @@ def poisoned() -> Iterator[None]:
     torch.use_deterministic_algorithms(before)
 
 
-def run(problem: Problem, grad_seed: int = 1) -> list[Tensor]:
-    """[out, gradients], float32, of the native backend."""
-    problem = problem.to(torch.float32)
-    grad_out = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(grad_seed))
+def run(problem: Problem, dtype: torch.dtype = torch.float32) -> list[Tensor]:
+    """[out, gradients] of the native backend."""
+    problem = problem.to(dtype)
+    grad_out = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
     out = problem.run("native")
     return [out.detach(), *torch.autograd.grad(out, problem.leaves(), grad_out)]
 
@@ -70,15 +71,15 @@ def assert_exact(problem: Problem) -> None:
 
 @pytest.mark.parametrize("option", OPTIONS)
 def test_many_tiles_and_blocks(option: str, instruction_set: str, poisoned: None) -> None:
-    """Around the edges of tiles (192 and 48 queries), blocks (256 and 128 keys) and vectors."""
+    """Around the edges of tiles, blocks, parts and vectors."""
     lengths = [1, 47, 0, 49, 130, 193, 400]
     assert_exact(replace(random_problem(lengths, num_heads=2, head_dim=20), **OPTIONS[option]))
 
 
-@pytest.mark.parametrize("option", OPTIONS)
+@pytest.mark.parametrize("option", [*OPTIONS, "targets"])
 def test_cross_attention(option: str, instruction_set: str, poisoned: None) -> None:
     problem = random_problem([0, 3, 200, 1, 50, 7], [9, 0, 130, 700, 300, 2], head_dim=16)
-    assert_exact(replace(problem, **OPTIONS[option]))
+    assert_exact(replace(problem, **(TARGETS if option == "targets" else OPTIONS[option])))
 
 
 @settings(max_examples=20, deadline=None)
@@ -119,13 +120,46 @@ def test_bfloat16(head_dim: int, bfloat16_set: str, poisoned: None) -> None:
 @pytest.mark.parametrize("option", [*OPTIONS, "targets"])
 def test_bfloat16_masks_and_cross_attention(option: str, bfloat16_set: str, poisoned: None) -> None:
     problem = random_problem([0, 3, 200, 1, 50, 7], [9, 0, 130, 300, 64, 2], head_dim=24)
-    targets = {"num_targets": torch.tensor([2, 0, 40, 1, 20, 1]), "num_contexts": torch.tensor([3, 0, 5, 17, 0, 0])}
-    assert_exact_in_bfloat16(replace(problem, **(targets if option == "targets" else OPTIONS[option])))
+    assert_exact_in_bfloat16(replace(problem, **(TARGETS if option == "targets" else OPTIONS[option])))
 
 
 def test_a_part_of_many_tiles_of_bfloat16(bfloat16_set: str) -> None:
     """More queries than a part has, and more keys than a block."""
     assert_exact_in_bfloat16(random_problem([700, 40], num_heads=1, head_dim=40))
+
+
+def assert_gradients_exact_in_bfloat16(problem: Problem) -> None:
+    """Weights and gradients of logits are rounded to bfloat16, as a computation of whole matrices in bfloat16 does."""
+    start = problem.to(torch.bfloat16)
+    grad_out = torch.randn(start.q.shape, generator=torch.Generator().manual_seed(1)).to(torch.bfloat16)
+    actual, exact, plain = (start.to(dtype) for dtype in (torch.bfloat16, torch.float64, torch.bfloat16))
+    assert_as_exact_as_plain(
+        with_gradients(actual.run("native"), actual.leaves(), grad_out),
+        with_gradients(exact.run("reference"), exact.leaves(), grad_out),
+        with_gradients(plain.dense(torch.bfloat16), plain.leaves(), grad_out),
+        torch.bfloat16,
+        factor=2.0,
+    )
+
+
+@pytest.mark.parametrize("head_dim", [1, 16, 33, 64, 128])
+def test_gradients_in_bfloat16(head_dim: int, bfloat16_set: str, poisoned: None) -> None:
+    """Around the edges of tiles, slices and blocks, with query heads that share keys and groups of tables."""
+    lengths = [0, 1, 31, 33, 130]
+    assert_gradients_exact_in_bfloat16(
+        random_problem(lengths, num_heads=2, num_kv_heads=1, head_dim=head_dim, num_groups=2)
+    )
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "targets"])
+def test_gradients_in_bfloat16_with_masks_and_cross_attention(option: str, bfloat16_set: str, poisoned: None) -> None:
+    problem = random_problem([0, 3, 200, 1, 50, 7], [9, 0, 130, 300, 64, 2], head_dim=24)
+    assert_gradients_exact_in_bfloat16(replace(problem, **(TARGETS if option == "targets" else OPTIONS[option])))
+
+
+def test_gradients_of_many_parts_in_bfloat16(bfloat16_set: str, poisoned: None) -> None:
+    """More queries than a part has, whose gradients of keys are added up in turns."""
+    assert_gradients_exact_in_bfloat16(replace(random_problem([560], num_heads=1, head_dim=8), window_size=(150, 90)))
 
 
 def forward_only(problem: Problem, dtype: torch.dtype) -> Tensor:
@@ -160,28 +194,21 @@ def test_any_strides_give_the_same_bits(dtype: torch.dtype, bfloat16_set: str) -
     heads_first = problem.k.detach().transpose(0, 1).contiguous().transpose(0, 1)
     backwards = problem.v.detach().flip(-1).contiguous().flip(-1)
     spread = torch.stack([problem.v.detach()] * 2, -1)[..., 0]  # channels that are not neighbours
-    want = forward_only(problem, dtype)
-    for q, k, v in (
-        (packed[:, 0], packed[:, 1], packed[:, 2]),
-        (problem.q, heads_first, backwards),
-        (problem.q, problem.k, spread),
+    grad_out = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    want = of_values(problem, grad_out)
+    for q, k, v, g in (
+        (packed[:, 0], packed[:, 1], packed[:, 2], grad_out.transpose(0, 1).contiguous().transpose(0, 1)),
+        (problem.q, heads_first, backwards, torch.stack([grad_out] * 2, 1)[:, 0]),
+        (problem.q, problem.k, spread, torch.stack([grad_out] * 2, -1)[..., 0]),
     ):
-        with torch.no_grad():
-            assert torch.equal(replace(problem, q=q, k=k, v=v).run("native"), want)
+        got = of_values(replace(problem, q=q, k=k, v=v), g)
+        assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
 
 
 def test_bfloat16_is_the_same_in_any_batch_and_with_any_threads(bfloat16_set: str) -> None:
-    problem = random_problem([5, 200, 1, 17, 530, 0, 64], head_dim=16, num_heads=1).to(torch.bfloat16)
-    whole, rows = forward_only(problem, torch.bfloat16), problem.q_offsets.tolist()
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(2)
-        assert torch.equal(forward_only(problem, torch.bfloat16), whole)
-    finally:
-        torch.set_num_threads(before)
-    for order in ([6, 5, 4, 3, 2, 1, 0], [4], [1, 3, 1]):
-        expected = torch.cat([whole[rows[s] : rows[s + 1]] for s in order])
-        assert torch.equal(forward_only(pick(problem, order), torch.bfloat16), expected)
+    problem = random_problem([5, 200, 1, 17, 530, 0, 64], head_dim=16, num_heads=2).to(torch.bfloat16)
+    assert_same_with_any_threads(problem, torch.bfloat16)
+    assert_same_in_any_batch(problem, ([6, 5, 4, 3, 2, 1, 0], [4], [1, 3, 1]))
 
 
 def bias_of_bursts() -> list[Tensor]:
@@ -224,19 +251,23 @@ def test_buckets_are_exact_for_any_times(case: int, thresholds: Tensor, instruct
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
 
 
-@pytest.mark.parametrize("option", OPTIONS)
-def test_threads_do_not_change_a_bit(option: str, instruction_set: str) -> None:
-    problem = replace(random_problem([700, 3, 0, 300, 20, 1], head_dim=12), **OPTIONS[option])
+def assert_same_with_any_threads(problem: Problem, dtype: torch.dtype) -> None:
     before = torch.get_num_threads()
     results = []
     try:
         for num_threads in (1, 2, 3, 3):
             torch.set_num_threads(num_threads)
-            results.append(run(problem))
+            results.append(run(problem, dtype))
     finally:
         torch.set_num_threads(before)
     for other in results[1:]:
-        assert all(torch.equal(a, b) for a, b in zip(results[0], other))
+        assert all(torch.equal(a, b) for a, b in zip(results[0], other, strict=True))
+
+
+@pytest.mark.parametrize("option", OPTIONS)
+def test_threads_do_not_change_a_bit(option: str, instruction_set: str) -> None:
+    problem = random_problem([700, 3, 0, 300, 20, 1], head_dim=12)
+    assert_same_with_any_threads(replace(problem, **OPTIONS[option]), torch.float32)
 
 
 def pick(problem: Problem, sequences: list[int]) -> Problem:
@@ -248,52 +279,51 @@ def pick(problem: Problem, sequences: list[int]) -> Problem:
     return replace(problem, **per_row, q_offsets=offsets, k_offsets=offsets)
 
 
-def test_a_user_is_the_same_in_any_batch(instruction_set: str) -> None:
-    lengths = [5, 300, 1, 17, 520, 0, 64]
-    problem = random_problem(lengths, head_dim=16).to(torch.float32)
-    grad = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(2))
-    problem = replace(problem, v=problem.v)
-    rows = problem.q_offsets.tolist()
+def of_values(problem: Problem, grad_out: Tensor) -> list[Tensor]:
+    """[out, dq, dk, dv], whose rows are those of the sequences."""
+    values = [x.detach().requires_grad_() for x in (problem.q, problem.k, problem.v)]
+    out = replace(problem, q=values[0], k=values[1], v=values[2]).run("native")
+    return [out.detach(), *torch.autograd.grad(out, values, grad_out)]
 
-    def gradients(batch: Problem, grad_out: Tensor) -> list[Tensor]:
-        batch = batch.to(torch.float32)
-        out = batch.run("native")
-        return [out.detach(), *torch.autograd.grad(out, [batch.q, batch.k, batch.v], grad_out)]
 
-    whole = gradients(problem, grad)
-    for order in ([6, 5, 4, 3, 2, 1, 0], [4], [1, 4, 1], [2, 3]):
+def assert_same_in_any_batch(problem: Problem, orders: Sequence[list[int]]) -> None:
+    grad_out = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(2)).to(problem.q.dtype)
+    whole, rows = of_values(problem, grad_out), problem.q_offsets.tolist()
+    for order in orders:
         parts = [slice(rows[s], rows[s + 1]) for s in order]
         expected = [torch.cat([x[part] for part in parts]) for x in whole]
-        got = gradients(pick(problem, order), torch.cat([grad[part] for part in parts]))
-        assert all(torch.equal(a, b) for a, b in zip(got, expected))
+        got = of_values(pick(problem, order), torch.cat([grad_out[part] for part in parts]))
+        assert all(torch.equal(a, b) for a, b in zip(got, expected, strict=True))
+
+
+def test_a_user_is_the_same_in_any_batch(instruction_set: str) -> None:
+    problem = random_problem([5, 300, 1, 17, 520, 0, 64], head_dim=16).to(torch.float32)
+    assert_same_in_any_batch(problem, ([6, 5, 4, 3, 2, 1, 0], [4], [1, 4, 1], [2, 3]))
+
+
+def assert_nothing_leaks(poison: float, dtype: torch.dtype) -> None:
+    """The poisoned user, the longest, comes first, and leaves its traces in the thread's memory."""
+    problem = random_problem([40, 300, 7, 130], head_dim=12).to(dtype)
+    changed = replace(problem, **{name: getattr(problem, name).detach().clone() for name in ("q", "k", "v")})
+    begin, end = problem.q_offsets[1:3].tolist()
+    for x in (changed.q, changed.k, changed.v):
+        x[begin:end] = poison
+    before, after = run(problem, dtype), run(changed, dtype)
+    for a, b in zip(before[:4], after[:4], strict=True):  # out, dq, dk, dv
+        assert torch.equal(a[:begin], b[:begin])
+        assert torch.equal(a[end:], b[end:])
+        assert not torch.equal(a[begin:end], b[begin:end])
+        assert b[begin:end].isfinite().all() == (poison == 3.0)
 
 
 @pytest.mark.parametrize("poison", [3.0, float("nan"), float("inf")])
 def test_nothing_leaks_in_bfloat16(poison: float, bfloat16_set: str) -> None:
-    problem = random_problem([40, 300, 7, 130], head_dim=12).to(torch.bfloat16)
-    begin, end = problem.q_offsets[1:3].tolist()
-    changed = replace(problem, **{name: getattr(problem, name).detach().clone() for name in ("q", "k", "v")})
-    for x in (changed.q, changed.k, changed.v):
-        x[begin:end] = poison
-    before, after = forward_only(problem, torch.bfloat16), forward_only(changed, torch.bfloat16)
-    assert torch.equal(before[:begin], after[:begin])
-    assert torch.equal(before[end:], after[end:])
-    assert not torch.equal(before[begin:end], after[begin:end])
-    assert after[begin:end].isfinite().all() == (poison == 3.0)
+    assert_nothing_leaks(poison, torch.bfloat16)
 
 
 @pytest.mark.parametrize("poison", [3.0, float("nan"), float("inf")])
 def test_nothing_leaks_from_one_user_to_another(poison: float, instruction_set: str) -> None:
-    problem = random_problem([40, 300, 7, 130], head_dim=12).to(torch.float32)
-    changed = replace(problem, **{name: getattr(problem, name).detach().clone() for name in ("q", "k", "v")})
-    begin, end = problem.q_offsets[1:3].tolist()
-    for x in (changed.q, changed.k, changed.v):
-        x[begin:end] = poison
-    before, after = run(problem), run(changed)
-    for a, b in zip(before[:4], after[:4]):  # out, dq, dk, dv
-        assert torch.equal(a[:begin], b[:begin])
-        assert torch.equal(a[end:], b[end:])
-        assert not torch.equal(a[begin:end], b[begin:end])
+    assert_nothing_leaks(poison, torch.float32)
 
 
 def test_large_and_hidden_logits(instruction_set: str) -> None:
