@@ -104,6 +104,16 @@ def parse_map(pairs: list[str]) -> dict[str, str]:
     return columns
 
 
+def parse_quotas(pairs: list[str]) -> dict[str, int]:
+    quotas = {}
+    for pair in pairs:
+        graph, _, most = pair.partition("=")
+        if not graph or not re.fullmatch(r"\d+", most):
+            raise InputError(f"--quota: expected GRAPH=NUMBER such as alure=1200, got {pair!r}")
+        quotas[graph] = int(most)
+    return quotas
+
+
 def load_config(path: Path | None) -> Config:
     return Config.load(path) if path else Config()
 
@@ -292,19 +302,45 @@ def retrieve(
     ] = None,
     cap: Annotated[int | None, typer.Option(min=1, help="Candidates a user at most (1500).")] = None,
     graphs: Annotated[str | None, typer.Option(help="Which graphs to blend: alure,social,ppr (default: all).")] = None,
+    quota: Annotated[
+        list[str] | None,
+        typer.Option(help="Most ads a graph brings to the blend: alure=1200; repeat the option (default: the cap)."),
+    ] = None,
+    eligible: Annotated[
+        Path | None,
+        typer.Option(
+            help="The inventory: item_id, and country where it differs. Other ads are left out; those of it "
+            "that nobody has engaged yet come in through their account."
+        ),
+    ] = None,
+    account_cap: Annotated[
+        int | None, typer.Option(min=1, help="Most ads of one account in a user's list (default: any number).")
+    ] = None,
     exclude_seen: Annotated[bool, typer.Option("--exclude-seen", help="Leave out ads the user has engaged.")] = False,
     config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
     """Hand each user the ads that similar users engaged with, and other ads of the same accounts.
 
-    Example: `alure retrieve store events --out store --cap 1500 --graphs alure,social`
+    score = Σ similarity × engagement weight × 0.5^(age ÷ half-life); other ads of an account count a fifth. Graphs are
+    blended by their scores divided by the user's best one. Weights, half-life and the rest: `retrieval` in --config.
+
+    Example: `alure retrieve store events --out store --cap 1500 --graphs alure,social --quota alure=1200`
+
+    Example: `alure retrieve store events --eligible inventory.parquet --account-cap 20 --exclude-seen`
     """
     from alure.engine.events import Events
     from alure.engine.retrieval import retrieve as retrieve_candidates
     from alure.engine.store import EmbeddingStore
 
-    section = override(load_config(config).retrieval, cap=cap, exclude_seen=exclude_seen or None)
+    section = override(
+        load_config(config).retrieval,
+        cap=cap,
+        quotas=parse_quotas(quota) if quota else None,
+        eligible=eligible,
+        account_cap=account_cap,
+        exclude_seen=exclude_seen or None,
+    )
     names = [name.strip() for name in graphs.split(",") if name.strip()] if graphs else None
     source, target = EmbeddingStore(store), EmbeddingStore(out or store, create=True)
     finish(retrieve_candidates(source, Events.open(events), section, graphs=names, out=target), as_json)

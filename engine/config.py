@@ -139,12 +139,20 @@ class RetrievalConfig(Section):
     graphs: dict[str, float] = Field(
         default={"alure": 1.0, "social": 0.1, "ppr": 0.1}, description="graph: weight in the blend, where present"
     )
+    quotas: dict[str, Annotated[int, Field(ge=1)]] = Field(
+        default={}, description="graph: ads it brings to the blend at most (default: cap)"
+    )
     engagement: dict[str, float] = Field(
         default={"view": 0.0, "click": 1.0, "conversion": 3.0}, description="event type: weight; others weigh 1"
     )
     half_life: float = Field(7.0 * DAY, gt=0, description="seconds after which an engagement counts half")
     account_weight: float = Field(0.2, ge=0, description="weight of other ads of an engaged account")
     account_items: int = Field(5, ge=0, description="other ads an engaged account brings")
+    account_cap: int | None = Field(None, ge=1, description="ads of one account a user gets (default: any number)")
+    eligible: Path | None = Field(None, description="item_id[, country]: the ads that may be shown (default: all)")
+    cold_items: int = Field(
+        1, ge=0, description="eligible ads without an engagement yet that an engaged account brings, in turn"
+    )
     exclude_seen: bool = False
 
 
@@ -184,7 +192,7 @@ class Config(Section):
             raise InputError(describe(error, path)) from None
         home = path.resolve().parent
         inputs = home if data is None else data.resolve()
-        events, truth = config.events, config.evaluation.truth
+        events, truth, eligible = config.events, config.evaluation.truth, config.retrieval.eligible
         found = {
             "inputs": [inputs / file for file in events.inputs],
             "items": events.items and inputs / events.items,
@@ -194,6 +202,7 @@ class Config(Section):
             update={
                 "output": home / config.output,
                 "events": events.model_copy(update=found),
+                "retrieval": config.retrieval.model_copy(update={"eligible": eligible and inputs / eligible}),
                 "evaluation": config.evaluation.model_copy(update={"truth": truth and inputs / truth}),
             }
         )

@@ -98,7 +98,7 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
     candidate_sets = blends(config, store)
     chain.stage(
         "retrieve",
-        [chain.key("graph"), config.retrieval, candidate_sets],
+        [chain.key("graph"), config.retrieval, identity(config.retrieval.eligible), candidate_sets],
         lambda: {
             "+".join(graphs): to_dict(retrieve(store, events, config.retrieval, graphs=graphs))
             for graphs in candidate_sets

@@ -1,17 +1,14 @@
 """The follow graph: who follows whom, read from Parquet and matched with the users of the store."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
-from deltalake import DeltaTable
 from scipy.sparse import csr_array
 
-from alure.engine.errors import InputError
+from alure.engine.tables import ids_as, read_columns
 
 COLUMNS = ("user_id", "followed_id")
 
@@ -37,9 +34,9 @@ def read_follows(path: str | Path, user_ids: pa.Array) -> Follows:
 
     Raises InputError for a missing or unreadable file, a missing column (naming the nearest), and ids of another type.
     """
-    path = Path(path)
-    table = _read(path)
-    columns = [_ids(table, name, user_ids.type, path) for name in COLUMNS]
+    what = f"social: {path}"
+    table = read_columns(Path(path), "social", COLUMNS)
+    columns = [ids_as(table, name, user_ids.type, what, "the users of the store") for name in COLUMNS]
     nulls = pc.or_(pc.is_null(columns[0]), pc.is_null(columns[1])).to_numpy(zero_copy_only=False)
     rows = [pc.fill_null(pc.index_in(column, value_set=user_ids), -1).to_numpy() for column in columns]
     return follows_of(rows[0][~nulls], rows[1][~nulls], len(user_ids), nulls=int(nulls.sum()))
@@ -62,36 +59,3 @@ def follows_of(users: np.ndarray, followed: np.ndarray, num_users: int, *, nulls
         self_follows=int((known & ~other).sum()),
         duplicates=int(other.sum()) - len(edges),
     )
-
-
-def _read(path: Path) -> pa.Table:
-    if not path.exists():
-        raise InputError(f"social: {path} does not exist; expected Parquet or Delta with user_id and followed_id")
-    try:
-        if path.is_dir() and DeltaTable.is_deltatable(str(path)):
-            data = DeltaTable(str(path)).to_pyarrow_dataset()
-        else:
-            data = ds.dataset(path, format="parquet")
-        names = data.schema.names
-        for wanted in COLUMNS:
-            if wanted not in names:
-                near = difflib.get_close_matches(wanted, names, 1)
-                hint = f"; the nearest is {near[0]!r}, rename it" if near else ""
-                raise InputError(f"social: {path}: expected a column {wanted}, got {', '.join(names) or 'none'}{hint}")
-        return data.to_table(columns=list(COLUMNS))
-    except (pa.ArrowException, OSError) as error:
-        raise InputError(f"social: {path} cannot be read as Parquet: {error}") from None
-
-
-def _ids(table: pa.Table, name: str, wanted: pa.DataType, path: Path) -> pa.ChunkedArray:
-    kind = table.schema.field(name).type
-    if pa.types.is_dictionary(kind):
-        kind = kind.value_type
-    is_text = pa.types.is_string(kind) or pa.types.is_large_string(kind)
-    fits = pa.types.is_integer(kind) if pa.types.is_integer(wanted) else is_text
-    if not fits and not pa.types.is_null(kind):
-        raise InputError(
-            f"social: {path}: column {name}: expected ids of type {wanted} as the users of the store, got {kind}; "
-            "cast the column"
-        )
-    return table[name].cast(wanted)

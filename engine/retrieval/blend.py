@@ -1,7 +1,8 @@
 """Several graphs' candidates as one list a user.
 
 A graph's scores have a scale of their own (cosines, follows, visit probabilities), so each user's are divided by that
-user's best in that graph; then score = Σ_g weight_g · normalised_g. Each graph brings its best `cap` to the blend.
+user's best in that graph; then score = Σ_g weight_g · normalised_g. Each graph brings its best to the blend, as many as
+its quota: quotas that sum to the cap keep a place for every graph.
 """
 
 from collections.abc import Sequence
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor
 
 from alure.engine.errors import InputError
-from alure.kernels import Candidates, Engagements, NeighborLists, join_candidates
+from alure.kernels import Candidates, Engagements, ItemRules, NeighborLists, join_candidates
 
 REASON_BITS = 2  # below them in a candidate's byte; above, a bit a graph
 MAX_GRAPHS = 8 - REASON_BITS
@@ -22,8 +23,11 @@ def check_graphs(names: Sequence[str]) -> None:
         raise InputError(f"graphs: expected 1 to {MAX_GRAPHS} different graphs, got {', '.join(names) or 'none'}")
 
 
-def blend(found: Sequence[Candidates], weights: Sequence[float], cap: int) -> Candidates:
-    """found: one a graph, over the same rows → the best `cap` of each row; bit REASON_BITS + g of `reasons` is graph g.
+def blend(
+    found: Sequence[Candidates], weights: Sequence[float], cap: int, num_items: int, rules: ItemRules
+) -> Candidates:
+    """found: one a graph, over the same rows and under `rules` → the best `cap` of each row under them; bit
+    REASON_BITS + g of `reasons` is graph g.
 
     The blend is a join too: row r's "neighbours" are its lists in each graph, and their similarities the weights.
     """
@@ -42,7 +46,7 @@ def blend(found: Sequence[Candidates], weights: Sequence[float], cap: int) -> Ca
         ids=(torch.arange(rows)[:, None] + torch.arange(graphs) * rows).to(torch.int32).reshape(-1),
         similarities=torch.tensor(weights, dtype=torch.float32).repeat(rows),
     )
-    return join_candidates(neighbors, lists, cap)
+    return join_candidates(neighbors, lists, cap, num_items=num_items, rules=rules)
 
 
 def normalised(found: Candidates) -> Tensor:

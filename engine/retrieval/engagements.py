@@ -2,10 +2,12 @@
 
     weight(event) = engagement[event type] · 0.5^((T − t) / half_life)
     an event on ad i of account a brings  (i, weight, exact)
-                                     and  (j, account_weight · weight, account)  for the account's best other ads j
+                                     and  (j, account_weight · weight, account)  for the account's best other ads j,
+                                                                                 and its cold ads in turn
 Only events up to T = as_of of ad sources count; an account's best ads are those of the largest total weight by then.
 """
 
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,6 +19,7 @@ from alure.kernels import Engagements
 
 EXACT, ACCOUNT = 1, 2  # bits of a reason
 REASONS = ["", "exact", "account", "exact+account"]  # by bits
+EXPANDED = 1 << 18  # engagements expanded at once
 
 
 @dataclass(frozen=True)
@@ -46,53 +49,118 @@ def kept_offsets(offsets: np.ndarray, kept: np.ndarray) -> np.ndarray:
 
 @dataclass(frozen=True)
 class AccountAds:
-    """The best ads of each account: account a's are `items[offsets[a] : offsets[a + 1]]`, best first."""
+    """Ads of each account: account a's are `items[offsets[a] : offsets[a + 1]]`."""
 
     offsets: np.ndarray  # int64 [num_accounts + 1]
     items: np.ndarray  # int32
 
+    @classmethod
+    def of(cls, ads: np.ndarray, accounts: np.ndarray) -> "AccountAds":
+        """ads: item indices, ascending by account."""
+        num_accounts = int(accounts.max(initial=-1)) + 1
+        return cls(np.searchsorted(accounts[ads], np.arange(num_accounts + 1)), ads.astype(np.int32))
 
-def best_of_accounts(engaged: Engaged, accounts: np.ndarray, count: int) -> AccountAds:
-    """accounts: int32 [num_items], −1 for none. At most `count` ads an account, by total weight, ties by lower item."""
-    totals = np.bincount(engaged.items, engaged.weights, minlength=len(accounts))
-    ads = np.flatnonzero((totals > 0) & (accounts >= 0))
+    @property
+    def sizes(self) -> np.ndarray:
+        """int64 [num_accounts + 1]; the last is of account −1, none."""
+        return np.append(np.diff(self.offsets), 0)
+
+
+def best_of_accounts(totals: np.ndarray, accounts: np.ndarray, count: int, eligible: np.ndarray | None) -> AccountAds:
+    """At most `count` engaged ads an account, best first: by total weight [num_items], ties by lower item.
+
+    accounts: int32 [num_items], −1 for none. eligible: bool [num_items], None for all.
+    """
+    ads = np.flatnonzero((totals > 0) & (accounts >= 0) & (True if eligible is None else eligible))
     ads = ads[np.lexsort((ads, -totals[ads], accounts[ads]))]
-    owners = accounts[ads]
-    num_accounts = int(accounts.max(initial=-1)) + 1
-    starts = np.searchsorted(owners, np.arange(num_accounts))
-    best = np.arange(len(ads)) - starts[owners] < count
-    offsets = np.searchsorted(owners[best], np.arange(num_accounts + 1))
-    return AccountAds(offsets, ads[best].astype(np.int32))
+    whole = AccountAds.of(ads, accounts)
+    rank = np.arange(len(ads)) - whole.offsets[accounts[ads]]
+    return AccountAds.of(ads[rank < count], accounts)
 
 
-def expand(engaged: Engaged, accounts: np.ndarray, config: RetrievalConfig) -> Engagements:
-    """Each engagement followed by the other ads of its account: what `join_candidates` takes."""
-    count = config.account_items if config.account_weight > 0 else 0
-    best = best_of_accounts(engaged, accounts, count + 1)  # one more: the exact ad may be among them
-    owner = accounts[engaged.items].astype(np.int64)
-    account_sizes = np.append(np.diff(best.offsets), 0)  # the last is of owner −1, no account
-    sizes = account_sizes[owner] if count else np.zeros_like(owner)
-    total = len(owner) + int(sizes.sum())
-    places = np.arange(len(owner)) + np.cumsum(sizes) - sizes  # of each engagement; its account's ads follow it
-    source = np.repeat(np.arange(len(owner)), sizes + 1)
-    nth = np.arange(total) - places[source] - 1  # −1: the engagement itself
-    items, weights = engaged.items[source], engaged.weights[source]
-    reasons = np.full(total, EXACT, np.uint8)
-    others = nth >= 0
-    reasons[others] = ACCOUNT
-    items[others] = best.items[best.offsets[owner[source[others]]] + nth[others]]
-    weights[others] *= np.float32(config.account_weight)
-    exact_again = others & (items == engaged.items[source])
-    # of count + 1 ads, without the exact one `count` are left; where it is not among them, the last goes
-    has_exact = np.bincount(source[exact_again], minlength=len(owner)) > 0
-    kept = ~exact_again & ~(others & (nth == count) & ~has_exact[source])
-    ends = np.append(places, total)[engaged.offsets]
-    return Engagements(
-        offsets=torch.from_numpy(kept_offsets(ends, kept)),
-        items=torch.from_numpy(items[kept]),
-        weights=torch.from_numpy(weights[kept]),
-        reasons=torch.from_numpy(reasons[kept]),
-    )
+def cold_of_accounts(totals: np.ndarray, accounts: np.ndarray, eligible: np.ndarray | None) -> AccountAds:
+    """The ads that may be shown and nobody has engaged yet. Without an inventory there are none: a log knows an ad by
+    its events, and one without an event by now is known from what comes later.
+    """
+    ads = np.flatnonzero((totals == 0) & (accounts >= 0) & (False if eligible is None else eligible))
+    return AccountAds.of(ads[np.argsort(accounts[ads], kind="stable")], accounts)
+
+
+def expand(
+    engaged: Engaged,
+    accounts: np.ndarray,
+    config: RetrievalConfig,
+    inventories: Iterable[tuple[slice, np.ndarray | None]],
+) -> Engagements:
+    """Each engagement with ads of its account: what `join_candidates` takes.
+
+    inventories: (users, what may be shown where they are: bool [num_items], None for all), tiling the users.
+    """
+    totals = np.bincount(engaged.items, engaged.weights, minlength=len(accounts))
+    brings = config.account_weight > 0
+    parts = []
+    for users, eligible in inventories:
+        best = best_of_accounts(totals, accounts, config.account_items + 1 if brings else 0, eligible)
+        cold = cold_of_accounts(totals, accounts, eligible if brings else None)
+        bounds = engaged.offsets[users.start : users.stop + 1]
+        for block in _blocks(bounds):
+            parts.append(_expand(engaged, block, accounts, config, _Ads(best, cold, eligible)))
+    columns = zip(*parts)
+    sizes, items, weights, reasons = (torch.from_numpy(np.concatenate(column)) for column in columns)
+    offsets = torch.zeros(len(engaged.offsets), dtype=torch.int64)
+    torch.cumsum(sizes, 0, out=offsets[1:])
+    return Engagements(offsets, items, weights, reasons)
+
+
+@dataclass(frozen=True)
+class _Ads:
+    best: AccountAds
+    cold: AccountAds
+    eligible: np.ndarray | None
+
+
+def _blocks(bounds: np.ndarray) -> Iterator[np.ndarray]:
+    """Offsets of runs of whole users with about EXPANDED engagements each; at least one run."""
+    first = 0
+    while True:
+        last = int(np.searchsorted(bounds, bounds[first] + EXPANDED, side="right")) - 1
+        last = min(max(last, first + 1), len(bounds) - 1)
+        yield bounds[first : last + 1]
+        if (first := last) >= len(bounds) - 1:
+            return
+
+
+def _expand(
+    engaged: Engaged, bounds: np.ndarray, accounts: np.ndarray, config: RetrievalConfig, ads: _Ads
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """(what each user brings, items, weights, reasons) of the users whose engagements are bounds[0] to bounds[-1]."""
+    event = np.arange(bounds[0], bounds[-1])
+    exact = engaged.items[event]
+    owner = accounts[exact].astype(np.int64)
+    num_best, num_cold = ads.best.sizes[owner], ads.cold.sizes[owner]
+    widths = 1 + num_best + np.minimum(num_cold, config.cold_items)
+    source = np.repeat(np.arange(len(event)), widths)
+    nth = np.arange(len(source)) - np.repeat(np.cumsum(widths) - widths, widths)  # 0: the engagement itself
+    items, weights = exact[source], engaged.weights[event][source]
+    reasons = np.full(len(source), EXACT, np.uint8)
+    reasons[nth > 0] = ACCOUNT
+    weights[nth > 0] *= np.float32(config.account_weight)
+
+    is_best = (nth > 0) & (nth <= num_best[source])
+    items[is_best] = ads.best.items[ads.best.offsets[owner[source[is_best]]] + nth[is_best] - 1]
+    is_cold = nth > num_best[source]
+    from_ = source[is_cold]
+    turn = event[from_] + nth[is_cold] - num_best[from_]  # another engagement brings other cold ads
+    items[is_cold] = ads.cold.items[ads.cold.offsets[owner[from_]] + turn % num_cold[from_]]
+
+    # of account_items + 1 best, without the exact one account_items are left; where it is not among them, the last goes
+    exact_again = is_best & (items == exact[source])
+    has_exact = np.bincount(source[exact_again], minlength=len(event)) > 0
+    kept = ~exact_again & ~(is_best & (nth == config.account_items + 1) & ~has_exact[source])
+    if ads.eligible is not None:
+        kept &= ads.eligible[items]  # an ad that is over still brings its account's
+    starts = np.append(np.cumsum(widths) - widths, len(source))[bounds - bounds[0]]
+    return np.diff(kept_offsets(starts, kept)), items[kept], weights[kept], reasons[kept]
 
 
 def seen_items(history: History) -> tuple[np.ndarray, np.ndarray]:

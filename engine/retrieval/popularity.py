@@ -4,16 +4,17 @@ import numpy as np
 import pyarrow as pa
 
 from alure.engine.events import Events
+from alure.engine.retrieval.eligibility import Eligibility
 from alure.engine.retrieval.engagements import Engaged
 
 
-def popular_items(engaged: Engaged, events: Events, cap: int) -> pa.Table:
+def popular_items(engaged: Engaged, events: Events, cap: int, eligibility: Eligibility | None = None) -> pa.Table:
     """country, item_ids, scores: the `cap` ads of the largest total weight among the country's users, best first."""
     rows = []
     for country in events.manifest.countries:
         users = slice(engaged.offsets[country.first_user], engaged.offsets[country.first_user + country.num_users])
         totals = np.bincount(engaged.items[users], engaged.weights[users], minlength=len(events.items))
-        ads = np.flatnonzero(totals > 0)
+        ads = np.flatnonzero((totals > 0) & (True if eligibility is None else eligibility.mask(country.name)))
         ads = ads[np.lexsort((ads, -totals[ads]))][:cap]
         rows.append((country.name, ads, totals[ads].astype(np.float32)))
     sizes = np.array([len(ads) for _, ads, _ in rows])

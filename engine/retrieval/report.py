@@ -25,11 +25,13 @@ class RetrievalReport:
     users_without_candidates: int
     users_at_cap: int
     candidates: int
+    cold_candidates: int  # of ads that nobody has engaged yet
     candidates_per_user: dict[str, float]  # mean and percentiles, over all users
     histogram: dict[str, list[float]]
     reasons: dict[str, float]
     graphs: dict[str, float]
     engagements: int  # events that counted
+    eligible: dict[str, int] | None  # of the inventory: rows, unknown_items, items; None where all may be shown
     edges_dropped: int  # to users the log does not know, or of similarity <= 0
     seconds: float
 
@@ -40,12 +42,15 @@ class Tally:
 
     graphs: list[str]
     cap: int
+    engaged: np.ndarray  # bool [num_items]
+    cold: int = 0
     counts: list[np.ndarray] = field(default_factory=list)
     without_neighbors: int = 0
     bytes_seen: np.ndarray = field(default_factory=lambda: np.zeros(256, np.int64))  # by a candidate's reason byte
 
     def add(self, found: Candidates, num_neighbors: np.ndarray) -> None:
         self.counts.append(np.diff(found.offsets.numpy()))
+        self.cold += int((~self.engaged[found.items.numpy()]).sum())
         self.without_neighbors += int((num_neighbors == 0).sum())
         self.bytes_seen += np.bincount(found.reasons.numpy(), minlength=256)
 
@@ -69,6 +74,7 @@ class Tally:
             "users_without_candidates": int((counts == 0).sum()),
             "users_at_cap": int((counts == self.cap).sum()),
             "candidates": int(counts.sum()),
+            "cold_candidates": self.cold,
             "candidates_per_user": per_user,
             "histogram": {"edges": edges.tolist(), "counts": np.histogram(counts, edges)[0].tolist()},
             "reasons": reasons,

@@ -2,6 +2,8 @@
 
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -14,6 +16,7 @@ from alure.engine.errors import InputError
 from alure.engine.events import Events
 from alure.engine.progress import say, track
 from alure.engine.retrieval.blend import REASON_BITS, blend, check_graphs
+from alure.engine.retrieval.eligibility import read_eligibility
 from alure.engine.retrieval.engagements import REASONS, expand, seen_items, weigh
 from alure.engine.retrieval.neighbors import Neighbors, read_neighbors
 from alure.engine.retrieval.popularity import popular_items
@@ -53,11 +56,17 @@ class CandidateRetriever:
         check_graphs(self.graphs)
         for name in self.graphs:
             store.published(self.source.generation, "graph", name)
+        names = list(dict.fromkeys([*self.graphs, *self.config.graphs]))
+        if strange := [name for name in self.config.quotas if name not in names]:
+            raise InputError(f"quotas: expected graphs among {', '.join(names)}, got {strange[0]!r}")
         self.weights = [self.config.graphs.get(name, 1.0) for name in self.graphs]
+        self.quotas = [min(self.config.quotas.get(name, self.config.cap), self.config.cap) for name in self.graphs]
         history = events.engagements(self.source.as_of)
         self.engaged = weigh(history, events.manifest.event_types, self.source.as_of, self.config)
-        self.engagements = expand(self.engaged, events.items.accounts, self.config)
+        self.eligibility = read_eligibility(self.config.eligible, events) if self.config.eligible else None
+        self.engagements = expand(self.engaged, events.items.accounts, self.config, self._inventories())
         self.seen = seen_items(history) if self.config.exclude_seen else None
+        self.accounts = torch.tensor(events.items.accounts)
         self.item_ids = events.items.item_ids.combine_chunks()
         names = [
             "+".join(n for g, n in enumerate(self.graphs) if bits >> g & 1) for bits in range(1 << len(self.graphs))
@@ -79,9 +88,13 @@ class CandidateRetriever:
         for name in self.graphs:
             table = self.store.read_graph(self.source.generation, name, users=ids.to_pylist())
             lists.append(read_neighbors(table.to_batches(), ids, self.events))
-        found = self.join(lists, self.events.user_indices(ids), 0, len(ids))
+        index = self.events.user_indices(ids)
+        parts = [
+            self.to_table(users.slice(first, last - first), self.join(lists, index, first, last, country))
+            for country, first, last in chunks(users["country"], max(len(users), 1))
+        ]
         asked = pa.array(user_ids).cast(ids.type) if len(user_ids) else ids
-        return self.to_table(users, found).take(pc.index_in(asked, value_set=ids))
+        return pa.concat_tables(parts).combine_chunks().take(pc.index_in(asked, value_set=ids))
 
     def neighbors(self, users: pa.Array) -> list[Neighbors]:
         """Every graph's lists of `users`, in their order."""
@@ -89,20 +102,33 @@ class CandidateRetriever:
             read_neighbors(self.store.iter_graph(self.source.generation, n), users, self.events) for n in self.graphs
         ]
 
-    def join(self, lists: Sequence[Neighbors], users: np.ndarray, first: int, last: int) -> Candidates:
-        """The blend for rows first to last − 1. users: int64 [rows], their indices in the log, −1 unknown."""
-        rules = ItemRules(*self._seen_by(users[first:last]))
+    def join(self, lists: Sequence[Neighbors], users: np.ndarray, first: int, last: int, country: str) -> Candidates:
+        """The blend for rows first to last − 1, all of `country`. users: int64 [rows], index in the log, −1 unknown."""
+        exclude_offsets, exclude_items = self._seen_by(users[first:last])
+        config, num_items = self.config, len(self.events.items)
+        of_accounts = ItemRules(
+            groups=self.accounts if config.account_cap else None,
+            group_cap=config.account_cap or 1,
+        )
+        rules = replace(
+            of_accounts,
+            exclude_offsets=exclude_offsets,
+            exclude_items=exclude_items,
+            eligible=torch.from_numpy(self.eligibility.mask(country)) if self.eligibility else None,
+        )
         found = [
-            join_candidates(
-                graph.rows(first, last),
-                self.engagements,
-                self.config.cap,
-                num_items=len(self.events.items),
-                rules=rules,
-            )
-            for graph in lists
+            join_candidates(graph.rows(first, last), self.engagements, quota, num_items=num_items, rules=rules)
+            for graph, quota in zip(lists, self.quotas)
         ]
-        return blend(found, self.weights, self.config.cap)
+        return blend(found, self.weights, config.cap, num_items, of_accounts)
+
+    def _inventories(self) -> Iterator[tuple[slice, np.ndarray | None]]:
+        if self.eligibility is None:
+            yield slice(0, self.events.num_users), None
+            return
+        for country in self.events.manifest.countries:
+            users = slice(country.first_user, country.first_user + country.num_users)
+            yield users, self.eligibility.mask(country.name)
 
     def _seen_by(self, users: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.seen is None:
@@ -129,6 +155,16 @@ class CandidateRetriever:
         return pa.table({"user_id": users["user_id"], "country": users["country"], **lists})
 
 
+def chunks(countries: pa.ChunkedArray, most: int) -> Iterator[tuple[str, int, int]]:
+    """(country, first row, last row + 1) of runs of at most `most` users of one country; one run of nobody at least."""
+    names = countries.combine_chunks().dictionary_encode()
+    codes = names.indices.to_numpy()
+    borders = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
+    for begin, end in pairwise(borders):
+        for first in range(begin, max(end, 1), most):
+            yield names[begin].as_py() if end else "", first, min(first + most, end)
+
+
 def retrieve(
     store: EmbeddingStore,
     events: Events,
@@ -145,7 +181,8 @@ def retrieve(
     retriever = CandidateRetriever(store, events, config, graphs=graphs, generation=generation)
     target, config = out or store, retriever.config
     users = store.read_users(retriever.source.generation)
-    tally = Tally(retriever.graphs, config.cap)
+    engaged = np.bincount(retriever.engaged.items, minlength=len(events.items)) > 0
+    tally = Tally(retriever.graphs, config.cap, engaged)
     say(f"retrieve: {retriever.name} of {retriever.source.generation} for {len(users):,} users")
     lists = retriever.neighbors(users["user_id"].combine_chunks())
     index = events.user_indices(users["user_id"])
@@ -154,25 +191,29 @@ def retrieve(
     with stop_flag("retrieve") as flag, track("Retrieving ads", len(users), "users") as bar:
 
         def batches() -> Iterator[pa.Table]:
-            for first in range(0, max(len(users), 1), step):
+            for country, first, last in chunks(users["country"], step):
                 flag.check()
-                last = min(first + step, len(users))
-                found = retriever.join(lists, index, first, last)
+                found = retriever.join(lists, index, first, last, country)
                 tally.add(found, np.sum([np.diff(graph.offsets[first : last + 1]) for graph in lists], axis=0))
                 yield retriever.to_table(users.slice(first, last - first), found)
                 bar.advance(last - first)
 
         properties = {"config": config.model_dump(mode="json"), "events": events.manifest.fingerprint}
+        if retriever.eligibility:
+            properties["eligible"] = retriever.eligibility.digest
         source = retriever.source
         target.write_candidates(source, retriever.name, batches(), {**properties, "graphs": retriever.graphs})
         present = target.log.find(source.generation, "popularity")
         if present is None or present.properties != properties:
-            target.write_popularity(source, popular_items(retriever.engaged, events, config.cap), properties)
+            target.write_popularity(
+                source, popular_items(retriever.engaged, events, config.cap, retriever.eligibility), properties
+            )
     return RetrievalReport(
         generation=source.generation,
         name=retriever.name,
         as_of=source.as_of,
         engagements=len(retriever.engaged.items),
+        eligible=retriever.eligibility.counts if retriever.eligibility else None,
         edges_dropped=sum(graph.dropped for graph in lists),
         seconds=time.monotonic() - started,
         **tally.figures(),  # type: ignore[arg-type]

@@ -134,6 +134,7 @@ def test_doctor_names_a_backend_for_every_operator(alure: CommandLine) -> None:
         (["graph", "nowhere", "--ppr"], "--social"),
         (["graph", "nowhere", "--search", "magic"], "search"),
         (["retrieve", "nowhere", "nowhere"], "nowhere"),
+        (["retrieve", "nowhere", "nowhere", "--quota", "alure"], "--quota: expected GRAPH=NUMBER such as alure=1200"),
         (["evaluate", "nowhere", "--truth", "nowhere.parquet"], "nowhere"),
         (["inspect", "nowhere"], "nowhere"),
         (["run"], "configuration"),

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -33,6 +34,13 @@ class Case:
     accounts: list[int]
     num_users: int = 6
     config: dict[str, Any] = field(default_factory=dict)
+    eligible: list[tuple[int, str | None]] | None = None  # item, country
+
+    def country(self, user: int) -> str:
+        return "AR" if user < round(self.num_users / 2) else "BR"
+
+    def may_be_shown(self, item: int, user: int) -> bool:
+        return self.eligible is None or bool({(item, None), (item, self.country(user))} & set(self.eligible))
 
     @property
     def settings(self) -> RetrievalConfig:
@@ -47,6 +55,14 @@ class Case:
 
 
 def write(case: Case, folder: Path) -> tuple[EmbeddingStore, Events]:
+    case.config.pop("eligible", None)
+    if case.eligible is not None:
+        case.config["eligible"] = folder / "eligible.parquet"
+        rows = [*case.eligible, (99, None)]  # the log does not know the last
+        pq.write_table(
+            pa.table({"country": pa.array([c for _, c in rows], pa.string()), "item_id": [i for i, _ in rows]}),
+            case.config["eligible"],
+        )
     """The case as an event log, and a store with one generation of it and its graphs."""
     user, days, item = (np.array([row[i] for row in case.rows], np.int64) for i in range(3))
     types = np.array([TYPES.index(row[3]) for row in case.rows])
@@ -99,11 +115,16 @@ def model(case: Case, user: int, names: list[str]) -> list[tuple[int, np.float32
         if days >= 0 and weight > 0:
             engaged.append((who, item, weight))
             totals[item] = totals.get(item, 0.0) + weight
-    for who, item, weight in engaged:
-        others = [i for i in totals if case.accounts[i] == case.accounts[item] >= 0 and i != item]
-        best = sorted(others, key=lambda i: (-totals[i], i))[: config.account_items]
-        brings.setdefault(who, []).append((item, weight, "exact"))
-        brings[who] += [(i, weight * config.account_weight, "account") for i in best if config.account_weight]
+    for turn, (who, item, weight) in enumerate(engaged):
+        brought = [(item, weight, "exact")]
+        others = [i for i in range(len(case.accounts)) if case.accounts[i] == case.accounts[item] >= 0]
+        others = [i for i in others if i != item and case.may_be_shown(i, who)]
+        best = sorted((i for i in others if i in totals), key=lambda i: (-totals[i], i))[: config.account_items]
+        cold = [i for i in others if i not in totals and case.eligible is not None]
+        few = min(len(cold), config.cold_items)
+        best += [cold[(turn + 1 + j) % len(cold)] for j in range(few)]
+        brought += [(i, weight * config.account_weight, "account") for i in best if config.account_weight]
+        brings.setdefault(who, []).extend(entry for entry in brought if case.may_be_shown(entry[0], who))
     seen = {item for who, days, item, _ in case.rows if who == user and days >= 0} if config.exclude_seen else set()
     blended: dict[int, tuple[float, set[str], list[str]]] = {}
     for name in names:
@@ -112,18 +133,27 @@ def model(case: Case, user: int, names: list[str]) -> list[tuple[int, np.float32
             for item, weight, reason in brings.get(neighbor, []) if similarity > 0 else []:
                 score, reasons = found.get(item, (0.0, set()))
                 found[item] = (score + similarity * weight, reasons | {reason})
-        ranked = sorted((-np.float32(s), i) for i, (s, _) in found.items() if i not in seen)[: config.cap]
+        ranked = sorted((-np.float32(s), i) for i, (s, _) in found.items() if i not in seen)
+        ranked = [(s, i) for s, i in ranked if case.may_be_shown(i, user)]
+        ranked = best_of_accounts(case, ranked)[: config.quotas.get(name, config.cap)][: config.cap]
         for score, item in ranked:
             total, reasons, brought = blended.get(item, (0.0, set(), []))
             total += float(np.float32(config.graphs.get(name, 1.0))) * float(score / ranked[0][0])
             blended[item] = (total, reasons | found[item][1], [*brought, name])
-    order = sorted(blended, key=lambda i: (-np.float32(blended[i][0]), i))[: config.cap]
+    positive = sorted((-np.float32(score), i) for i, (score, _, _) in blended.items() if score > 0)
+    order = [i for _, i in best_of_accounts(case, positive)[: config.cap]]
     named = {("exact",): "exact", ("account",): "account", ("account", "exact"): "exact+account"}
-    return [
-        (i, np.float32(blended[i][0]), named[tuple(sorted(blended[i][1]))], "+".join(blended[i][2]))
-        for i in order
-        if blended[i][0] > 0
-    ]
+    return [(i, np.float32(blended[i][0]), named[tuple(sorted(blended[i][1]))], "+".join(blended[i][2])) for i in order]
+
+
+def best_of_accounts(case: Case, ranked: list[tuple[Any, int]]) -> list[tuple[Any, int]]:
+    kept, taken = [], dict[int, int]()
+    for entry in ranked:
+        account = case.accounts[entry[1]]
+        taken[account] = taken.get(account, 0) + 1
+        if account < 0 or taken[account] <= (case.settings.account_cap or len(ranked)):
+            kept.append(entry)
+    return kept
 
 
 def as_rows(table: pa.Table) -> dict[int, list[tuple[int, np.float32, str, str]]]:
@@ -147,10 +177,16 @@ def cases(draw: st.DrawFn) -> Case:
         "cap": draw(st.sampled_from([1, 2, 3, 1500])),
         "account_items": draw(st.sampled_from([0, 1, 2, 5])),
         "account_weight": draw(st.sampled_from([0.0, 0.25, 1.0])),
+        "account_cap": draw(st.sampled_from([None, 1, 2])),
+        "cold_items": draw(st.sampled_from([0, 1, 2])),
+        "quotas": draw(st.sampled_from([{}, {"alure": 1}, {"alure": 2, "social": 1}])),
         "exclude_seen": draw(st.booleans()),
         "graphs": {"alure": 1.0, "social": draw(st.sampled_from([0.0, 0.3, 2.0]))},
     }
+    inventory = st.lists(st.tuples(item, st.sampled_from([None, "AR", "BR", "CL"])), max_size=9)
+    eligible = draw(st.none() | inventory.map(lambda rows: [(0, "AR"), *rows]))
     return Case(
+        eligible=eligible,
         rows=draw(st.lists(row, min_size=1, max_size=30)),
         graphs={"alure": draw(lists), "social": draw(lists)},
         accounts=draw(st.lists(st.integers(-1, 2), min_size=items, max_size=items)),
@@ -159,7 +195,7 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-@settings(max_examples=15, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_it_is_the_model(tmp_path_factory: pytest.TempPathFactory, case: Case) -> None:
     store, events = write(case, tmp_path_factory.mktemp("case"))
@@ -225,6 +261,56 @@ def test_the_future_is_not_seen(simple: tuple[EmbeddingStore, Events], tmp_path:
     assert simple[0].read_popularity().equals(other[0].read_popularity())
 
 
+def test_cold_ads_come_in_through_their_account(tmp_path: Path) -> None:
+    """Item 4 of account 1 has no engagement by as_of, item 0 is over: it still brings its account's others."""
+    case = Case(SIMPLE.rows, SIMPLE.graphs, SIMPLE.accounts, eligible=[(1, None), (3, "AR"), (4, "AR"), (5, "BR")])
+    store, events = write(case, tmp_path)
+    report = retrieve(store, events, case.settings, graphs=["alure"])
+    assert as_rows(store.read_candidates())[0] == [
+        (3, np.float32(1), "exact", "alure"),
+        (1, np.float32(0.375), "account", "alure"),
+        (4, np.float32(0.25), "account", "alure"),
+    ]
+    assert report.cold_candidates == 1
+    assert report.eligible == {"rows": 5, "unknown_items": 1, "items": 4}
+    assert store.read_popularity()["item_ids"].to_pylist() == [[3], [1]]
+    write_inventory = pa.table({"item_id": [5]})
+    pq.write_table(write_inventory, case.settings.eligible)
+    retrieve(store, events, case.settings, graphs=["alure"])
+    assert [row[0] for row in as_rows(store.read_candidates())[0]] == [5]
+    assert store.read_popularity()["item_ids"].to_pylist() == [[5], []]  # another inventory in the same file
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ({"item": [1]}, "expected a column item_id, got item; the nearest is 'item', rename it"),
+        ({"item_id": ["1"]}, "expected ids of type int64 as the items of the log, got string"),
+        ({"item_id": [77, 78]}, "none of its 2 items is among the 6 of the log"),
+    ],
+)
+def test_an_inventory_that_cannot_be(
+    simple: tuple[EmbeddingStore, Events], tmp_path: Path, table: dict[str, Any], message: str
+) -> None:
+    path = tmp_path / "inventory.parquet"
+    with pytest.raises(InputError, match="does not exist"):
+        CandidateRetriever(*simple, RetrievalConfig(eligible=path))
+    pq.write_table(pa.table(table), path)
+    with pytest.raises(InputError, match=message):
+        CandidateRetriever(*simple, RetrievalConfig(eligible=path))
+
+
+def test_quotas_keep_a_place_for_every_graph(simple: tuple[EmbeddingStore, Events]) -> None:
+    settings = {"cap": 3, "graphs": {"alure": 1.0, "social": 0.01}, "account_weight": 0.0}
+    for quotas, expected in (({}, [(0, "alure"), (3, "alure"), (5, "alure")]),
+                             ({"alure": 2}, [(0, "alure"), (3, "alure"), (1, "social")])):  # fmt: skip
+        retrieve(*simple, SIMPLE.settings.model_copy(update={**settings, "quotas": quotas}))
+        rows = as_rows(simple[0].read_candidates(name="alure+social"))
+        assert [(item, graphs) for item, _, _, graphs in rows[0]] == expected
+    with pytest.raises(InputError, match="quotas: expected graphs among alure, social, ppr, got 'socal'"):
+        retrieve(*simple, RetrievalConfig(quotas={"socal": 1}))
+
+
 def test_what_a_user_has_seen_can_be_left_out(simple: tuple[EmbeddingStore, Events]) -> None:
     """User 0 has viewed item 3: a view weighs nothing here, and is a meeting all the same."""
     retrieve(*simple, SIMPLE.settings.model_copy(update={"exclude_seen": True}), graphs=["alure"])
@@ -266,6 +352,7 @@ def test_chunks_make_no_difference(simple: tuple[EmbeddingStore, Events], monkey
     retrieve(store, events, SIMPLE.settings)
     whole = store.read_candidates(name="alure+social")
     monkeypatch.setattr("alure.engine.retrieval.retriever.CHUNK_CANDIDATES", 1)
+    monkeypatch.setattr("alure.engine.retrieval.engagements.EXPANDED", 1)
     retrieve(store, events, SIMPLE.settings)
     assert store.read_candidates(name="alure+social").equals(whole)
 
