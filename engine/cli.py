@@ -241,9 +241,12 @@ def refresh(
     store: Annotated[Path, typer.Option(help="The embedding store; made when it is missing.")],
     as_of: AsOf = None,
     incremental: Annotated[bool, typer.Option(help="Only users with new events; others are carried forward.")] = False,
+    max_age_days: Annotated[float | None, typer.Option(min=0, help="With --incremental: older ones anew.")] = None,
+    max_minutes: Annotated[float | None, typer.Option(help="With --incremental: who changed most comes first.")] = None,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Events a batch.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
-    workers: Annotated[int, typer.Option(min=1, help="Processes.")] = 1,
+    workers: Annotated[int, typer.Option(min=1, help="Processes, Ray actors or Spark tasks.")] = 1,
+    engine: Annotated[str, typer.Option(help="Who runs them: local, ray or spark.")] = "local",
     config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
@@ -259,8 +262,15 @@ def refresh(
         store,
         as_of=parse_time(as_of),
         incremental=incremental,
-        config=override(load_config(config).refresh, token_budget=token_budget, precision=precision),
+        config=override(
+            load_config(config).refresh,
+            token_budget=token_budget,
+            precision=precision,
+            max_age=None if max_age_days is None else round(max_age_days * 86_400),
+            max_minutes=max_minutes,
+        ),
         workers=workers,
+        engine=engine,
     )
     finish(job.run(), as_json)
 

@@ -114,6 +114,13 @@ class RefreshConfig(Section):
     token_budget: int = Field(32_768, ge=1, description="events a batch; a longer history is a batch of its own")
     unit_users: int = Field(32_768, ge=1, description="users a unit of work: one idempotent write")
     max_events: int | None = Field(None, ge=1, description="newest events a source (default: all)")
+    max_age: int | None = Field(None, ge=0, description="seconds; incremental refreshes embed anew what is older")
+    max_minutes: float | None = Field(
+        None, gt=0, description="for incremental refreshes: who changed most comes first, the rest is carried forward"
+    )
+    max_quarantine_share: float = Field(
+        0.001, ge=0, le=1, description="of users without a finite embedding: left out; a larger share stops the job"
+    )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 on GPUs and on CPUs with AMX, else float32"
     )

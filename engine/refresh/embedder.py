@@ -1,19 +1,21 @@
 """Embeds units: packs users by token budget, runs the model, puts the rows back in order, carries unchanged users."""
 
 import copy
+import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 import torch
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError
 from alure.engine.events import Events
 from alure.engine.model import UserModel
+from alure.engine.refresh.earlier import Earlier, earlier_rows
 from alure.engine.refresh.planner import Unit, count_events, pack
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.rows import embedding_schema
@@ -32,27 +34,46 @@ def resolve_precision(precision: str, device: torch.device) -> str:
 
 @dataclass(frozen=True)
 class Snapshot:
-    """What a generation is made from. base: the generation to carry unchanged users forward from."""
+    """What a generation is made from, and how far the work may go.
+
+    base: the generation to carry users forward from. most_bad: users without a finite embedding that a job puts up
+    with. least_unseen, deadline (unix seconds): under a time limit, users whose embedding has seen all but a smaller
+    share of their history are carried forward, and after the deadline all are.
+    """
 
     generation: str
     as_of: int
     model: str
     base: str | None
     config: RefreshConfig
+    most_bad: int = 0
+    least_unseen: float = 0.0
+    deadline: float | None = None
 
 
 @dataclass
 class Work:
-    """How much was done."""
+    """How much was done. bad: users whose embedding was not finite."""
 
     embedded: int = 0
     tokens: int = 0
     batches: int = 0
+    bad: int = 0
 
     def add(self, other: "Work") -> None:
         self.embedded += other.embedded
         self.tokens += other.tokens
         self.batches += other.batches
+        self.bad += other.bad
+
+
+@dataclass(frozen=True)
+class UnitResult:
+    """rows: of the embeddings table; bad: ids of users whose embedding is not finite, who have no row."""
+
+    rows: pa.Table
+    bad: list[Any]
+    work: Work
 
 
 class Embedder:
@@ -68,86 +89,76 @@ class Embedder:
         self.width = model.config.num_embeddings * model.config.width
 
     def embed(
-        self, users: np.ndarray, tokens: np.ndarray, after_batch: Callable[[int], None]
+        self, users: np.ndarray, tokens: np.ndarray, after_batch: Callable[[int, int], None]
     ) -> tuple[np.ndarray, Work]:
         """float32 [n, k·d] of `users` (indices), in their order, whatever batches they shared.
 
-        after_batch(users) is called after each batch; what it raises ends the work.
-        Raises AlureError naming users whose embedding is not finite.
+        after_batch(users, tokens) is called after each batch; what it raises ends the work.
         """
         values = np.empty((len(users), self.width), dtype=np.float32)
         batches = pack(tokens, self.snapshot.config.token_budget)
         with torch.inference_mode():
             for places in batches:
-                batch = self.events.batch(users[places], self.snapshot.as_of, self.snapshot.config.max_events)
-                found = self.model(batch.to(self.device), self.catalog)
-                values[places] = found.float().reshape(len(places), self.width).cpu().numpy()
-                self._check_finite(users[places], values[places])
-                after_batch(len(places))
+                values[places] = self._batch(users[places])
+                after_batch(len(places), int(tokens[places].sum()))
         return values, Work(len(users), int(tokens.sum()), len(batches))
 
-    def unit_rows(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[int], None]) -> tuple[pa.Table, Work]:
-        """The unit's rows of the embeddings table; users without an event up to as_of are left out."""
+    def _batch(self, users: np.ndarray) -> np.ndarray:
+        """float32 [n, k·d]. Users that do not fit in memory together go in halves."""
+        batch = self.events.batch(users, self.snapshot.as_of, self.snapshot.config.max_events)
+        try:
+            return self.model(batch.to(self.device), self.catalog).float().reshape(len(users), self.width).cpu().numpy()
+        except (torch.OutOfMemoryError, MemoryError):
+            if len(users) == 1:
+                raise AlureError(
+                    f"refresh: the {batch.total:,} events of one user do not fit in the memory of {self.device}; "
+                    "limit histories by max_events in the configuration's section refresh"
+                ) from None
+        half = len(users) // 2  # outside the handler, which would hold on to the failed pass's tensors
+        return np.concatenate([self._batch(users[:half]), self._batch(users[half:])])
+
+    def unit_rows(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[int, int], None]) -> UnitResult:
+        """The unit's users that have an event up to as_of: those who need it embedded, the others carried forward."""
         snapshot = self.snapshot
         num_events, tokens = count_events(self.events, unit, snapshot.as_of, snapshot.config.max_events)
-        known = self.events.users.slice(unit.first, unit.last - unit.first).append_column("now", pa.array(num_events))
-        carried = self._unchanged(unit, known, store)
-        fresh = (num_events > 0) & ~carried.changed_nothing
-        places = np.flatnonzero(fresh)
+        earlier = earlier_rows(store, snapshot.base, self.events, unit)
+        present = num_events > 0
+        chosen = present & needs_refresh(snapshot, earlier, num_events)
+        places = np.flatnonzero(chosen)
         values, work = self.embed(places + unit.first, tokens[places], after_batch)
-        chosen = known.take(places)
-        count, schema = len(places), embedding_schema(known["user_id"].type)
+        finite = np.isfinite(values).all(axis=1)
+        work.bad = len(places) - int(finite.sum())
+        known = self.events.users.slice(unit.first, unit.last - unit.first)
+        rows = self._rows(known.take(places[finite]), num_events[places[finite]], values[finite])
+        carried = earlier.keep(present & ~chosen)
+        if len(carried):
+            rows = pa.concat_tables([rows, carried.cast(rows.schema)])
+        return UnitResult(rows, known["user_id"].take(places[~finite]).to_pylist(), work)
+
+    def _rows(self, users: pa.Table, num_events: np.ndarray, values: np.ndarray) -> pa.Table:
+        count, schema = len(users), embedding_schema(users["user_id"].type)
         columns = {
-            "user_id": chosen["user_id"],
-            "country": chosen["country"].cast(pa.string()),
-            "generation": pa.repeat(snapshot.generation, count),
+            "user_id": users["user_id"],
+            "country": users["country"].cast(pa.string()),
+            "generation": pa.repeat(self.snapshot.generation, count),
             "embedding": as_lists(values),
-            "as_of": pa.repeat(snapshot.as_of, count),
-            "model": pa.repeat(snapshot.model, count),
-            "num_events": chosen["now"],
+            "as_of": pa.repeat(self.snapshot.as_of, count),
+            "model": pa.repeat(self.snapshot.model, count),
+            "num_events": pa.array(num_events),
             "refreshed_at": pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", "UTC")), count),
         }
-        rows = pa.table([columns[name] for name in schema.names], schema=schema)
-        return pa.concat_tables([rows, carried.rows.cast(schema)]) if len(carried.rows) else rows, work
-
-    def _unchanged(self, unit: Unit, known: pa.Table, store: EmbeddingStore) -> "Carried":
-        """Who keeps the base generation's row: whose number of events up to as_of is the row's.
-
-        Then no event lies between the row's as_of and this one, nor has an older one come late.
-        """
-        nobody = Carried(np.zeros(len(known), bool), embedding_schema(known["user_id"].type).empty_table())
-        if self.snapshot.base is None:
-            return nobody
-        rows = []
-        for country in pc.unique(known["country"]).to_pylist():
-            ids = known.filter(pc.equal(known["country"], country))["user_id"]
-            rows.append(store.read_range(self.snapshot.base, country, (ids[0], ids[-1])))  # the log is sorted by id
-        before = pa.concat_tables(rows)
-        if before["user_id"].type != known["user_id"].type or not len(before):
-            return nobody
-        place = pc.index_in(before["user_id"], value_set=known["user_id"].combine_chunks())
-        now = known["now"].take(place)
-        same = pc.fill_null(pc.equal(now, before["num_events"]), False)
-        kept = np.zeros(len(known), bool)
-        kept[place.filter(same).to_numpy()] = True
-        return Carried(kept, before.filter(same))
-
-    def _check_finite(self, users: np.ndarray, values: np.ndarray) -> None:
-        bad = users[~np.isfinite(values).all(axis=1)]
-        if len(bad):
-            named = ", ".join(str(i) for i in self.events.users["user_id"].take(bad[:5]).to_pylist())
-            raise AlureError(
-                f"refresh: the embeddings of {len(bad)} users are not finite, among them {named}; nothing was "
-                "published. The model's weights or these users' dense vectors hold NaN, Inf or huge numbers"
-            )
+        return pa.table([columns[name] for name in schema.names], schema=schema)
 
 
-@dataclass(frozen=True)
-class Carried:
-    """changed_nothing: bool per user of the unit; rows: theirs in the base generation."""
-
-    changed_nothing: np.ndarray
-    rows: pa.Table
+def needs_refresh(snapshot: Snapshot, earlier: Earlier, num_events: np.ndarray) -> np.ndarray:
+    """bool [n]: users with events that their embedding has not seen, or with one older than max_age."""
+    unseen = earlier.unseen_share(num_events)
+    needed = unseen > 0
+    if snapshot.config.max_age is not None:
+        needed |= earlier.older_than(snapshot.as_of - snapshot.config.max_age)
+    if snapshot.deadline is None:
+        return needed
+    return needed & (unseen >= snapshot.least_unseen) & (time.time() < snapshot.deadline)
 
 
 def as_lists(values: np.ndarray) -> pa.ListArray:

@@ -5,10 +5,11 @@ carries the unit's name, and a unit whose name is in the store is not done again
 """
 
 import hashlib
+import os
 import time
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import torch
 from safetensors.torch import save
 
@@ -16,11 +17,13 @@ from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
 from alure.engine.model import UserModel, model_digest
-from alure.engine.progress import say, track
+from alure.engine.progress import Track, say, track
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work, resolve_precision
-from alure.engine.refresh.planner import Unit, count_events, generation_id, plan_units
-from alure.engine.refresh.report import RefreshReport
-from alure.engine.refresh.workers import Paths, embed_units, run_workers
+from alure.engine.refresh.outlook import SPARE, Outlook, look_ahead, seconds_a_token
+from alure.engine.refresh.planner import Unit, generation_id, plan_units
+from alure.engine.refresh.report import RefreshReport, freshness
+from alure.engine.refresh.shard import Job, share_units
+from alure.engine.refresh.workers import run_workers
 from alure.engine.signals import StopFlag, stop_flag
 from alure.engine.store import EmbeddingStore, Generation
 
@@ -46,6 +49,7 @@ class RefreshJob:
         incremental: bool = False,
         config: RefreshConfig | None = None,
         workers: int = 1,
+        engine: str = "local",
     ) -> None:
         self.model_path = None if isinstance(model, UserModel) else Path(model)
         self.model = model if isinstance(model, UserModel) else UserModel.load(model)
@@ -56,7 +60,7 @@ class RefreshJob:
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = config or RefreshConfig()
         self.config = config.model_copy(update={"precision": resolve_precision(config.precision, device)})
-        self.workers = workers
+        self.workers, self.engine = workers, engine
         if not 0 <= self.as_of <= LATEST:
             raise InputError(f"as_of: expected unix seconds from 0 to {LATEST}, got {self.as_of}; milliseconds?")
         if workers < 1:
@@ -76,12 +80,16 @@ class RefreshJob:
         if published is not None:
             say(f"refresh: generation {snapshot.generation} is published already, with {published.rows:,} users")
             return self._report(snapshot, published, (units, len(units)), None, started)
-        done = self.store.written_units(snapshot.generation, [unit.name for unit in units])
-        left = [unit for unit in units if unit.name not in done]
+        self._refuse_withdrawn(snapshot.generation)
+        names = [unit.name for unit in units]
+        done = self.store.written_units(snapshot.generation, names)
         with stop_flag("refresh") as flag:
-            work = self._embed(snapshot, left, len(done), flag)
-            self._check_complete(snapshot, units)
-            published = self.store.publish(self._generation(snapshot))
+            outlook = look_ahead(snapshot, units, done, self.events, self.store)
+            most_bad = int(self.config.max_quarantine_share * outlook.present)
+            snapshot = replace(snapshot, most_bad=most_bad)
+            left = [unit for unit in units if unit.name not in done]
+            work = self._embed(snapshot, outlook, left, flag) if left else Work()
+            published = self.store.publish(self._generation(snapshot, names, outlook.present))
         return self._report(snapshot, published, (units, len(done)), work, started)
 
     def _snapshot(self) -> Snapshot:
@@ -89,12 +97,24 @@ class RefreshJob:
         base = None
         if self.incremental and self.store.log.find(full, "embeddings") is None:
             base = self._base()
+        if self.config.max_minutes is not None and base is None:
+            raise InputError(
+                "--max-minutes: needs --incremental and an earlier generation, which whom the time does not reach are "
+                "carried forward from; make the first one in full"
+            )
         generation = generation_id(self.as_of, self.digest, self.events, self.config, base)
         return Snapshot(generation, self.as_of, self.digest, base, self.config)
 
     def _base(self) -> str | None:
-        """The newest generation before as_of; InputError where its rows cannot stand beside this model's."""
-        earlier = [g for g in self.store.generations("embeddings") if g.as_of < self.as_of]
+        """The newest generation before as_of, or one of as_of that a time limit cut short; InputError where its rows
+        cannot stand beside this model's.
+        """
+        unlimited = self.config.max_minutes is None
+        earlier = [
+            g
+            for g in self.store.generations("embeddings")
+            if g.as_of < self.as_of or (g.as_of == self.as_of and unlimited and g.properties.get("max_minutes"))
+        ]
         if not earlier:
             say("refresh: no earlier generation to carry users forward from, so every user is embedded")
             return None
@@ -112,62 +132,90 @@ class RefreshJob:
                 )
         return base.generation
 
-    def _embed(self, snapshot: Snapshot, units: list[Unit], num_done: int, flag: StopFlag) -> Work:
-        counts = [count_events(self.events, unit, self.as_of, self.config.max_events) for unit in units]
-        users = sum(int((events > 0).sum()) for events, _ in counts)
-        tokens = sum(int(t.sum()) for _, t in counts)
-        devices = [
-            f"cuda:{i % torch.cuda.device_count()}" if torch.cuda.is_available() else "cpu" for i in range(self.workers)
-        ]
+    def _refuse_withdrawn(self, generation: str) -> None:
+        withdrawn = any(g.key == (generation, "embeddings", "") for g in self.store.log.withdrawn())
+        if withdrawn and self.store.count_written(generation):
+            raise InputError(
+                f"refresh: generation {generation} was rolled back. `alure rollback --to {generation}` brings it back; "
+                "to make it anew, `alure vacuum` its rows first"
+            )
+
+    def _embed(self, snapshot: Snapshot, outlook: Outlook, units: list[Unit], flag: StopFlag) -> Work:
+        devices = self._devices()
         say(
-            f"refresh: generation {snapshot.generation}: {users:,} users with {tokens:,} events in {len(units)} units"
-            + (f" ({num_done} more are done)" if num_done else "")
-            + f" on {', '.join(sorted(set(devices)))}"
+            f"refresh: generation {snapshot.generation}: {outlook.users:,} users with {outlook.tokens:,} events in "
+            f"{len(units)} units on {', '.join(sorted(set(devices)))}"
         )
-        with track("Embedding users", users, "users") as bar:
-            if self.workers > 1 and len(units) > 1 and self.model_path is not None:
-                paths = Paths(self.model_path, self.events.path, self.store.path)
-                return run_workers(paths, snapshot, units, devices[: len(units)], flag, bar)
+        alone = self.engine == "local" and self.workers == 1
+        long = outlook.tokens > CALIBRATE_FROM * self.config.token_budget
+        embedder = None
+        if alone or long or self.config.max_minutes is not None:
             embedder = Embedder(self.model, self.events, snapshot, torch.device(devices[0]))
-            if tokens > CALIBRATE_FROM * self.config.token_budget:
-                say(f"refresh: about {self._calibrate(embedder, units, counts) * tokens:,.0f} s on one worker")
-            return embed_units(embedder, self.store, units, flag, bar)
+        if embedder is not None and (long or self.config.max_minutes is not None) and outlook.tokens:
+            rate = self.workers / seconds_a_token(embedder, outlook)
+            say(f"refresh: about {outlook.tokens / rate:,.0f} s on {self.workers} workers")
+            embedder.snapshot = snapshot = self._limited(snapshot, outlook, rate)
+        with track("Embedding", outlook.tokens, "events") as bar:
+            progress = UsersAndEvents(bar)
+            if alone:
+                assert embedder is not None
+                return share_units(embedder, self.store, units, flag.check, progress)
+            assert self.model_path is not None
+            job = Job(self.model_path, self.events.path, self.store.path, snapshot, units)
+            return run_workers(job, devices, flag, progress)
 
-    def _calibrate(self, embedder: Embedder, units: list[Unit], counts: list[tuple[np.ndarray, np.ndarray]]) -> float:
-        """Seconds a token, from two batches of users spread evenly over the work, of which the first warms up."""
-        users = np.concatenate([np.arange(unit.first, unit.last) for unit in units])
-        tokens = np.concatenate([t for _, t in counts])
-        users, tokens = users[tokens > 0], tokens[tokens > 0]
-        step = max(1, round(2 * tokens.sum() / self.config.token_budget))
-        for start in (0, step // 2):
-            chosen = slice(start, None, step)
-            started = time.monotonic()
-            embedder.embed(users[chosen], tokens[chosen], lambda users: None)
-        return (time.monotonic() - started) / max(int(tokens[chosen].sum()), 1)
+    def _devices(self) -> list[str]:
+        """One a worker. torchrun gives each of its processes a LOCAL_RANK, from which its devices are counted."""
+        if not torch.cuda.is_available():
+            return ["cpu"] * self.workers
+        first, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        return [f"cuda:{(first + worker) % count}" for worker in range(self.workers)]
 
-    def _check_complete(self, snapshot: Snapshot, units: list[Unit]) -> None:
-        names = {unit.name for unit in units}
-        missing = names - self.store.written_units(snapshot.generation, sorted(names))
+    def _limited(self, snapshot: Snapshot, outlook: Outlook, rate: float) -> Snapshot:
+        """`snapshot` with what max_minutes allows at `rate` tokens a second."""
+        if self.config.max_minutes is None:
+            return snapshot
+        seconds = 60 * self.config.max_minutes
+        least = outlook.reach(SPARE * seconds * rate)
+        say(
+            f"refresh: {self.config.max_minutes:g} minutes reach the users whose embedding has not seen at least "
+            f"{least:.1%} of their history; the others are carried forward"
+        )
+        return replace(snapshot, least_unseen=least, deadline=time.time() + seconds)
+
+    def _generation(self, snapshot: Snapshot, names: list[str], present: int) -> Generation:
+        """What is published, once every unit is written and the rows are as many as the log says."""
+        missing = set(names) - self.store.written_units(snapshot.generation, names)
         if missing:
             raise AlureError(
                 f"refresh: generation {snapshot.generation}: units {', '.join(sorted(missing)[:5])} are not in "
                 f"{self.store.path} after they were written; nothing was published. Run again"
             )
-
-    def _generation(self, snapshot: Snapshot) -> Generation:
-        config = self.model.config
-        properties = {
-            "k": config.num_embeddings,
-            "d": config.width,
-            "max_events": self.config.max_events,
-            "precision": self.config.precision,
-            "base": snapshot.base,
-            "events": self.events.manifest.fingerprint,
-        }
         rows = self.store.count_written(snapshot.generation)
+        bad = self.store.count_quarantined(f"refresh {snapshot.generation}")
+        if bad > snapshot.most_bad:
+            raise AlureError(
+                f"refresh: {bad:,} users have no finite embedding, more than max_quarantine_share allows "
+                f"({snapshot.most_bad:,}); nothing was published. They are in the table quarantine of {self.store.path}"
+            )
+        if rows > present - bad or (rows < present - bad and self.config.max_minutes is None):
+            raise AlureError(
+                f"refresh: generation {snapshot.generation}: expected {present - bad:,} rows, one a user with an "
+                f"event, found {rows:,}; nothing was published. `alure vacuum` them, then run again"
+            )
         if not rows:
             first = self.events.manifest.first_timestamp
             raise InputError(f"refresh: no user has an event up to as_of = {self.as_of}; the log begins at {first}")
+        properties = {
+            "k": self.model.config.num_embeddings,
+            "d": self.model.config.width,
+            "max_events": self.config.max_events,
+            "precision": self.config.precision,
+            "base": snapshot.base,
+            "max_minutes": self.config.max_minutes,
+            "events": self.events.manifest.fingerprint,
+            "quarantined": bad,
+        }
         return Generation(snapshot.generation, "embeddings", "", rows, self.as_of, self.digest, properties)
 
     def _report(
@@ -179,7 +227,9 @@ class RefreshJob:
         started: float,
     ) -> RefreshReport:
         seconds, work = time.monotonic() - started, done or Work()
-        embedded = self.store.count_written(snapshot.generation, as_of=self.as_of)
+        ages = self.store.count_as_ofs(published)
+        embedded = ages.get(self.as_of, 0)
+        hours = seconds * self.workers / 3600
         return RefreshReport(
             generation=snapshot.generation,
             as_of=self.as_of,
@@ -189,7 +239,9 @@ class RefreshJob:
             users=published.rows,
             embedded=embedded,
             carried=published.rows - embedded,
+            quarantined=published.properties.get("quarantined", 0),
             skipped=self.events.num_users - published.rows,
+            freshness=freshness(ages, self.as_of),
             k=self.model.config.num_embeddings,
             d=self.model.config.width,
             units=len(units[0]),
@@ -199,10 +251,25 @@ class RefreshJob:
             batches=work.batches,
             seconds=seconds,
             users_per_second=work.embedded / max(seconds, 1e-9),
+            tokens_per_second=work.tokens / max(seconds, 1e-9),
+            device_hours=hours,
+            device_hours_per_billion_users=hours * 1e9 / work.embedded if work.embedded else None,
             device="cuda" if torch.cuda.is_available() else "cpu",
             precision=self.config.precision,
             workers=self.workers,
         )
+
+
+class UsersAndEvents:
+    """Progress in events, which the time left depends on, with users a second beside it."""
+
+    def __init__(self, bar: Track) -> None:
+        self.bar, self.users, self.started = bar, 0, time.monotonic()
+
+    def advance(self, users: int, tokens: int) -> None:
+        self.users += users
+        rate = self.users / max(time.monotonic() - self.started, 1e-9)
+        self.bar.advance(tokens, note=f"{rate:,.0f} users/s")
 
 
 def memory_digest(model: UserModel) -> str:

@@ -77,5 +77,7 @@ def generation_id(as_of: int, model: str, events: Events, config: RefreshConfig,
     """
     log = events.manifest.fingerprint
     identity = [as_of, model, log, config.unit_users, config.max_events, config.precision, base]
+    if base is not None:
+        identity += [config.max_age, config.max_minutes]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return f"{datetime.fromtimestamp(as_of, UTC):%Y%m%dT%H%M%SZ}-{digest}"

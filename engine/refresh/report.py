@@ -1,6 +1,10 @@
 """What a refresh did."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+
+DAY = 86_400
+AGES = {"now": 0, "up to 1 day": DAY, "up to 7 days": 7 * DAY, "up to 28 days": 28 * DAY}  # bound: seconds
 
 
 @dataclass(frozen=True)
@@ -15,7 +19,9 @@ class RefreshReport:
     users: int  # rows of the generation
     embedded: int  # users whose embedding was made for this as_of
     carried: int  # users carried forward: no event since their embedding was made
-    skipped: int  # users of the log without an event up to as_of
+    quarantined: int  # users left out because their embedding is not finite
+    skipped: int  # users of the log without a row: no event up to as_of, quarantined, or not reached in max_minutes
+    freshness: dict[str, int]  # users by the age of their embedding
     k: int
     d: int
     units: int
@@ -25,6 +31,17 @@ class RefreshReport:
     batches: int
     seconds: float
     users_per_second: float
+    tokens_per_second: float
+    device_hours: float
+    device_hours_per_billion_users: float | None  # extrapolated
     device: str
     precision: str
     workers: int
+
+
+def freshness(as_ofs: Mapping[int, int], as_of: int) -> dict[str, int]:
+    """Users by age, of {the time their embedding was made for: users}."""
+    counts = dict.fromkeys([*AGES, "older"], 0)
+    for made_for, users in as_ofs.items():
+        counts[next((name for name, bound in AGES.items() if as_of - made_for <= bound), "older")] += users
+    return {name: users for name, users in counts.items() if users}

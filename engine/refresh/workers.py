@@ -1,106 +1,67 @@
-"""Refresh in several processes: worker w of W takes units w, w + W, …; the store's commits keep them apart."""
+"""The shard function in several processes of this machine. One that dies leaves its unit to the others."""
 
 import multiprocessing
 import os
-import queue
 import sys
-from collections.abc import Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Any, Protocol
+from multiprocessing.connection import Connection, wait
+from multiprocessing.context import SpawnProcess
 
 import torch
 
 from alure.engine.errors import AlureError, InputError, Interrupted
-from alure.engine.events import Events
-from alure.engine.model import UserModel
-from alure.engine.refresh.embedder import Embedder, Snapshot, Work
-from alure.engine.refresh.planner import Unit
-from alure.engine.signals import StopFlag, stop_flag
-from alure.engine.store import EmbeddingStore
+from alure.engine.progress import say
+from alure.engine.refresh.embedder import Work
+from alure.engine.refresh.shard import Job, Progress, run_shard
+from alure.engine.signals import StopFlag
 
 
-@dataclass(frozen=True)
-class Paths:
-    """What each process opens for itself."""
-
-    model: Path
-    events: Path
-    store: Path
-
-
-class Progress(Protocol):
-    def advance(self, count: int = 1, note: str = "") -> None: ...
-
-
-def embed_units(embedder: Embedder, store: EmbeddingStore, units: list[Unit], flag: StopFlag, bar: Progress) -> Work:
-    """Write every unit; between batches a signal abandons the one at hand, which then is done again next time."""
-    done = Work()
-
-    def after_batch(users: int) -> None:
-        bar.advance(users)
-        flag.check()
-
-    for unit in units:
-        flag.check()
-        rows, work = embedder.unit_rows(unit, store, after_batch)
-        store.write_unit(embedder.snapshot.generation, unit.name, rows)
-        done.add(work)
-    return done
-
-
-def run_workers(
-    paths: Paths, snapshot: Snapshot, units: list[Unit], devices: list[str], flag: StopFlag, bar: Progress
-) -> Work:
-    """`embed_units` in one process a device; all stop where one fails. Raises what the first to fail raised."""
+def run_workers(job: Job, devices: list[str], flag: StopFlag, progress: Progress) -> Work:
+    """`run_shard` in one process a device. Raises what the first to fail raised, AlureError where all died."""
     context = multiprocessing.get_context("spawn")
-    messages: Any = context.Queue()
-    processes = [
-        context.Process(
-            target=_work,
-            args=(paths, snapshot, units[index :: len(devices)], device, len(devices), messages),
-            daemon=True,
-        )
-        for index, device in enumerate(devices)
-    ]
-    for process in processes:
-        process.start()
-    done, finished = Work(), 0
+    workers: dict[Connection, SpawnProcess] = {}
+    for device in devices:
+        receiver, sender = context.Pipe(duplex=False)
+        workers[receiver] = context.Process(target=_work, args=(job, device, len(devices), sender), daemon=True)
+        workers[receiver].start()
+        sender.close()
     try:
-        while finished < len(processes):
-            flag.check()
+        return _collect(dict(workers), flag, progress)
+    finally:
+        for receiver, process in workers.items():
+            receiver.close()
+            process.terminate()
+        for process in workers.values():
+            process.join()
+
+
+def _collect(workers: dict[Connection, SpawnProcess], flag: StopFlag, progress: Progress) -> Work:
+    done, finished, code = Work(), 0, None
+    while workers:
+        flag.check()
+        ready = wait(list(workers), timeout=0.5)
+        for receiver in [pipe for pipe in workers if pipe in ready]:
             try:
-                kind, value = messages.get(timeout=0.5)
-            except queue.Empty:
-                dead = [p.exitcode for p in processes if p.exitcode]
-                if dead:
-                    raise AlureError(
-                        f"refresh: a worker died with exit code {dead[0]} (−9: out of memory?); finished "
-                        "units are kept, run again with fewer workers or a smaller --token-budget"
-                    ) from None
+                kind, value = receiver.recv()
+            except EOFError:
+                process = workers.pop(receiver)
+                process.join()
+                code = process.exitcode or code
+                if process.exitcode:
+                    say(f"refresh: a worker died with exit code {process.exitcode}; the others take its unit over")
                 continue
             if kind == "advance":
-                bar.advance(value)
+                progress.advance(*value)
             elif kind == "done":
                 done.add(value)
                 finished += 1
             else:
                 raise _ERRORS[kind](value)
-    finally:
-        for process in processes:
-            if process.is_alive() and finished < len(processes):
-                process.terminate()
-        _drain(processes, messages)
+    if not finished:
+        raise AlureError(
+            f"refresh: all workers died, the last with exit code {code} (−9: out of memory?); finished units are kept, "
+            "run again with fewer workers or a smaller --token-budget"
+        )
     return done
-
-
-def _drain(processes: Sequence[Any], messages: Any) -> None:
-    """Wait for all to end; a process ends only once its messages are read."""
-    while any(process.is_alive() for process in processes):
-        try:
-            messages.get(timeout=0.1)
-        except queue.Empty:
-            continue
 
 
 _ERRORS: dict[str, type[AlureError]] = {kind.__name__: kind for kind in (AlureError, InputError, Interrupted)}
@@ -109,21 +70,19 @@ _ERRORS: dict[str, type[AlureError]] = {kind.__name__: kind for kind in (AlureEr
 class Reporter:
     """A worker's progress, told to the parent."""
 
-    def __init__(self, messages: Any) -> None:
-        self.messages = messages
+    def __init__(self, parent: Connection) -> None:
+        self.parent = parent
 
-    def advance(self, count: int = 1, note: str = "") -> None:
-        self.messages.put(("advance", count))
+    def advance(self, users: int, tokens: int) -> None:
+        self.parent.send(("advance", (users, tokens)))
 
 
-def _work(paths: Paths, snapshot: Snapshot, units: list[Unit], device: str, workers: int, messages: Any) -> None:
+def _work(job: Job, device: str, workers: int, parent: Connection) -> None:
     torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
     try:
-        with stop_flag("refresh") as flag:
-            model = UserModel.load(paths.model)
-            embedder = Embedder(model, Events.open(paths.events), snapshot, torch.device(device))
-            work = embed_units(embedder, EmbeddingStore(paths.store), units, flag, Reporter(messages))
-        messages.put(("done", work))
-    except AlureError as error:
-        messages.put((type(error).__name__, str(error)))
-        sys.exit(0)  # the parent raises it
+        try:
+            parent.send(("done", run_shard(job, device, Reporter(parent))))
+        except AlureError as error:
+            parent.send((type(error).__name__, str(error)))  # it is raised there
+    except BrokenPipeError:
+        sys.exit(1)  # the parent has stopped, and says why

@@ -9,6 +9,7 @@ STORE/checksums     one row a file of what is published
 STORE/quarantine    rows that were refused, and why
 """
 
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
@@ -38,6 +39,7 @@ from alure.engine.store.whole import SHAPES, WholeTable, as_ids
 
 Rows: TypeAlias = pa.RecordBatch | pa.Table
 GenerationName: TypeAlias = str | Generation | None
+QUARANTINE_SCHEMA = pa.schema([("origin", pa.string()), ("row", pa.string()), ("reason", pa.string())])
 ROW_GROUP_ROWS = 2_048  # a point read decodes one group: 2 ms, and 150 ms where it has 65,536 rows
 
 
@@ -104,10 +106,16 @@ class EmbeddingStore:
         """Those of `units` that are written, from one snapshot."""
         return self.embeddings.written(generation, units)
 
-    def count_written(self, generation: str, *, as_of: int | None = None) -> int:
-        """Rows of a generation, published or not; `as_of`: only those made for this time."""
-        where = _of(generation) if as_of is None else _of(generation) & (ds.field("as_of") == as_of)
-        return self.embeddings.count(where) if self.embeddings.exists() else 0
+    def count_written(self, generation: str) -> int:
+        """Rows of a generation, published or not."""
+        return self.embeddings.count(_of(generation)) if self.embeddings.exists() else 0
+
+    def count_as_ofs(self, generation: GenerationName = None) -> dict[int, int]:
+        """{as_of: rows whose embedding was made for that time}."""
+        chosen, counts = self.published(generation, "embeddings"), Counter[int]()
+        for batch in self.embeddings.scan(_of(chosen.generation), ["as_of"]) if chosen.rows else ():
+            counts.update({entry["values"]: entry["counts"] for entry in pc.value_counts(batch["as_of"]).to_pylist()})
+        return dict(counts)
 
     def publish(self, new: Generation) -> Generation:
         """Make a generation's embeddings visible. Publishing the same again changes nothing.
@@ -267,12 +275,14 @@ class EmbeddingStore:
             raise InputError(f"users {named}: not among the {chosen.rows:,} users of generation {chosen.generation}")
         return rows
 
-    def read_range(self, generation: str, country: str, bounds: tuple[Any, Any]) -> pa.Table:
-        """EMBEDDING_COLUMNS of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order."""
+    def read_range(
+        self, generation: str, country: str, bounds: tuple[Any, Any], columns: Sequence[str] = EMBEDDING_COLUMNS
+    ) -> pa.Table:
+        """`columns` of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order."""
         chosen = self.published(generation, "embeddings")
         user = ds.field("user_id")
         where = (ds.field("country") == country) & (user >= bounds[0]) & (user <= bounds[1])
-        return self._part(chosen.generation, chosen.sequence).to_table(columns=EMBEDDING_COLUMNS, filter=where)
+        return self._part(chosen.generation, chosen.sequence).to_table(columns=list(columns), filter=where)
 
     def _open_part(self, generation: str, sequence: int) -> ds.Dataset:
         """The files of a published generation, which never change under one sequence number."""
@@ -344,15 +354,17 @@ class EmbeddingStore:
 
     # ---- quarantine
 
-    def write_quarantine(self, origin: str, rows: Sequence[str], reason: str) -> None:
-        """Keep refused `rows` (JSON text, one each) with where they came from and why they were refused."""
+    def write_quarantine(self, origin: str, part: str, rows: Sequence[str], reason: str) -> None:
+        """Keep refused `rows` (JSON text, one each) with where they came from and why, each part of an origin once."""
         count = len(rows)
-        data = pa.table({"origin": [origin] * count, "row": list(rows), "reason": [reason] * count})
-        self.quarantine.append_stream(data.schema, data.to_batches())
+        data = pa.table([[origin] * count, list(rows), [reason] * count], schema=QUARANTINE_SCHEMA)
+        self.quarantine.append_once(data, origin, part)
+
+    def count_quarantined(self, origin: str) -> int:
+        return self.quarantine.count(ds.field("origin") == origin) if self.quarantine.exists() else 0
 
     def read_quarantine(self) -> pa.Table:
-        schema = pa.schema([("origin", pa.string()), ("row", pa.string()), ("reason", pa.string())])
-        return self.quarantine.dataset().to_table() if self.quarantine.exists() else schema.empty_table()
+        return self.quarantine.dataset().to_table() if self.quarantine.exists() else QUARANTINE_SCHEMA.empty_table()
 
 
 def _of(generation: str, country: str | None = None) -> ds.Expression:

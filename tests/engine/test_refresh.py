@@ -17,12 +17,13 @@ from support.refresh import jagged_log, name_countries, rename_log, rows_of, sav
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError, Interrupted
-from alure.engine.events import Events
+from alure.engine.events import Events, Manifest
 from alure.engine.model import UserModel
 from alure.engine.refresh import RefreshJob, RefreshReport
 from alure.engine.refresh.embedder import Embedder, Snapshot
 from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.upkeep import rollback, vacuum, verify
 
 SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
 
@@ -228,6 +229,87 @@ def test_incremental_sees_events_that_come_late(world: Path, tmp_path: Path) -> 
     assert job.run().embedded == 1
 
 
+def made_for_of(store: EmbeddingStore) -> dict[int, int]:
+    return {row["user_id"]: row["as_of"] for row in store.read_embeddings().to_pylist()}
+
+
+def test_incremental_embeds_anew_what_is_too_old(world: Path, tmp_path: Path) -> None:
+    """On day 20 nobody has news; embeddings of day 6 and 9 are there."""
+    for day in (6, 9):
+        refresh(world, tmp_path, as_of=START + day * DAY, incremental=True)
+    kept = SMALL.model_copy(update={"max_age": 11 * DAY})
+    before = made_for_of(EmbeddingStore(tmp_path))
+    old = [user for user, made_for in before.items() if made_for == START + 6 * DAY]
+    assert 0 < len(old) < len(before)
+    report = refresh(world, tmp_path, kept, as_of=START + 20 * DAY, incremental=True)
+    assert report.embedded == len(old)
+    assert report.freshness == {"now": len(old), "up to 28 days": len(before) - len(old)}
+    everyone = refresh(
+        world, tmp_path, SMALL.model_copy(update={"max_age": 0}), as_of=START + 21 * DAY, incremental=True
+    )
+    assert (everyone.embedded, everyone.carried) == (58, 0)
+
+
+def test_every_row_is_that_of_a_full_refresh_at_its_time(world: Path, tmp_path: Path) -> None:
+    for day in (4, 6, 8):
+        refresh(world, tmp_path / "store", as_of=START + day * DAY, incremental=True)
+        refresh(world, tmp_path / f"{day}", as_of=START + day * DAY)
+    full = {START + d * DAY: EmbeddingStore(tmp_path / f"{d}").read_embeddings().to_pylist() for d in (4, 6, 8)}
+    expected = {(row["user_id"], as_of): row for as_of, rows in full.items() for row in rows}
+    rows = EmbeddingStore(tmp_path / "store").read_embeddings().to_pylist()
+    assert {row["user_id"] for row in rows} == {user for user, as_of in expected if as_of == START + 8 * DAY}
+    assert len({row["as_of"] for row in rows}) == 3
+    for row in rows:
+        want = expected[row["user_id"], row["as_of"]]
+        np.testing.assert_allclose(row["embedding"], want["embedding"], atol=2e-6)
+        assert row["num_events"] == want["num_events"]
+
+
+def test_a_time_limit_takes_who_changed_most_first(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    refresh(world, tmp_path, as_of=START + 5 * DAY)
+    limited = SMALL.model_copy(update={"max_minutes": 1.0})
+    with pytest.raises(InputError, match="needs --incremental and an earlier generation"):
+        refresh(world, tmp_path, limited, as_of=START + 9 * DAY)
+    events = Events.open(world / "events")
+    before, now = events.num_events(START + 5 * DAY), events.num_events(START + 9 * DAY)
+    unseen = (now - before) / np.maximum(now, 1)
+    monkeypatch.setattr("alure.engine.refresh.job.seconds_a_token", lambda e, o: 60 * 0.9 / (0.5 * o.tokens))
+    report = refresh(world, tmp_path, limited, as_of=START + 9 * DAY, incremental=True)
+    fresh = {user for user, made_for in made_for_of(EmbeddingStore(tmp_path)).items() if made_for == report.as_of}
+    left_over = set(np.flatnonzero(unseen > 0)) - fresh
+    assert left_over
+    assert min(unseen[list(fresh)]) >= max(unseen[list(left_over)]) - 1e-3
+    assert now[list(fresh)].sum() <= 0.5 * now[unseen > 0].sum()
+    assert refresh(world, tmp_path, limited, as_of=START + 9 * DAY, incremental=True).already_published
+    rest = refresh(world, tmp_path, as_of=START + 9 * DAY, incremental=True)  # without the limit it goes on from there
+    assert rest.base == report.generation
+    assert rest.embedded_now == len(left_over)
+    assert made_for_of(EmbeddingStore(tmp_path)).keys() == set(np.flatnonzero(now))
+
+
+def test_after_the_deadline_all_are_carried_forward(world: Path, tmp_path: Path) -> None:
+    refresh(world, tmp_path, as_of=START + 1 * DAY)
+    over = SMALL.model_copy(update={"max_minutes": 1e-9})
+    report = refresh(world, tmp_path, over, as_of=START + 9 * DAY, incremental=True)
+    known = int((Events.open(world / "events").num_events(START + 1 * DAY) > 0).sum())
+    assert (report.embedded, report.carried, report.users) == (0, known, known)
+    assert known < 58  # who had no embedding has none yet, and is the first of the next run
+
+
+def test_a_rolled_back_generation_is_not_published_again(world: Path, tmp_path: Path) -> None:
+    for day in (5, 9):
+        generation = refresh(world, tmp_path, as_of=START + day * DAY).generation
+    store = EmbeddingStore(tmp_path)
+    rollback(store)
+    with pytest.raises(InputError, match=f"{generation} was rolled back"):
+        refresh(world, tmp_path, as_of=START + 9 * DAY)
+    vacuum(store, grace_hours=0)
+    assert refresh(world, tmp_path, as_of=START + 9 * DAY).embedded_now == 58
+    verify(store)
+
+
 def test_incremental_without_an_earlier_generation_embeds_all(world: Path, tmp_path: Path) -> None:
     report = refresh(world, tmp_path, incremental=True)
     assert (report.embedded, report.carried, report.base) == (58, 0, None)
@@ -253,9 +335,56 @@ def test_embeddings_that_are_not_finite_stop_the_job_and_name_users(world: Path,
         for parameter in model.compression.parameters():
             parameter.fill_(float("nan"))
     job = RefreshJob(model, world / "events", tmp_path, config=SMALL)
-    with pytest.raises(AlureError, match=r"embeddings of .* users are not finite, among them 5"):
+    with pytest.raises(AlureError, match=r"embeddings of .* users are not finite, among them 0"):
         job.run()
     assert job.store.generations() == []
+
+
+@pytest.mark.parametrize("config", [{}, {"token_budget": 1}, {"unit_users": 7}])
+def test_poison_users_are_left_out_and_kept_apart(world: Path, tmp_path: Path, config: dict[str, int]) -> None:
+    """Users 5 and 23 have a vector whose square is infinite; who is refused does not depend on batches or units."""
+    events, poisoned = jagged_log(tmp_path / "events"), [5, 23]
+    for name in ("click", "view"):
+        offsets = events.source(name).offsets
+        dense = np.zeros((int(offsets[-1]), 2), np.float32)
+        for user in poisoned:
+            dense[offsets[user] : offsets[user + 1]] = 3e38
+        np.save(tmp_path / "events" / "sources" / name / "dense.npy", dense)
+    manifest = Manifest.read(tmp_path / "events")
+    manifest.model_copy(update={"event_dense_dims": {"click": 2, "view": 2}}).write(tmp_path / "events")
+    save_model(tmp_path / "model", Events.open(tmp_path / "events"))
+    inputs = (tmp_path / "model", tmp_path / "events", tmp_path / "store")
+    with pytest.raises(AlureError, match="among them 5"):
+        RefreshJob(*inputs, config=SMALL).run()
+    assert EmbeddingStore(tmp_path / "store").read_quarantine().num_rows == 0
+    lenient = SMALL.model_copy(update={"max_quarantine_share": 0.05, **config})
+    report = RefreshJob(*inputs, config=lenient).run()
+    assert (report.quarantined, report.users) == (2, 56)
+    store = EmbeddingStore(tmp_path / "store")
+    assert not set(poisoned) & set(store.read_embeddings()["user_id"].to_pylist())
+    store.check_integrity()
+    refused = store.read_quarantine().to_pylist()
+    assert sorted(row["row"] for row in refused) == ['{"user_id": 23}', '{"user_id": 5}']
+    assert {row["origin"] for row in refused} == {f"refresh {report.generation}"}
+
+
+def test_users_that_do_not_fit_in_memory_together_go_in_halves(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = UserModel.forward
+
+    def small(self: UserModel, batch: Any, catalog: Any) -> torch.Tensor:
+        if len(batch) > 3:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch, catalog)
+
+    monkeypatch.setattr(UserModel, "forward", small)
+    refresh(world, tmp_path)
+    expected, found = EmbeddingStore(world / "store").read_matrix(), EmbeddingStore(tmp_path).read_matrix()
+    np.testing.assert_allclose(found.values, expected.values, atol=2e-6)
+    monkeypatch.setattr(UserModel, "forward", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    with pytest.raises(AlureError, match="events of one user do not fit in the memory"):
+        refresh(world, tmp_path / "none")
 
 
 def test_bfloat16_is_another_generation_near_the_float32_one(world: Path, tmp_path: Path) -> None:
@@ -299,7 +428,7 @@ def test_a_long_job_is_estimated_first(tmp_path: Path, capsys: pytest.CaptureFix
     report = RefreshJob(tmp_path / "model", events, tmp_path / "store", config=config).run()
     said = capsys.readouterr().err
     assert f"60 users with {report.tokens:,} events in 1 units" in said
-    assert "s on one worker" in said
+    assert "s on 1 workers" in said
 
 
 def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -311,9 +440,9 @@ def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model, "forward", lambda b, c: (totals.append((b.total, len(b))), forward(b, c))[1])
     users = np.array([40, 5, 8, 1, 22, 30, 31])
     tokens = events.num_events(users=users)
-    values, work = embedder.embed(users, tokens, lambda users: None)
+    values, work = embedder.embed(users, tokens, lambda users, tokens: None)
     assert max(total for total, _ in totals) == tokens[1] == 200  # user 5: a longer history is a batch of its own
     assert all(total <= 50 or size == 1 for total, size in totals)
     assert work.batches == len(totals)
-    order = embedder.embed(users[::-1].copy(), tokens[::-1].copy(), lambda users: None)[0]
+    order = embedder.embed(users[::-1].copy(), tokens[::-1].copy(), lambda users, tokens: None)[0]
     np.testing.assert_allclose(values[::-1], order, atol=2e-6)

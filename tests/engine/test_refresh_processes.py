@@ -1,8 +1,7 @@
-"""The refresh killed in a process of its own, and shared among several."""
+"""The refresh shared among several processes."""
 
-import random
-import subprocess
-import sys
+import os
+import signal
 import time
 from pathlib import Path
 
@@ -12,9 +11,11 @@ from support.refresh import jagged_log, rows_of, save_model
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
 from alure.engine.refresh import RefreshJob, RefreshReport
+from alure.engine.refresh.job import UsersAndEvents
+from alure.engine.refresh.leases import EXPIRES_S, Leases
 from alure.engine.store import EmbeddingStore
 
-SMALL = RefreshConfig(unit_users=16, token_budget=150)
+SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
 
 
 @pytest.fixture(scope="module")
@@ -28,38 +29,56 @@ def refresh(world: Path, store: Path, config: RefreshConfig = SMALL, workers: in
     return RefreshJob(world / "model", world / "events", store, config=config, workers=workers).run()
 
 
-CHILD = """
-import sys, torch
-from alure.engine.config import RefreshConfig
-from alure.engine.refresh import RefreshJob
-torch.set_num_threads(1)
-model, events, store = sys.argv[1:]
-RefreshJob(model, events, store, config=RefreshConfig(unit_users=2, token_budget=150)).run()
-"""
-
-
-def test_killed_at_any_moment_it_ends_with_the_same_rows(world: Path, tmp_path: Path) -> None:
-    config, moments = SMALL.model_copy(update={"unit_users": 2}), random.Random(0)
-    for _ in range(2):
-        command = [sys.executable, "-c", CHILD, *(str(p) for p in (world / "model", world / "events", tmp_path / "s"))]
-        child = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, cwd=tmp_path)
-        assert child.stderr is not None
-        child.stderr.readline()  # "refresh: generation …": the work begins
-        time.sleep(moments.uniform(0, 0.6))
-        child.kill()
-        child.wait()
-        child.stderr.close()
-    refresh(world, tmp_path / "s", config)
-    refresh(world, tmp_path / "undisturbed", config)
-    assert rows_of(EmbeddingStore(tmp_path / "s")) == rows_of(EmbeddingStore(tmp_path / "undisturbed"))
-    EmbeddingStore(tmp_path / "s").check_integrity()
-
-
 def test_two_processes_write_the_same_rows(world: Path, tmp_path: Path) -> None:
     report = refresh(world, tmp_path / "shared", workers=2)
     assert (report.workers, report.embedded_now, report.users) == (2, 58, 58)
     refresh(world, tmp_path / "alone")
     assert rows_of(EmbeddingStore(tmp_path / "shared")) == rows_of(EmbeddingStore(tmp_path / "alone"))
+
+
+def test_a_dead_workers_unit_is_taken_over(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """The first to report progress is killed: it holds a unit that is not written yet."""
+    advance, killed = UsersAndEvents.advance, []
+
+    def kill_one(self: UsersAndEvents, users: int, tokens: int) -> None:
+        advance(self, users, tokens)
+        leases = (tmp_path / "leases").glob("*/*-*")
+        for holder in {int(lease.read_text().rpartition(":")[2]) for lease in leases if not killed}:
+            os.kill(holder, signal.SIGKILL)
+            killed.append(holder)
+            break
+
+    monkeypatch.setattr(UsersAndEvents, "advance", kill_one)
+    config = SMALL.model_copy(update={"token_budget": 10})
+    report = refresh(world, tmp_path, config, workers=2)
+    assert len(killed) == 1
+    assert "a worker died with exit code -9; the others take its unit over" in capfd.readouterr().err
+    assert report.users == 58
+    EmbeddingStore(tmp_path).check_integrity()
+
+
+def test_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def held_by(holder: str, seconds_ago: float) -> Leases:
+        monkeypatch.setattr("alure.engine.refresh.leases.socket.gethostname", lambda: holder.rpartition(":")[0])
+        monkeypatch.setattr("alure.engine.refresh.leases.os.getpid", lambda: int(holder.rpartition(":")[2]))
+        leases = Leases(tmp_path)
+        os.utime(leases.mine, (time.time() - seconds_ago,) * 2)
+        return leases
+
+    alive, dead = str(os.getppid()), "4194305"  # beyond Linux's largest process id
+    elsewhere, stuck = held_by("far:7", 0), held_by("far:8", 2 * EXPIRES_S)
+    here, gone = held_by(f"near:{alive}", 2 * EXPIRES_S), held_by(f"near:{dead}", 0)
+    for unit, holder in {"a": elsewhere, "b": stuck, "c": here, "d": gone}.items():
+        assert holder.claim(unit)
+    mine = held_by(f"near:{os.getpid()}", 0)
+    assert [unit for unit in "abcde" if mine.claim(unit)] == ["b", "d", "e"]
+    stuck.keep()
+    assert not mine.claim("a")
+    mine.release("e")
+    assert elsewhere.claim("e")
+    assert not mine.claim("e")
 
 
 def test_what_fails_in_a_process_fails_the_job(world: Path, tmp_path: Path) -> None:

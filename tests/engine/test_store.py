@@ -331,7 +331,9 @@ def test_integrity(store: EmbeddingStore, second: pa.Table, complaint: str) -> N
 
 def test_quarantine(store: EmbeddingStore) -> None:
     assert store.read_quarantine().num_rows == 0
-    store.write_quarantine("refresh", ['{"user_id": 3}'], "the embedding is not finite")
+    for _ in range(2):
+        store.write_quarantine("refresh", "0-9", ['{"user_id": 3}'], "the embedding is not finite")
+    assert (store.count_quarantined("refresh"), store.count_quarantined("ingest")) == (1, 0)
     assert store.read_quarantine().to_pylist() == [
         {"origin": "refresh", "row": '{"user_id": 3}', "reason": "the embedding is not finite"}
     ]

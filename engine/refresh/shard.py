@@ -1,0 +1,104 @@
+"""The one function that every worker runs, in this process, a process of this machine, a Ray actor or a Spark task."""
+
+import json
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from alure.engine.errors import AlureError
+from alure.engine.events import Events
+from alure.engine.model import UserModel
+from alure.engine.refresh.embedder import Embedder, Snapshot, UnitResult, Work
+from alure.engine.refresh.leases import Leases
+from alure.engine.refresh.planner import Unit
+from alure.engine.signals import stop_flag
+from alure.engine.store import EmbeddingStore
+
+LOOK_AGAIN_S = 0.2  # while others work on all that is left
+
+
+class Progress(Protocol):
+    def advance(self, users: int, tokens: int) -> None: ...
+
+
+class Silent:
+    def advance(self, users: int, tokens: int) -> None:
+        pass
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a worker needs to know: paths that it opens for itself, and the work."""
+
+    model: Path
+    events: Path
+    store: Path
+    snapshot: Snapshot
+    units: list[Unit]
+
+
+def run_shard(job: Job, device: str, progress: Progress | None = None) -> Work:
+    """Open the model, the log and the store, and share the job's units with whoever else does."""
+    with stop_flag("refresh") as flag:
+        embedder = Embedder(UserModel.load(job.model), Events.open(job.events), job.snapshot, torch.device(device))
+        return share_units(embedder, EmbeddingStore(job.store), job.units, flag.check, progress or Silent())
+
+
+def share_units(
+    embedder: Embedder, store: EmbeddingStore, units: list[Unit], check: Callable[[], None], progress: Progress
+) -> Work:
+    """Take units that nobody works on until all are written, whoever writes them; returns what was done here.
+
+    check: called between batches; what it raises abandons the unit at hand, which is then done again next time.
+    """
+    generation, done = embedder.snapshot.generation, Work()
+    leases = Leases(store.path / "leases" / generation)
+
+    def after_batch(users: int, tokens: int) -> None:
+        progress.advance(users, tokens)
+        leases.keep()
+        check()
+
+    try:
+        while units:
+            for unit in units:
+                check()
+                if not leases.claim(unit.name):
+                    continue
+                try:
+                    if not store.written_units(generation, [unit.name]):
+                        result = embedder.unit_rows(unit, store, after_batch)
+                        done.add(result.work)
+                        refuse_many_bad(embedder.snapshot, done.bad, result)
+                        write_unit(store, generation, unit, result)
+                finally:
+                    leases.release(unit.name)
+            written = store.written_units(generation, [unit.name for unit in units])
+            units = [unit for unit in units if unit.name not in written]
+            if units:
+                time.sleep(LOOK_AGAIN_S)
+    finally:
+        leases.close()
+    return done
+
+
+def write_unit(store: EmbeddingStore, generation: str, unit: Unit, result: UnitResult) -> None:
+    """Exactly once, whoever else writes it: first who is left out, then the rows, whose commit says that it is done."""
+    if result.bad:
+        rows = [json.dumps({"user_id": user}) for user in result.bad]
+        store.write_quarantine(f"refresh {generation}", unit.name, rows, "the embedding is not finite")
+    store.write_unit(generation, unit.name, result.rows)
+
+
+def refuse_many_bad(snapshot: Snapshot, bad: int, result: UnitResult) -> None:
+    if bad > snapshot.most_bad:
+        named = ", ".join(map(str, result.bad[:5]))
+        raise AlureError(
+            f"refresh: the embeddings of {bad:,} users are not finite, among them {named}; nothing was published. The "
+            "model's weights or these users' dense vectors hold NaN, Inf or huge numbers. Up to max_quarantine_share "
+            f"of the users ({snapshot.most_bad:,}) are left out and kept in the table quarantine"
+        )
