@@ -3,10 +3,10 @@
 Each backend module (reference, kernel, native) has
 
     forward(q, k, v, batch: Batch, bias: Bias, scale) -> (out [Tq, H, D] like q, lse [H, Tq] float32)
-    backward(grad_out, q, k, v, lse, delta, batch, bias, scale) -> Gradients
+    backward(grad_out, grad_lse, q, k, v, out, lse, batch, bias, scale) -> Gradients
 
     q [Tq, H, D]  k, v [Tk, Hk, D], where H is a multiple of Hk: query head h reads key head h // (H / Hk)
-    delta [H, Tq] float32 = Σ_d out·grad_out − grad_lse
+    grad_out like out, grad_lse like lse
 
     logits(i, j) = scale · q_i·k_j + time_table[g, h, bucket(t_i − t_j)] + position_table[g, h, bucket(p_i − p_j)]
                    + q_cyclic_i·k_cyclic_j
@@ -68,3 +68,9 @@ class Gradients(NamedTuple):
     position_table: Tensor | None
     q_cyclic: Tensor | None
     k_cyclic: Tensor | None
+
+
+def delta(grad_out: Tensor, out: Tensor, grad_lse: Tensor) -> Tensor:
+    """[H, Tq] like grad_lse: Σ_d out · grad_out − grad_lse, which every gradient of a query's weights is less by."""
+    wide = grad_lse.dtype
+    return (grad_out.to(wide) * out.to(wide)).sum(-1).t().contiguous() - grad_lse

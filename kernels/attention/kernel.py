@@ -19,7 +19,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
-from alure.kernels.attention.arguments import Batch, Bias, Gradients
+from alure.kernels.attention.arguments import Batch, Bias, Gradients, delta
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
 from alure.kernels.attention.kernel_configs import AHEAD_OF_TIME, AHEAD_OF_TIME_SLOW, Config, block, configs
 from alure.kernels.attention.kernel_forward import forward_kernel
@@ -74,11 +74,12 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
 
 def backward(
     grad_out: Tensor,
+    grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     batch: Batch,
     bias: Bias,
     scale: float,
@@ -89,6 +90,7 @@ def backward(
     q, scale, factor = _positive(q, scale)
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
     num_heads, kv_heads = q.shape[1], k.shape[1]
+    deltas = delta(grad_out, out, grad_lse)
     lse = torch.where(lse == -torch.inf, torch.inf, lse * _LOG2E)
     dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype, device=x.device) for x in (q, k, v))
     d_q_cyclic = d_k_cyclic = None
@@ -109,7 +111,7 @@ def backward(
                 v,
                 grad_out,
                 lse,
-                delta,
+                deltas,
                 dq,
                 *(q if x is None else x for x in (d_q_cyclic, time_sums, position_sums)),
                 plan.q_tiles,
@@ -130,7 +132,7 @@ def backward(
                 v,
                 grad_out,
                 lse,
-                delta,
+                deltas,
                 dk,
                 dv,
                 q if d_k_cyclic is None else d_k_cyclic,

@@ -28,28 +28,33 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
 
 def backward(
     grad_out: Tensor,
+    grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     batch: Batch,
     bias: Bias,
     scale: float,
 ) -> Gradients:
     """The weights are computed again from lse."""
-    dq = torch.empty(q.shape, dtype=q.dtype)
-    sums = [torch.zeros(x.shape, dtype=torch.float32) for x in (k, v)]
+    dq, dk, dv = (torch.empty(x.shape, dtype=x.dtype) for x in (q, k, v))
+    sums = [x if x.dtype == torch.float32 else torch.empty(x.shape, dtype=torch.float32) for x in (dk, dv)]
     of_bias = [
         None if x is None else torch.zeros(x.shape, dtype=torch.float32)
         for x in (bias.time_table, bias.position_table, bias.q_cyclic, bias.k_cyclic)
     ]
-    rows: list[Any] = [_values(grad_out.to(q.dtype)), _array(lse), _array(delta)]
-    outputs: list[Any] = [_values(dq), *(None if x is None else x.numpy() for x in (*sums, *of_bias))]
+    arguments: list[Any] = [
+        *(_values(x.to(q.dtype)) for x in (grad_out, out)),
+        *(_array(x) for x in (grad_lse, lse)),
+        *(_values(x) for x in (dq, dk, dv)),
+        *(None if x is None else x.numpy() for x in (*sums, *of_bias)),
+        INSTRUCTION_SET,
+        torch.get_num_threads(),
+    ]
     attention = _attention(q, k, v, batch, bias, scale)
-    arguments = [*rows, *outputs, INSTRUCTION_SET, torch.get_num_threads()]
     _native.attention_backward(attention, *arguments)
-    dk, dv = (x.to(k.dtype) for x in sums)
     return Gradients(dq, dk, dv, *of_bias)
 
 

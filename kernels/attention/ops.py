@@ -292,11 +292,12 @@ def _(q, k, v, *rest):  # type: ignore[no-untyped-def]
 @operator("jagged_attention_backward")
 def _attention_backward(
     grad_out: Tensor,
+    grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     q_offsets: Tensor,
     k_offsets: Tensor,
     q_timestamps: Tensor | None,
@@ -315,13 +316,13 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch = Batch(q_offsets, k_offsets, q_timestamps, k_timestamps, rules, groups, tuple(plan))
     bias = Bias(time_thresholds, time_table, position_thresholds, position_table, q_cyclic, k_cyclic)
-    gradients = _module(backend).backward(grad_out, q, k, v, lse, delta, batch, bias, scale)
+    gradients = _module(backend).backward(grad_out, grad_lse, q, k, v, out, lse, batch, bias, scale)
     absent = [lse.new_empty(0) if gradient is None else gradient for gradient in gradients]
     return absent[0], absent[1], absent[2], absent[3], absent[4], absent[5], absent[6]
 
 
 @_attention_backward.register_fake
-def _(grad_out, q, k, v, lse, delta, *rest):  # type: ignore[no-untyped-def]
+def _(grad_out, grad_lse, q, k, v, out, lse, *rest):  # type: ignore[no-untyped-def]
     time_table, position_table, q_cyclic, k_cyclic = rest[7], rest[9], rest[10], rest[11]
     contiguous = [torch.empty_like(x, memory_format=torch.contiguous_format) for x in (q, k, v)]
     optional = [
@@ -339,8 +340,8 @@ def _save(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
 def _differentiate(ctx, grad_out, grad_lse):  # type: ignore[no-untyped-def]
     q, k, v, *structure, out, lse = ctx.saved_tensors
     structure, plan = structure[:12], structure[12:]
-    delta = (grad_out.to(lse.dtype) * out.to(lse.dtype)).sum(-1).t().contiguous() - grad_lse  # [H, Tq]
-    found = _attention_backward(grad_out, q, k, v, lse, delta, *structure, plan, ctx.scale, ctx.backend)
+    values = (grad_out, grad_lse, q, k, v, out, lse)
+    found = _attention_backward(*values, *structure, plan, ctx.scale, ctx.backend)
     _, _, _, _, _, _, _, time_table, _, position_table, q_cyclic, k_cyclic = structure
     dq, dk, dv, d_time, d_position, d_q_cyclic, d_k_cyclic = found
     biases = ((d_time, time_table), (d_position, position_table), (d_q_cyclic, q_cyclic), (d_k_cyclic, k_cyclic))

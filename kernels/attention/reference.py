@@ -13,7 +13,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from alure.kernels.attention.arguments import UNLIMITED, Batch, Bias, Gradients
+from alure.kernels.attention.arguments import UNLIMITED, Batch, Bias, Gradients, delta
 
 _PAIRS = 1 << 22  # logits at a time over all heads: 16 MiB in float32
 
@@ -62,17 +62,18 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
 
 def backward(
     grad_out: Tensor,
+    grad_lse: Tensor,
     q: Tensor,
     k: Tensor,
     v: Tensor,
+    out: Tensor,
     lse: Tensor,
-    delta: Tensor,
     batch: Batch,
     bias: Bias,
     scale: float,
 ) -> Gradients:
     """The weights are computed again from lse."""
-    accumulate = lse.dtype
+    accumulate, deltas = lse.dtype, delta(grad_out, out, grad_lse)
     keys, values = _per_head(k, q), _per_head(v, q)
     dq, dk, dv = (torch.zeros(x.shape, dtype=accumulate, device=q.device) for x in (q, keys, values))
     d_q_cyclic, d_k_cyclic = (None if x is None else torch.zeros_like(x) for x in (bias.q_cyclic, bias.k_cyclic))
@@ -89,7 +90,7 @@ def backward(
         weights = torch.exp(logits - _finite(lse[:, block.q_rows].transpose(0, 1))[..., None])  # [G, H, P, N]
         weights = weights * block.q_valid[:, None, :, None]
         d_vs = weights.transpose(-1, -2) @ d_out
-        d_logits = weights * (d_out @ vs.transpose(-1, -2) - delta[:, block.q_rows].transpose(0, 1)[..., None])
+        d_logits = weights * (d_out @ vs.transpose(-1, -2) - deltas[:, block.q_rows].transpose(0, 1)[..., None])
         rows, valid = block.q_rows[block.q_valid], block.q_valid
         dq[rows] = ((d_logits @ ks) * scale).transpose(1, 2)[valid]
         key_valid = block.key_position[:, 0] < block.num_keys[:, 0]  # [G, N]

@@ -210,7 +210,9 @@ void attention_backward(const AttentionInputs& in, const BackwardArguments& argu
     check(in);
     const BackwardKernel& kernel = backward_kernel_of(set, in.element);
     const auto parts = [&](std::int64_t s, auto visit) {
-        for_each_part(s, lengths_of(in, s).queries, kernel.queries, visit);
+        const std::int64_t queries = lengths_of(in, s).queries;
+        if (queries == 0) return visit(Part{s, 0, 0});  // the gradients of its keys are zeros
+        for_each_part(s, queries, kernel.queries, visit);
     };
     std::vector<Counters> counters;
     const std::vector<Unit> units = units_of(in, [&](std::int64_t s, std::vector<Unit>& out) {

@@ -35,15 +35,20 @@ public:
         for (std::int64_t head = 0; head < in_.heads; ++head)
             for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) pack(g, tile, head);
         const std::int64_t position = part.begin + sequence.shift, order = part.begin / kQueries;
+        first_ = part.begin == 0;
+        last_ = part.end == sequence.num_queries;
         for (std::int64_t block = 0; block < sequence.num_keys; block += kBlock) {
             const std::int64_t end = smaller(block + kBlock, sequence.num_keys);
-            const bool sees = sequence.mask.sight(position, position + rows_ - 1, block, end) != Sight::kHidden;
-            if (sees) start_block(block, end);
+            const bool sees =
+                rows_ > 0 && sequence.mask.sight(position, position + rows_ - 1, block, end) != Sight::kHidden;
+            if (sees) bias_.start_block(block, end);
+            __builtin_memset(d_key_cyclic_, 0, (end - block) * in_.num_cyclic * sizeof(float));
             for (std::int64_t head = 0; head < in_.key_heads; ++head) {
+                products_.start_keys(end - block);
                 if (sees) add_keys(sequence.k_row + block, end - block, head, d_time, d_position);
                 const std::int64_t place = block / kBlock * in_.key_heads + head;
                 if (turn.counters) turn.wait(turn.counters, place, order);
-                if (sees) write_keys(g, sequence.k_row + block, end - block, head);
+                if (sees || first_ || last_) write_keys(g, sequence.k_row + block, end - block, head);
                 if (turn.counters) turn.pass(turn.counters, place, order);
             }
         }
@@ -78,16 +83,26 @@ private:
         const std::int64_t row = q_row_ + tile * kWidth, rows = tile_rows(tile);
         products_.pack_queries(g.grad_out, row, rows, head, t.packed);
         fill(t.d_queries, {0, products_.channels() * kWidth}, Floats{});
-        for (std::int64_t i = 0; i < kWidth; ++i) {
-            const float lse = i < rows ? g.lse[head * in_.total_q + row + i] : kInfinity;  // no query: weights 0
-            t.references[i] = lse == -kInfinity ? 0.0f : lse * kLog2E;  // sees nothing: weights 0, not NaN
-            t.deltas[i] = i < rows ? g.delta[head * in_.total_q + row + i] : 0.0f;
+        fill(t.references, {0, kWidth}, splat(kInfinity));  // no query: weights of 0
+        fill(t.deltas, {0, kWidth}, Floats{});
+        for (std::int64_t i = 0; i < rows; ++i) {
+            const float lse = g.lse[head * in_.total_q + row + i];
+            t.references[i] = lse == -kInfinity ? 0.0f : lse * kLog2E;  // sees nothing: weights of 0, not NaN
+            t.deltas[i] = dot(row_of(g.out, row + i, head), row_of(g.grad_out, row + i, head)) -
+                          g.grad_lse[head * in_.total_q + row + i];
         }
     }
 
-    void start_block(std::int64_t block, std::int64_t end) {
-        bias_.start_block(block, end);
-        __builtin_memset(d_key_cyclic_, 0, (end - block) * in_.num_cyclic * sizeof(float));
+    static const Source* row_of(const Rows& x, std::int64_t row, std::int64_t head) {
+        return static_cast<const Source*>(x.data) + row * x.row_stride + head * x.head_stride;
+    }
+    [[nodiscard]] float dot(const Source* a, const Source* b) const {
+        Floats sums{};
+        std::int64_t d = 0;
+        for (; d + kLanes <= in_.head_dim; d += kLanes) sums += load(a + d) * load(b + d);
+        float sum = sum_of_lanes(sums);
+        for (; d < in_.head_dim; ++d) sum += to_float(a[d]) * to_float(b[d]);
+        return sum;
     }
 
     // Takes the keys of one head, rows [row, row + rows), into the sums of their queries, and sums their own gradients.
@@ -181,8 +196,8 @@ private:
     void write_keys(const BackwardArguments& g, std::int64_t row, std::int64_t rows, std::int64_t head) const {
         for (std::int64_t j = 0; j < rows; ++j) {
             const std::int64_t offset = ((row + j) * in_.key_heads + head) * in_.head_dim;
-            add_row(products_.d_key(j), in_.scale, g.dk + offset);
-            add_row(products_.d_value(j), 1.0f, g.dv + offset);
+            write_row(products_.d_key(j), in_.scale, g.dk_sums + offset, static_cast<Source*>(g.dk) + offset);
+            write_row(products_.d_value(j), 1.0f, g.dv_sums + offset, static_cast<Source*>(g.dv) + offset);
             for (std::int64_t c = 0; c < in_.num_cyclic; ++c)
                 d_key_cyclic_[j * in_.num_cyclic + c] += products_.d_key_cyclic(j, c);
         }
@@ -191,10 +206,18 @@ private:
             g.d_k_cyclic[row * in_.num_cyclic + i] += d_key_cyclic_[i];
     }
 
-    void add_row(const float* x, float factor, float* to) const {
+    // Adds what earlier parts have left, and leaves it to the next or, the last part, writes it.
+    void write_row(const float* x, float factor, float* sums, Source* out) const {
         std::int64_t d = 0;
-        for (; d + kLanes <= in_.head_dim; d += kLanes) store(to + d, load(to + d) + factor * load(x + d));
-        for (; d < in_.head_dim; ++d) to[d] += factor * x[d];
+        const auto write = [&](auto value) {
+            if (last_)
+                store(out + d, value);
+            else
+                store(sums + d, value);
+        };
+        for (; d + kLanes <= in_.head_dim; d += kLanes)
+            write(first_ ? factor * load(x + d) : factor * load(x + d) + load(sums + d));
+        for (; d < in_.head_dim; ++d) write(first_ ? factor * x[d] : factor * x[d] + sums[d]);
     }
 
     void write_queries(const BackwardArguments& g, std::int64_t tile, std::int64_t head) const {
@@ -228,6 +251,7 @@ private:
     float* d_key_cyclic_;                // [kBlock, num_cyclic] of all heads
     float* tiles_;                       // [heads, kTiles]
     std::int64_t q_row_ = 0, rows_ = 0;  // the part at hand
+    bool first_ = false, last_ = false;  // of its sequence
 };
 
 template <class Products>

@@ -71,14 +71,15 @@ struct ForwardOutputs {
 };
 
 struct BackwardArguments {
-    Rows grad_out;       // [total_q, heads, head_dim], elements as of q
-    const float* lse;    // [heads, total_q]
-    const float* delta;  // [heads, total_q]
-    void* dq;            // [total_q, heads, head_dim], elements as of q
-    float* dk;           // [total_k, key_heads, head_dim], zeros before
-    float* dv;           // [total_k, key_heads, head_dim], zeros before
-    float* d_q_cyclic;   // [total_q, heads, num_cyclic]
-    float* d_k_cyclic;   // [total_k, num_cyclic], zeros before
+    Rows grad_out, out;     // [total_q, heads, head_dim], elements as of q
+    const float* grad_lse;  // [heads, total_q]
+    const float* lse;       // [heads, total_q]
+    void* dq;               // [total_q, heads, head_dim], elements as of q
+    void *dk, *dv;          // [total_k, key_heads, head_dim], elements as of q
+    float* dk_sums;         // [total_k, key_heads, head_dim] what parts of a sequence leave to the next; may be dk
+    float* dv_sums;
+    float* d_q_cyclic;  // [total_q, heads, num_cyclic]
+    float* d_k_cyclic;  // [total_k, num_cyclic], zeros before
 };
 
 // Queries [begin, end) of a sequence, all heads.

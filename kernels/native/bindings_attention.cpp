@@ -106,22 +106,28 @@ void bound_forward(const Attention& attention, nb::ndarray<nb::ndim<3>, nb::c_co
     attention_forward(in, {out.data(), lse.data()}, set, num_threads);
 }
 
-// dk, dv and d_k_cyclic must hold zeros.
-void bound_backward(const Attention& attention, const Values& grad_out, Array<float, 2> lse, Array<float, 2> delta,
-                    nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu> dq, Output<float, 3> dk,
-                    Output<float, 3> dv, std::optional<Output<float, 3>> d_time_table,
+using Gradient = nb::ndarray<nb::ndim<3>, nb::c_contig, nb::device::cpu>;  // of q, k or v
+
+template <class Other>
+bool alike(const Other& a, const Values& b) {
+    return a.shape(0) == b.shape(0) && a.shape(1) == b.shape(1) && a.shape(2) == b.shape(2) && a.dtype() == b.dtype();
+}
+
+// d_k_cyclic must hold zeros. dk_sums and dv_sums may be dk and dv, if they are float32.
+void bound_backward(const Attention& attention, const Values& grad_out, const Values& out, Array<float, 2> grad_lse,
+                    Array<float, 2> lse, Gradient dq, Gradient dk, Gradient dv, Output<float, 3> dk_sums,
+                    Output<float, 3> dv_sums, std::optional<Output<float, 3>> d_time_table,
                     std::optional<Output<float, 3>> d_position_table, std::optional<Output<float, 3>> d_q_cyclic,
                     std::optional<Output<float, 2>> d_k_cyclic, const std::string& instruction_set, int num_threads) {
     const AttentionInputs in = attention.inputs();
     const auto& q = attention.q;
     const auto& k = attention.k;
-    require(grad_out.shape(0) == q.shape(0) && grad_out.shape(1) == q.shape(1) && grad_out.shape(2) == q.shape(2) &&
-                grad_out.dtype() == q.dtype() && dq.size() == q.size() && dq.dtype() == q.dtype(),
-            "grad_out, dq: expected the shape and type of q");
-    require(dk.size() == k.size() && dv.size() == k.size(), "dk, dv: expected the shape of k");
-    for (const auto* x : {&lse, &delta})
+    require(alike(grad_out, q) && alike(out, q) && alike(dq, q), "grad_out, out, dq: expected the shape and type of q");
+    require(alike(dk, k) && alike(dv, k) && dk_sums.size() == k.size() && dv_sums.size() == k.size(),
+            "dk, dv, dk_sums, dv_sums: expected the shape of k, and the type but for the sums");
+    for (const auto* x : {&grad_lse, &lse})
         require(size(x->shape(0)) == in.heads && size(x->shape(1)) == in.total_q,
-                "lse, delta: expected [heads, total_q]");
+                "grad_lse, lse: expected [heads, total_q]");
     require((d_time_table ? d_time_table->size() : 0) == (in.time.table ? attention.time_table->size() : 0) &&
                 (d_position_table ? d_position_table->size() : 0) ==
                     (in.position.table ? attention.position_table->size() : 0),
@@ -129,8 +135,9 @@ void bound_backward(const Attention& attention, const Values& grad_out, Array<fl
     require(!attention.k_cyclic || (d_q_cyclic && d_k_cyclic && d_q_cyclic->size() == attention.q_cyclic->size() &&
                                     d_k_cyclic->size() == attention.k_cyclic->size()),
             "d_q_cyclic, d_k_cyclic: expected the shapes of the channels");
-    const BackwardArguments arguments{rows_of(grad_out), lse.data(), delta.data(),        dq.data(),
-                                      dk.data(),         dv.data(),  or_null(d_q_cyclic), or_null(d_k_cyclic)};
+    const BackwardArguments arguments{rows_of(grad_out), rows_of(out),        grad_lse.data(),    lse.data(),
+                                      dq.data(),         dk.data(),           dv.data(),          dk_sums.data(),
+                                      dv_sums.data(),    or_null(d_q_cyclic), or_null(d_k_cyclic)};
     const TableGradients tables{or_null(d_time_table), or_null(d_position_table)};
     const InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;
@@ -153,9 +160,10 @@ void bind_attention(nb::module_& m) {
              exact("position_table").none(), exact("q_cyclic").none(), exact("k_cyclic").none(), "scale"_a);
     m.def("attention_forward", &bound_forward, "attention"_a, exact("out"), exact("lse"), "instruction_set"_a,
           "num_threads"_a);
-    m.def("attention_backward", &bound_backward, "attention"_a, exact("grad_out"), exact("lse"), exact("delta"),
-          exact("dq"), exact("dk"), exact("dv"), exact("d_time_table").none(), exact("d_position_table").none(),
-          exact("d_q_cyclic").none(), exact("d_k_cyclic").none(), "instruction_set"_a, "num_threads"_a);
+    m.def("attention_backward", &bound_backward, "attention"_a, exact("grad_out"), exact("out"), exact("grad_lse"),
+          exact("lse"), exact("dq"), exact("dk"), exact("dv"), exact("dk_sums"), exact("dv_sums"),
+          exact("d_time_table").none(), exact("d_position_table").none(), exact("d_q_cyclic").none(),
+          exact("d_k_cyclic").none(), "instruction_set"_a, "num_threads"_a);
 }
 
 }  // namespace alure

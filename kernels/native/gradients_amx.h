@@ -52,7 +52,7 @@ inline void multiply_square(std::int64_t steps, Left left, std::int64_t left_str
 class AmxGradients {
 public:
     using Source = Bfloat16;
-    static constexpr std::int64_t kTiles = 8;
+    static constexpr std::int64_t kTiles = 16;
     static constexpr std::int64_t kBlock = 128;
     static constexpr std::int64_t kSlice = 32;
     static constexpr int kDegree = 3;  // of the polynomial for weights
@@ -81,8 +81,7 @@ public:
     void pack_queries(const Rows& grad_out, std::int64_t row, std::int64_t rows, std::int64_t head,
                       float* packed) const {
         const Packed to = packed_of(packed);
-        fill_zeros(rows_, kWidth * depth_);
-        copy_rows(in_.q, row, has_scale_ ? rows : 0, head, rows_, depth_);
+        copy_rows(in_.q, row, has_scale_ ? rows : 0, head, kWidth, rows_, depth_);
         const float* cyclic = in_.q_cyclic + (row * in_.heads + head) * in_.num_cyclic;
         for (std::int64_t i = 0; i < rows; ++i)
             for (std::int64_t c = 0; c < in_.num_cyclic; ++c) {
@@ -92,17 +91,20 @@ public:
             }
         pair_channels(rows_, depth_, to.queries);
         pair_queries(rows_, depth_, to.query_pairs);
-        fill_zeros(rows_, kWidth * value_depth_);
-        copy_rows(grad_out, row, rows, head, rows_, value_depth_);
+        copy_rows(grad_out, row, rows, head, kWidth, rows_, value_depth_);
         pair_channels(rows_, value_depth_, to.grad_out);
         pair_queries(rows_, value_depth_, to.grad_out_pairs);
     }
 
-    // The sums of their gradients begin at 0.
-    void pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) {
+    // The sums of the gradients of `rows` keys begin at 0.
+    void start_keys(std::int64_t rows) {
         num_keys_ = round_up(rows, kSlice);
-        fill_zeros(keys_, num_keys_ * depth_);
-        copy_rows(in_.k, row, rows, head, keys_, depth_);
+        fill(d_keys_, {0, num_keys_ * depth_}, Floats{});
+        fill(d_values_, {0, num_keys_ * value_depth_}, Floats{});
+    }
+
+    void pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) const {
+        copy_rows(in_.k, row, rows, head, num_keys_, keys_, depth_);
         for (std::int64_t r = 0; r < rows; ++r)
             for (std::int64_t c = 0; c < in_.num_cyclic; ++c) {
                 const Split split(in_.k_cyclic[(row + r) * in_.num_cyclic + c]);
@@ -110,10 +112,7 @@ public:
             }
         for (std::int64_t key = 0; key < num_keys_; key += 32)
             for (std::int64_t channel = 0; channel < depth_; channel += 16) transpose_keys(key, channel);
-        fill_zeros(values_, num_keys_ * value_depth_);
-        copy_rows(in_.v, row, rows, head, values_, value_depth_);
-        fill(d_keys_, {0, num_keys_ * depth_}, Floats{});
-        fill(d_values_, {0, num_keys_ * value_depth_}, Floats{});
+        copy_rows(in_.v, row, rows, head, num_keys_, values_, value_depth_);
     }
 
     void start_tile(std::int64_t tile, float* packed) {
@@ -230,11 +229,20 @@ private:
         to[1] = b;
         to[2] = c;
     }
-    void copy_rows(const Rows& from, std::int64_t row, std::int64_t rows, std::int64_t head, Bfloat16* to,
-                   std::int64_t stride) const {
+    // `rows` rows as [padded, depth], zeros where there is nothing.
+    void copy_rows(const Rows& from, std::int64_t row, std::int64_t rows, std::int64_t head, std::int64_t padded,
+                   Bfloat16* to, std::int64_t depth) const {
+        constexpr std::int64_t kStep = 32;  // of a vector
         const auto* x = static_cast<const Bfloat16*>(from.data) + row * from.row_stride + head * from.head_stride;
-        for (std::int64_t r = 0; r < rows; ++r)
-            __builtin_memcpy(to + r * stride, x + r * from.row_stride, in_.head_dim * sizeof(Bfloat16));
+        const std::int64_t whole = in_.head_dim / kStep * kStep;
+        for (std::int64_t r = 0; r < rows; ++r, x += from.row_stride, to += depth) {
+            for (std::int64_t d = 0; d < whole; d += kStep)
+                store(reinterpret_cast<float*>(to + d), load(reinterpret_cast<const float*>(x + d)));
+            if (whole == depth) continue;
+            fill_zeros(to + whole, depth - whole);
+            __builtin_memcpy(to + whole, x + whole, (in_.head_dim - whole) * sizeof(Bfloat16));
+        }
+        fill_zeros(to, (padded - rows) * depth);
     }
 
     // rows [kWidth, depth] as [depth / 2, kWidth, 2]

@@ -56,7 +56,12 @@ public:
         }
     }
 
-    // The sums of their gradients begin at 0.
+    // The sums of the gradients of `rows` keys begin at 0.
+    void start_keys(std::int64_t rows) const {
+        fill(d_keys_, {0, rows * key_stride_}, Floats{});
+        fill(d_values_, {0, rows * value_stride_}, Floats{});
+    }
+
     void pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) {
         const T* k = static_cast<const T*>(in_.k.data) + row * in_.k.row_stride + head * in_.k.head_stride;
         const T* v = static_cast<const T*>(in_.v.data) + row * in_.v.row_stride + head * in_.v.head_stride;
@@ -66,8 +71,6 @@ public:
             copy_lanes(in_.k_cyclic + (row + r) * in_.num_cyclic, in_.num_cyclic, key + in_.head_dim);
             copy_lanes(v + r * in_.v.row_stride, in_.head_dim, values_ + r * in_.head_dim);
         }
-        fill(d_keys_, {0, rows * key_stride_}, Floats{});
-        fill(d_values_, {0, rows * value_stride_}, Floats{});
     }
 
     void start_tile(std::int64_t, float* packed) { packed_ = packed_of(packed); }

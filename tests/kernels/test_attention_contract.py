@@ -286,8 +286,8 @@ def test_opcheck(backend: str, device: str) -> None:
         torch.library.opcheck(torch.ops.alure.jagged_attention.default, arguments)
     detached = tuple(x.detach() if isinstance(x, torch.Tensor) else x for x in full)
     out, lse = torch.ops.alure.jagged_attention(*detached)
-    delta = torch.randn_like(lse)
-    backward = (torch.randn_like(out), *detached[:3], lse, delta, *detached[3:16], *detached[18:])
+    gradients = (torch.randn_like(out), torch.randn_like(lse))
+    backward = (*gradients, *detached[:3], out, lse, *detached[3:16], *detached[18:])
     torch.library.opcheck(torch.ops.alure.jagged_attention_backward.default, backward)
 
 

@@ -341,7 +341,7 @@ def test_large_and_hidden_logits(instruction_set: str) -> None:
         out, lse = module.forward(q, k, v, batch, bias, 1.0)
         assert torch.equal(out, torch.zeros_like(out))
         assert torch.equal(lse, torch.full_like(lse, -torch.inf))
-        gradients = module.backward(torch.ones_like(out), q, k, v, lse, torch.zeros_like(lse), batch, bias, 1.0)
+        gradients = module.backward(torch.ones_like(out), torch.zeros_like(lse), q, k, v, out, lse, batch, bias, 1.0)
         assert all(not x.any() for x in gradients if x is not None)
 
 
