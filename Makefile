@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find kernels en
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow test-gpu kernels lint browser figures bench-gpu sanitize clean help
+.PHONY: demo test test-slow crash test-gpu kernels lint browser figures bench-gpu sanitize clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,9 @@ test: $(VENV)/.alure-dev lint  ## ruff, mypy and the default test suite
 
 test-slow: $(VENV)/.alure-dev  ## the long tests
 	$(BIN)/pytest -m slow -q
+
+crash: $(VENV)/.alure-dev  ## for the night: 1,000 kills of a refresh, and every file operation with every fault
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow" -n $$(nproc) --dist worksteal -q -rs tests/engine/test_crash.py
 
 test-gpu: $(VENV)/.alure-dev  ## the tests that need a CUDA device
 	$(BIN)/pytest -m gpu -q

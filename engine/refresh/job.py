@@ -6,6 +6,7 @@ carries the unit's name, and a unit whose name is in the store is not done again
 
 import hashlib
 import os
+import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +19,17 @@ from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
 from alure.engine.model import UserModel, model_digest
 from alure.engine.progress import Track, say, track
+from alure.engine.refresh.clusters import run_on_ray, run_on_spark
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work, resolve_precision
 from alure.engine.refresh.outlook import SPARE, Outlook, look_ahead, seconds_a_token
 from alure.engine.refresh.planner import Unit, generation_id, plan_units
 from alure.engine.refresh.report import RefreshReport, freshness
-from alure.engine.refresh.shard import Job, share_units
+from alure.engine.refresh.shard import Job, leases_of, share_units
 from alure.engine.refresh.workers import run_workers
 from alure.engine.signals import StopFlag, stop_flag
 from alure.engine.store import EmbeddingStore, Generation
 
+ENGINES = ("local", "ray", "spark")
 CALIBRATE_FROM = 16  # batches; shorter jobs are over before an estimate helps
 LATEST = 253_402_300_799  # the end of the year 9999, the last that a date can name
 
@@ -65,10 +68,10 @@ class RefreshJob:
             raise InputError(f"as_of: expected unix seconds from 0 to {LATEST}, got {self.as_of}; milliseconds?")
         if workers < 1:
             raise InputError(f"workers: expected at least 1, got {workers}")
-        if workers > 1 and self.model_path is None:
-            raise InputError(
-                f"workers: {workers} processes need the model as a path to open, got a UserModel in memory"
-            )
+        if engine not in ENGINES:
+            raise InputError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
+        if (workers > 1 or engine != "local") and self.model_path is None:
+            raise InputError("workers: other processes need the model as a path to open, got a UserModel in memory")
         self.digest = memory_digest(self.model) if self.model_path is None else model_digest(self.model_path)
 
     def run(self) -> RefreshReport:
@@ -90,6 +93,7 @@ class RefreshJob:
             left = [unit for unit in units if unit.name not in done]
             work = self._embed(snapshot, outlook, left, flag) if left else Work()
             published = self.store.publish(self._generation(snapshot, names, outlook.present))
+        shutil.rmtree(leases_of(self.store, snapshot.generation), ignore_errors=True)  # those of the dead
         return self._report(snapshot, published, (units, len(done)), work, started)
 
     def _snapshot(self) -> Snapshot:
@@ -161,7 +165,12 @@ class RefreshJob:
                 assert embedder is not None
                 return share_units(embedder, self.store, units, flag.check, progress)
             assert self.model_path is not None
-            job = Job(self.model_path, self.events.path, self.store.path, snapshot, units)
+            paths = (self.model_path.resolve(), self.events.path.resolve(), self.store.path.resolve())
+            job = Job(*paths, snapshot, units)
+            if self.engine == "ray":
+                return run_on_ray(job, self.workers, flag.check)
+            if self.engine == "spark":
+                return run_on_spark(job, self.workers)
             return run_workers(job, devices, flag, progress)
 
     def _devices(self) -> list[str]:

@@ -7,6 +7,7 @@ taken over from a holder that is only slow, at no cost but time.
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 EXPIRES_S = 120.0  # without a sign of life from a holder on another machine; of a dead process on this one at once
@@ -36,7 +37,7 @@ class Leases:
 
     def keep(self) -> None:
         """A sign of life."""
-        if self.mine.exists():
+        with suppress(FileNotFoundError):
             os.utime(self.mine)
 
     def release(self, unit: str) -> None:

@@ -56,7 +56,7 @@ def share_units(
     check: called between batches; what it raises abandons the unit at hand, which is then done again next time.
     """
     generation, done = embedder.snapshot.generation, Work()
-    leases = Leases(store.path / "leases" / generation)
+    leases = Leases(leases_of(store, generation))
 
     def after_batch(users: int, tokens: int) -> None:
         progress.advance(users, tokens)
@@ -84,6 +84,10 @@ def share_units(
     finally:
         leases.close()
     return done
+
+
+def leases_of(store: EmbeddingStore, generation: str) -> Path:
+    return store.path / "leases" / generation
 
 
 def write_unit(store: EmbeddingStore, generation: str, unit: Unit, result: UnitResult) -> None:

@@ -2,6 +2,7 @@
 
 import math
 import queue
+import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
@@ -13,7 +14,7 @@ import pyarrow as pa
 import pyarrow.dataset as ds
 import pyarrow.fs as fs
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake.exceptions import CommitFailedError, DeltaError
 
 from alure.engine.errors import AlureError, InputError
 
@@ -52,7 +53,10 @@ class DataTable:
     def ensure(self, schema: pa.Schema) -> None:
         """Create the table, or raise InputError where it exists with other columns or types."""
         if not self.exists():
-            DeltaTable.create(str(self.path), schema, mode="ignore", partition_by=self.partition_by)
+            try:
+                DeltaTable.create(str(self.path), schema, mode="ignore", partition_by=self.partition_by)
+            except (DeltaError, OSError) as error:
+                raise refused(self.path, error) from error
         have = self.schema()
         for field in schema:
             place = have.get_field_index(field.name)
@@ -84,12 +88,19 @@ class DataTable:
             if table.transaction_version(app_id) == version:
                 return False
             once = CommitProperties(app_transactions=[Transaction(app_id, version)])
-            try:
-                write_deltalake(table, data, mode="append", commit_properties=once, writer_properties=self.writer)
-            except CommitFailedError:
-                continue
-            return True
+            if self.commit(table, data, once):
+                return True
         raise AlureError(f"{self.path}: lost {COMMIT_ATTEMPTS} races to commit {app_id}; run again")
+
+    def commit(self, table: DeltaTable, data: pa.Table, properties: CommitProperties) -> bool:
+        """Append `data` to a snapshot; False where another commit was first. AlureError where the disk refuses."""
+        try:
+            write_deltalake(table, data, mode="append", commit_properties=properties, writer_properties=self.writer)
+        except CommitFailedError:
+            return False
+        except (DeltaError, OSError) as error:
+            raise refused(self.path, error) from error
+        return True
 
     def remove(self, group: str, **partition: str) -> None:
         """Remove a partition, which is the whole of a group; the group's parts then count as not written."""
@@ -123,7 +134,10 @@ class DataTable:
                 _put(waiting, _ABANDON, write)
                 wait([write])  # it fails, by design, without a commit
                 raise
-            write.result()
+            try:
+                write.result()
+            except (DeltaError, OSError) as error:
+                raise refused(self.path, error) from error
         return rows
 
     def files(self, **partition: str) -> list["DataFile"]:
@@ -181,6 +195,12 @@ class DataTable:
 
     def count(self, where: ds.Expression) -> int:
         return self.dataset().count_rows(filter=where)
+
+
+def refused(path: Path, error: Exception) -> AlureError:
+    """What a failed write says: one line, without the library's colours."""
+    said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+    return AlureError(f"{path}: nothing was committed: {said}; run the same command again once that is mended")
 
 
 def _partition(row: dict[str, Any]) -> dict[str, str]:

@@ -13,8 +13,7 @@ from typing import Any
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-from deltalake import CommitProperties, Transaction, write_deltalake
-from deltalake.exceptions import CommitFailedError
+from deltalake import CommitProperties, Transaction
 
 from alure.engine.errors import AlureError, InputError
 from alure.engine.store.delta import COMMIT_ATTEMPTS, DataTable
@@ -126,11 +125,8 @@ class GenerationLog:
             first = rows[-1].sequence + 1 if rows else 0
             table = _to_rows(chosen, first)
             once = CommitProperties(app_transactions=[Transaction("publish", first)])
-            try:
-                write_deltalake(snapshot, table, mode="append", commit_properties=once)
-            except CommitFailedError:
-                continue
-            return [_from_row(row) for row in table.to_pylist()]
+            if self.log.commit(snapshot, table, once):
+                return [_from_row(row) for row in table.to_pylist()]
         raise AlureError(f"{self.log.path}: lost {COMMIT_ATTEMPTS} races to publish; run again")
 
     def require(self, generation: "str | Generation | None", table: str, name: str = "") -> Generation:

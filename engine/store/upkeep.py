@@ -1,5 +1,6 @@
 """Upkeep of a store: verify what is published, roll it back, vacuum what nobody reads any more."""
 
+import shutil
 import time
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -157,6 +158,7 @@ def _writes(data: DataTable) -> dict[tuple[str, str], float]:
 def _remove(store: EmbeddingStore, data: DataTable, generation: str, write: str) -> None:
     if write == EMBEDDINGS:
         data.remove(generation, generation=generation)
+        shutil.rmtree(store.path / "leases" / generation, ignore_errors=True)
     else:
         data.delete(write_id=write)
     store.checksums.forget(generation, write)

@@ -417,6 +417,8 @@ def test_bad_times_and_workers_are_refused(world: Path, tmp_path: Path) -> None:
         refresh(world, tmp_path, as_of=START * 1000)
     with pytest.raises(InputError, match="workers: expected at least 1"):
         refresh(world, tmp_path, workers=0)
+    with pytest.raises(InputError, match="expected one of local, ray, spark, got 'dask'"):
+        refresh(world, tmp_path, engine="dask")
     assert EmbeddingStore(tmp_path).generations() == []
 
 
