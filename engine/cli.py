@@ -286,6 +286,14 @@ def graph(
         Path | None, typer.Option(help="Follows (user_id, followed_id): adds the graph `social`.")
     ] = None,
     ppr: Annotated[bool, typer.Option("--ppr", help="Personalized PageRank over the follows: adds `ppr`.")] = False,
+    incremental: Annotated[
+        bool,
+        typer.Option(
+            "--incremental",
+            help="From the newest earlier graph, in its clusters: only users whose embedding changed are searched, and "
+            "those whose neighbours they enter or leave.",
+        ),
+    ] = False,
     seed: Seed = 0,
     config: ConfigFile = None,
     as_json: Json = False,
@@ -293,6 +301,8 @@ def graph(
     """Link every user to the most similar users of the same country.
 
     Example: `alure graph store --nlist 400 --nprobe 50 -k 15 --social follows.parquet --ppr`
+
+    Example: `alure graph store --incremental` after `alure refresh … --incremental`
     """
     from alure.engine.graph import build_graphs
     from alure.engine.store import EmbeddingStore
@@ -300,7 +310,8 @@ def graph(
     section = override(load_config(config).graph, nlist=nlist, nprobe=nprobe, k=k, search=search, ppr=ppr or None)
     if section.ppr and social is None:
         raise InputError("--ppr: needs the follows that PageRank walks over; add --social FOLLOWS.parquet")
-    finish(build_graphs(EmbeddingStore(store), section, social=social, seed=seed), as_json)
+    report = build_graphs(EmbeddingStore(store), section, social=social, incremental=incremental, seed=seed)
+    finish(report, as_json)
 
 
 @app.command()
@@ -456,6 +467,8 @@ def export(
     as_json: Json = False,
 ) -> None:
     """Write a generation for other tools.
+
+    faiss: one index a country with the graph's vectors, clusters and nprobe, so that FAISS finds the same neighbours.
 
     Example: `alure export store --to parquet --flat --out flat`
     """

@@ -9,6 +9,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alure.engine.errors import InputError
+from alure.engine.graph.faiss_files import write_faiss
 from alure.engine.store import EmbeddingStore
 
 FORMATS = ("faiss", "parquet", "lance", "npy")
@@ -19,8 +20,8 @@ def export_store(
 ) -> dict[str, Any]:
     """Write the tables of one published generation (default: the newest) of a store into the folder `out`.
 
-    parquet, lance: every table; with `flat` one row an edge or a candidate. faiss, npy: the embeddings,
-    beside `user_ids.parquet`, whose row i is the user of vector i.
+    parquet, lance: every table; with `flat` one row an edge or a candidate. npy: the embeddings. faiss: an index of
+    them a country, in the graph's clusters. Beside both `user_ids.parquet`, whose row i is the user of vector i.
     """
     if to not in FORMATS:
         raise InputError(f"--to: expected one of {', '.join(FORMATS)}; got {to!r}")
@@ -31,8 +32,10 @@ def export_store(
     out.mkdir(parents=True, exist_ok=True)
     if to in ("parquet", "lance"):
         written = export_tables(store, chosen, out, to, flat)
+    elif to == "faiss":
+        written = write_faiss(store, chosen, out)
     else:
-        written = export_vectors(store, chosen, out, to)
+        written = export_vectors(store, chosen, out)
     return {"generation": chosen, "format": to, "out": str(out), "files": written}
 
 
@@ -73,20 +76,8 @@ def write_table(table: pa.Table, path: Path, to: str) -> None:
     lance.write_dataset(table, str(path), mode="overwrite")
 
 
-def export_vectors(store: EmbeddingStore, generation: str, out: Path, to: str) -> dict[str, int]:
+def export_vectors(store: EmbeddingStore, generation: str, out: Path) -> dict[str, int]:
     matrix = store.read_matrix(generation)
-    vectors = matrix.values
-    users = pa.table({"user_id": matrix.user_ids, "country": matrix.countries})
-    pq.write_table(users, out / "user_ids.parquet")
-    if to == "npy":
-        np.save(out / "embeddings.npy", vectors, allow_pickle=False)
-        return {"embeddings.npy": len(vectors), "user_ids.parquet": len(vectors)}
-    try:
-        import faiss
-    except ModuleNotFoundError:
-        raise InputError('--to faiss: needs FAISS; install it (pip install "alure[cpu]" or "alure[gpu]")') from None
-    norms = np.linalg.norm(vectors, axis=1, keepdims=True)
-    index = faiss.IndexFlatIP(vectors.shape[1])  # of unit vectors: the inner product is the cosine
-    index.add(vectors / np.maximum(norms, np.finfo(np.float32).tiny))
-    faiss.write_index(index, str(out / "embeddings.faiss"))
-    return {"embeddings.faiss": len(vectors), "user_ids.parquet": len(vectors)}
+    pq.write_table(pa.table({"user_id": matrix.user_ids, "country": matrix.countries}), out / "user_ids.parquet")
+    np.save(out / "embeddings.npy", matrix.values, allow_pickle=False)
+    return {"embeddings.npy": len(matrix.values), "user_ids.parquet": len(matrix.values)}

@@ -64,7 +64,7 @@ def inspect_store(path: Path, user: str | None) -> dict[str, Any]:
     }
 
 
-TABLES = ("embeddings", "graph", "candidates", "popularity")
+TABLES = ("embeddings", "graph", "candidates", "popularity", "clusters")
 
 
 def embedding_quality(store: EmbeddingStore, generation: str, sample: int = 2000) -> dict[str, float]:

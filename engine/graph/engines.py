@@ -15,14 +15,14 @@ FAISS_GPU_LIMIT = 2048  # both k and nprobe of its GPU search
 
 
 class Engine(Protocol):
-    """Neighbours of rows first … last − 1: similarities [n, k] best first and rows [n, k], −1 where there are fewer.
+    """Neighbours of `rows`: similarities [n, k] best first and rows [n, k], −1 where there are fewer.
 
     A row is never its own neighbour; of equal similarities the lower row comes first.
     """
 
     name: str
 
-    def search(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def search(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True)
@@ -44,8 +44,8 @@ def has_faiss() -> bool:
 def import_faiss() -> Any:
     if not has_faiss():
         raise InputError(
-            "search: 'faiss' needs the package faiss; pip install alure[cpu] (alure[gpu] with an NVIDIA GPU), "
-            "or use --search grouped"
+            "faiss: the package is not installed; pip install alure[cpu] (alure[gpu] with an NVIDIA GPU). "
+            "A graph does without it: --search grouped"
         )
     return importlib.import_module("faiss")
 
@@ -65,22 +65,21 @@ def train_clusters(vectors: np.ndarray, nlist: int, nprobe: int, seed: int) -> C
 
 
 class ExactSearch:
-    """Every pair, as one search in a list that holds all users."""
+    """Every pair, as one search in a list that holds all `members` (rows, ascending; None: all)."""
 
     name = "exact"
 
-    def __init__(self, vectors: np.ndarray, k: int) -> None:
+    def __init__(self, vectors: np.ndarray, k: int, members: np.ndarray | None = None) -> None:
         self.x = torch.from_numpy(vectors).to(compute_device())
         self.k = k
-        self.offsets = torch.tensor([0, len(vectors)], device=self.x.device)
+        self.ids = None if members is None else torch.from_numpy(members).to(self.x.device)
+        self.database = self.x if self.ids is None else self.x[self.ids]
+        self.offsets = torch.tensor([0, len(self.database)], device=self.x.device)
 
-    def search(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        return self.search_rows(torch.arange(first, last))
-
-    def search_rows(self, rows: torch.Tensor) -> tuple[np.ndarray, np.ndarray]:
-        rows = rows.to(self.x.device)
-        probes = torch.zeros((len(rows), 1), dtype=torch.int64, device=self.x.device)
-        D, I = grouped_topk(self.x[rows], self.x, self.offsets, probes, self.k, exclude=rows)
+    def search(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        own = torch.from_numpy(rows).to(self.x.device)
+        probes = torch.zeros((len(own), 1), dtype=torch.int64, device=self.x.device)
+        D, I = grouped_topk(self.x[own], self.database, self.offsets, probes, self.k, ids=self.ids, exclude=own)
         return D.cpu().numpy(), I.cpu().numpy()
 
 
@@ -89,21 +88,27 @@ class GroupedSearch:
 
     name = "grouped"
 
-    def __init__(self, vectors: np.ndarray, k: int, clusters: Clusters) -> None:
+    def __init__(self, vectors: np.ndarray, k: int, clusters: Clusters, members: np.ndarray | None = None) -> None:
         self.x = torch.from_numpy(vectors).to(compute_device())
         self.k, self.clusters = k, clusters
-        _, nearest = assign_clusters(self.x, clusters.centroids, 1)
-        self.ids = nearest.squeeze(1).argsort(stable=True)
-        sizes = torch.bincount(nearest.squeeze(1), minlength=clusters.nlist)
-        self.offsets = torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
+        rows = np.arange(len(vectors)) if members is None else members
+        nearest, self.offsets = lists_of(self.x[rows], clusters)
+        self.ids = torch.from_numpy(rows).to(self.x.device)[nearest]
         self.database = self.x[self.ids]
 
-    def search(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        queries = self.x[first:last]
+    def search(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        own = torch.from_numpy(rows).to(self.x.device)
+        queries = self.x[own]
         _, probes = assign_clusters(queries, self.clusters.centroids, self.clusters.nprobe)
-        own = torch.arange(first, last, device=self.x.device)
         D, I = grouped_topk(queries, self.database, self.offsets, probes, self.k, ids=self.ids, exclude=own)
         return D.cpu().numpy(), I.cpu().numpy()
+
+
+def lists_of(x: torch.Tensor, clusters: Clusters) -> tuple[torch.Tensor, torch.Tensor]:
+    """(rows by cluster, offsets [nlist + 1]): each row in the list of its nearest centroid, ascending."""
+    _, nearest = assign_clusters(x, clusters.centroids, 1)
+    sizes = torch.bincount(nearest.squeeze(1), minlength=clusters.nlist)
+    return nearest.squeeze(1).argsort(stable=True), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
 class FaissSearch:
@@ -130,9 +135,9 @@ class FaissSearch:
         index.add(vectors)
         self.index = index
 
-    def search(self, first: int, last: int) -> tuple[np.ndarray, np.ndarray]:
-        D, I = self.index.search(self.vectors[first:last], self.k + 1)  # one more: a user finds itself
-        dropped = np.arange(first, last)[:, None] == I
+    def search(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        D, I = self.index.search(self.vectors[rows], self.k + 1)  # one more: a user finds itself
+        dropped = rows[:, None] == I
         dropped[~dropped.any(axis=1), -1] = True  # unless k + 1 copies of it came before
         D, I = D[~dropped].reshape(-1, self.k), I[~dropped].reshape(-1, self.k)
         order = np.lexsort((I, -D), axis=1)  # FAISS leaves the order of equals open

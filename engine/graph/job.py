@@ -9,9 +9,10 @@ import pyarrow as pa
 
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
+from alure.engine.graph.base import Base, cluster_rows, digest, find_base
 from alure.engine.graph.follows import Follows, read_follows
 from alure.engine.graph.ppr import ppr_graph
-from alure.engine.graph.similar import CountryReport, build_similarity_graph
+from alure.engine.graph.similar import CountryReport, search_countries
 from alure.engine.graph.similarity import DegreeStatistics, SimilarityGraph
 from alure.engine.graph.social import social_graph
 from alure.engine.progress import say
@@ -34,7 +35,9 @@ class GraphReport:
     """What `build_graphs` did; JSON-able through dataclasses.asdict."""
 
     generation: str
+    base: str | None  # whose graph was brought up to date; None: every user was searched
     users: int
+    searched: int  # users whose neighbours were searched
     edges: int  # of the graph alure
     recall: float  # of the graph alure, over countries by users
     zero_vectors: int
@@ -51,11 +54,14 @@ def build_graphs(
     *,
     social: Path | None = None,
     generation: str | None = None,
+    incremental: bool = False,
     seed: int = 0,
 ) -> GraphReport:
     """Build and publish `alure`, and from the follows in `social` the graphs `social` and, where config.ppr, `ppr`.
 
     generation: whose embeddings (None: the newest published). A graph that is there already is replaced.
+    incremental: `alure` from the newest graph of an earlier generation, in its clusters: only users whose embedding
+    changed since are searched, and those whose neighbours they enter or leave. Where no such graph fits, all are.
     """
     started = time.monotonic()
     if config.ppr and social is None:
@@ -65,18 +71,26 @@ def build_graphs(
     follows = read_follows(social, matrix.user_ids) if social is not None else None
 
     begun = time.monotonic()
-    graph, countries = build_similarity_graph(matrix.values, matrix.countries, config, seed, user_ids=matrix.user_ids)
-    recall = _weighted_recall(countries)
     settings = config.model_dump() | {"seed": seed}
+    base, reason = _base(store, source, config, settings) if incremental else (None, "")
+    searched = search_countries(matrix.values, matrix.countries, config, seed, user_ids=matrix.user_ids, base=base)
+    graph, countries = searched.graph, searched.countries
+    recall = _weighted_recall(countries)
+    store.write_clusters(source, cluster_rows(searched.clusters), {"graph": "alure"})
+    settings |= {"clusters": digest(searched.clusters), "engines": sorted({report.engine for report in countries})}
     graphs = [_publish(store, source, "alure", graph, begun, {"recall": recall}, settings)]
     if follows is not None:
         graphs += _follow_graphs(store, source, follows, matrix.user_ids, matrix.countries, config)
     notes = [f"{report.country}: {note}" for report in countries for note in report.notes]
+    if reason:
+        notes.insert(0, f"not incremental: {reason}; every user was searched")
     for note in notes:
         say(f"graph: {note}")
     return GraphReport(
         generation=source.generation,
+        base=base.generation if base else None,
         users=graph.num_users,
+        searched=sum(report.searched for report in countries),
         edges=graph.num_edges,
         recall=recall,
         zero_vectors=sum(report.zero_vectors for report in countries),
@@ -86,6 +100,15 @@ def build_graphs(
         follows=_counts(follows) if follows is not None else None,
         notes=notes,
     )
+
+
+def _base(
+    store: EmbeddingStore, source: Generation, config: GraphConfig, settings: dict[str, Any]
+) -> tuple[Base | None, str]:
+    if config.search == "faiss":
+        raise InputError("incremental: FAISS searches everything; use --search grouped, exact or auto")
+    kept = ("nlist", "nprobe", "k", "search", "exact_below", "seed")
+    return find_base(store, source, {name: settings[name] for name in kept})
 
 
 def _follow_graphs(

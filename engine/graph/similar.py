@@ -2,16 +2,17 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
-import torch
 
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
+from alure.engine.graph.base import Base
 from alure.engine.graph.engines import (
+    Clusters,
     Engine,
     ExactSearch,
     FaissSearch,
@@ -21,12 +22,14 @@ from alure.engine.graph.engines import (
     train_clusters,
 )
 from alure.engine.graph.similarity import SimilarityGraph
+from alure.engine.graph.update import Before, Lists, compare, nothing_before, update
 from alure.engine.progress import Track, track
 
 POINTS_PER_CLUSTER = 39  # fewer points than this a centroid make poor clusters (FAISS warns at the same number)
 RECALL_SAMPLE = 1000  # users a country whose neighbours are compared with an exact search
 TIE = 1e-6  # cosines closer than this are one similarity when recall is counted
 SEARCH_ROWS = 16_384  # users between two steps of the progress bar
+LEAST_UNCHANGED = 0.5  # of a country's users for an incremental build; with fewer, one anew costs no more
 SEARCH_SHARES = 16  # at most this many steps for a large country: each search prepares the database anew
 
 Countries: TypeAlias = Sequence[str] | np.ndarray | pa.Array | pa.ChunkedArray | Sequence[tuple[str, int, int]]
@@ -43,6 +46,7 @@ class CountryReport:
     clusters: int
     nprobe: int
     edges: int
+    searched: int  # users searched: all, or in an incremental build those whose list could not be brought up to date
     short: int  # users with fewer than k neighbours
     recall: float
     recall_sample: int
@@ -52,11 +56,31 @@ class CountryReport:
 
 
 @dataclass(frozen=True)
+class Searched:
+    """A graph, how each country was searched, and the clusters of those that were not searched exactly."""
+
+    graph: SimilarityGraph
+    countries: list[CountryReport]
+    clusters: dict[str, Clusters]
+
+
+@dataclass(frozen=True)
 class _Plan:
     engine: str
     nlist: int
     nprobe: int
     notes: list[str]
+
+
+@dataclass(frozen=True)
+class _Country:
+    """One country's users, and what an earlier graph knows of them."""
+
+    name: str
+    user_ids: pa.Array
+    embeddings: np.ndarray  # float32 [n, d]
+    then: Lists | None
+    clusters: Clusters | None
 
 
 def build_similarity_graph(
@@ -69,8 +93,27 @@ def build_similarity_graph(
 ) -> tuple[SimilarityGraph, list[CountryReport]]:
     """Link every user to its config.k nearest others of the same country, and say how each country was searched.
 
+    The arguments and errors are those of `search_countries`.
+    """
+    searched = search_countries(embeddings, countries, config, seed, user_ids=user_ids)
+    return searched.graph, searched.countries
+
+
+def search_countries(
+    embeddings: np.ndarray,
+    countries: Countries,
+    config: GraphConfig,
+    seed: int = 0,
+    *,
+    user_ids: pa.Array | None = None,
+    base: Base | None = None,
+) -> Searched:
+    """Every user's config.k nearest others of the same country.
+
     embeddings: float32 [n, k·d], the embeddings of a user end to end (normalised here as a whole); countries: a label a
     user, or (name, first row, rows) ranges that tile the users; user_ids: int64 or string [n] (default: the row).
+    base: an earlier graph with the same settings, of users in the same order; only what changed since is searched, in
+    its clusters, and the result is that of a search of everything in these.
     The result depends on the arguments and the engine only, not on the order of countries.
     Raises InputError for NaN or infinity (naming users), shapes that do not fit, and an engine that is not installed.
     """
@@ -83,22 +126,27 @@ def build_similarity_graph(
         raise InputError(f"user_ids: expected one for each of the {n:,} embeddings, got {len(ids):,}")
     if config.search == "faiss":
         import_faiss()  # fail before the work, not after
-    labels, parts = _by_country(countries, n)
+    labels, parts = by_country(countries, n)
     _check_finite(embeddings, ids)
     similarities = np.full((n, config.k), -np.inf, dtype=np.float32)
     neighbors = np.full((n, config.k), -1, dtype=np.int64)
-    reports = []
+    reports, clusters = [], {}
     with track("Searching neighbours", n, "users") as bar:
         for name, rows in parts:
-            D, I, report = _search_country(name, embeddings[rows], config, seed, bar)
+            then = base.lists(name, config.k) if base else None
+            known = base.clusters.get(name) if base else None
+            country = _Country(name, ids.take(pa.array(rows)), embeddings[rows], then, known)
+            D, I, report, own = _search_country(country, config, seed, bar)
+            if own is not None:
+                clusters[name] = own
             found = I >= 0
             similarities[rows] = np.where(found, np.clip(D, -1.0, 1.0), -np.inf)
             neighbors[rows] = np.where(found, rows[I], -1)
             reports.append(report)
-    return SimilarityGraph.from_topk(ids, labels, similarities, neighbors), reports
+    return Searched(SimilarityGraph.from_topk(ids, labels, similarities, neighbors), reports, clusters)
 
 
-def _by_country(countries: Countries, n: int) -> tuple[pa.Array, list[tuple[str, np.ndarray]]]:
+def by_country(countries: Countries, n: int) -> tuple[pa.Array, list[tuple[str, np.ndarray]]]:
     """(a label a user, [(country, its rows ascending)] by name)."""
     if isinstance(countries, Sequence) and len(countries) and isinstance(countries[0], tuple):
         ranges = [(str(each[0]), int(each[1]), int(each[2])) for each in countries]
@@ -136,42 +184,71 @@ def _blocks(x: np.ndarray, rows: int = 1 << 16) -> Iterator[np.ndarray]:
         yield x[first : first + rows]
 
 
-def _search_country(
-    name: str, embeddings: np.ndarray, config: GraphConfig, seed: int, bar: Track
-) -> tuple[np.ndarray, np.ndarray, CountryReport]:
-    """(similarities, rows within the country, report); both [users, k], row −1 where there are fewer."""
-    started = time.monotonic()
-    users, k = len(embeddings), config.k
+def unit_vectors(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """(rows that are not zero, float32 [rows, d] of length 1): what is searched."""
     norms = np.concatenate([np.linalg.norm(block.astype(np.float64), axis=1) for block in _blocks(embeddings)])
     rows = norms.nonzero()[0]
-    vectors = np.ascontiguousarray((embeddings[rows] / norms[rows, None]).astype(np.float32))
+    return rows, np.ascontiguousarray((embeddings[rows] / norms[rows, None]).astype(np.float32))
+
+
+def _search_country(
+    country: _Country, config: GraphConfig, seed: int, bar: Track
+) -> tuple[np.ndarray, np.ndarray, CountryReport, Clusters | None]:
+    """(similarities, rows within the country, report, clusters); [users, k], row −1 where there are fewer."""
+    started = time.monotonic()
+    name, users, k = country.name, len(country.embeddings), config.k
+    rows, vectors = unit_vectors(country.embeddings)
     D = np.full((users, k), -np.inf, dtype=np.float32)
     I = np.full((users, k), -1, dtype=np.int64)
     plan = _plan(config, len(rows))
+    before, plan = _before(country, plan, rows)
     notes = list(plan.notes)
     if len(rows) <= k:
         notes.append(f"k: {k} neighbours asked, a user here has at most {max(len(rows) - 1, 0)} others")
     if users > len(rows):
         notes.append(f"{users - len(rows):,} users have a zero embedding and no neighbours")
     bar.advance(users - len(rows), note=name)
-    engine = _engine(plan, vectors, k, seed)
+    clusters = None
+    if plan.engine != "exact":
+        known = country.clusters if before else None
+        clusters = known or train_clusters(vectors, plan.nlist, plan.nprobe, seed)
     clustered = time.monotonic() - started
     step = max(SEARCH_ROWS, -(-len(rows) // SEARCH_SHARES))
-    for first in range(0, len(rows), step):
-        last = min(first + step, len(rows))
-        found, near = engine.search(first, last)
-        D[rows[first:last]] = found
-        I[rows[first:last]] = np.where(near >= 0, rows[near], -1)
-        bar.advance(last - first, note=f"{name}, {engine.name}")
-    recall, sample = _recall(engine, vectors, k, D[rows], seed)
+    found, near, searched = update(
+        lambda members: _engine(plan.engine, vectors, k, clusters, members),
+        before or nothing_before(len(rows), k),
+        step,
+        lambda count: bar.advance(count, note=f"{name}, {plan.engine}"),
+    )
+    D[rows] = found
+    I[rows] = np.where(near >= 0, rows[near], -1)
+    recall, sample = _recall(plan.engine, vectors, k, D[rows], seed)
     counts = (I >= 0).sum(axis=1)
     report = CountryReport(
-        country=name, users=users, zero_vectors=users - len(rows), engine=engine.name,
-        clusters=plan.nlist, nprobe=plan.nprobe, edges=int(counts.sum()), short=int((counts < k).sum()),
+        country=name, users=users, zero_vectors=users - len(rows), engine=plan.engine, clusters=plan.nlist,
+        nprobe=plan.nprobe, edges=int(counts.sum()), searched=searched, short=int((counts < k).sum()),
         recall=recall, recall_sample=sample, cluster_seconds=round(clustered, 3),
         seconds=round(time.monotonic() - started, 3), notes=notes,
     )  # fmt: skip
-    return D, I, report
+    return D, I, report, clusters
+
+
+def _before(country: _Country, plan: _Plan, rows: np.ndarray) -> tuple[Before | None, _Plan]:
+    """What is known of the country's users from an earlier graph, and the plan with its clusters; None to begin anew.
+
+    Anew where the country was searched otherwise then, has grown or shrunk out of its clusters, or has mostly changed.
+    """
+    then, clusters = country.then, country.clusters
+    if then is None or not len(rows) or (clusters is None) != (plan.engine == "exact"):
+        return None, plan
+    if clusters is not None and not clusters.nlist / 2 <= plan.nlist <= clusters.nlist * 2:
+        return None, plan
+    before = compare(then, country.user_ids, country.embeddings, rows)
+    if before.unchanged.mean() < LEAST_UNCHANGED:
+        return None, plan
+    if clusters is None:
+        return before, plan
+    return before, replace(plan, engine="grouped", nlist=clusters.nlist, nprobe=clusters.nprobe)
 
 
 def _plan(config: GraphConfig, users: int) -> _Plan:
@@ -196,20 +273,21 @@ def _plan(config: GraphConfig, users: int) -> _Plan:
     return _Plan(engine, nlist, nprobe, notes)
 
 
-def _engine(plan: _Plan, vectors: np.ndarray, k: int, seed: int) -> Engine:
-    if plan.engine == "exact":
-        return ExactSearch(vectors, k)
-    clusters = train_clusters(vectors, plan.nlist, plan.nprobe, seed)
-    return FaissSearch(vectors, k, clusters) if plan.engine == "faiss" else GroupedSearch(vectors, k, clusters)
+def _engine(name: str, vectors: np.ndarray, k: int, clusters: Clusters | None, members: np.ndarray | None) -> Engine:
+    if clusters is None:
+        return ExactSearch(vectors, k, members)
+    if name == "faiss":
+        return FaissSearch(vectors, k, clusters)
+    return GroupedSearch(vectors, k, clusters, members)
 
 
-def _recall(engine: Engine, vectors: np.ndarray, k: int, found: np.ndarray, seed: int) -> tuple[float, int]:
+def _recall(engine: str, vectors: np.ndarray, k: int, found: np.ndarray, seed: int) -> tuple[float, int]:
     """(share of the true k nearest whose similarity was reached, users compared); equals count whichever was found."""
-    if engine.name == "exact" or len(vectors) < 2:
+    if engine == "exact" or len(vectors) < 2:
         return 1.0, 0
     generator = np.random.default_rng(seed)
     sample = np.sort(generator.choice(len(vectors), min(RECALL_SAMPLE, len(vectors)), replace=False))
-    truth, rows = ExactSearch(vectors, k).search_rows(torch.from_numpy(sample))
+    truth, rows = ExactSearch(vectors, k).search(sample)
     expected = (rows >= 0).sum(axis=1)
     least = np.take_along_axis(truth, np.maximum(expected - 1, 0)[:, None], axis=1)
     hits = np.minimum((found[sample] >= least - TIE).sum(axis=1), expected)

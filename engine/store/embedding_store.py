@@ -5,6 +5,7 @@ STORE/embeddings    one row a user and generation, written in units of users, ea
 STORE/graph         one row a user, generation and graph      } written whole: all rows of one write carry its
 STORE/candidates    one row a user, generation and blend      } write_id, and the publication names the write_id,
 STORE/popularity    one row a country and generation          } so a rewrite replaces the old rows at one stroke
+STORE/clusters      one row a cluster of the graph alure      }
 STORE/checksums     one row a file of what is published
 STORE/quarantine    rows that were refused, and why
 """
@@ -348,6 +349,14 @@ class EmbeddingStore:
     def read_popularity(self, generation: GenerationName = None) -> pa.Table:
         """country, item_ids, scores, sorted by country."""
         return self.whole["popularity"].read(self.published(generation, "popularity"))
+
+    def write_clusters(self, source: str | Generation, rows: Rows, properties: Mapping[str, Any]) -> Generation:
+        """rows: country, cluster, centroid list<float32>, of the graph `alure`; a country searched exactly has none."""
+        return self.whole["clusters"].write(self._source(source), "", [rows], properties)
+
+    def read_clusters(self, generation: GenerationName = None) -> pa.Table:
+        """country, cluster, centroid, sorted by (country, cluster)."""
+        return self.whole["clusters"].read(self.published(generation, "clusters"))
 
     def _source(self, source: str | Generation) -> Generation:
         return source if isinstance(source, Generation) else self.published(source, "embeddings")

@@ -18,7 +18,7 @@ from deltalake import CommitProperties, Transaction
 from alure.engine.errors import AlureError, InputError
 from alure.engine.store.delta import COMMIT_ATTEMPTS, DataTable
 
-TABLES = ("embeddings", "graph", "candidates", "popularity")
+TABLES = ("embeddings", "graph", "candidates", "popularity", "clusters")
 
 LOG_SCHEMA = pa.schema(
     [
@@ -39,7 +39,7 @@ LOG_SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class Generation:
-    """One published table of one generation. `name`: the graph's or the blend's; "" for embeddings and popularity.
+    """One published table of one generation. `name`: the graph's or the blend's; "" for the other tables.
 
     as_of: unix seconds. model: the digest of the model that made the embeddings. properties: JSON-able (k and d of
     embeddings, the configuration and figures of the others). `sequence` and `published_at` are given by the log;

@@ -22,11 +22,13 @@ SHAPES: dict[str, tuple[str | None, int]] = {
     "graph": ("graph", 65_536),
     "candidates": ("blend", 4_096),
     "popularity": (None, 4_096),
+    "clusters": (None, 4_096),
 }
 COLUMNS: dict[str, list[str]] = {
     "graph": ["user_id", "country", "neighbor_ids", "similarities"],
     "candidates": ["user_id", "country", "item_ids", "scores", "reasons", "graphs"],
     "popularity": ["country", "item_ids", "scores"],
+    "clusters": ["country", "cluster", "centroid"],
 }
 
 
@@ -90,7 +92,9 @@ class WholeTable:
             kind = self.data.schema().field("user_id").type
             where = where & ds.field("user_id").isin(as_ids(users, kind))
         rows = self.data.table(where, COLUMNS[self.table])
-        return in_order(rows) if "user_id" in rows.schema.names else rows.sort_by("country")
+        if "user_id" in rows.schema.names:
+            return in_order(rows)
+        return rows.sort_by([(name, "ascending") for name in ("country", "cluster") if name in rows.schema.names])
 
     def scan(
         self, chosen: Generation, batch_rows: int, columns: Sequence[str] | None = None
@@ -108,7 +112,7 @@ class WholeTable:
     def _schema(self, first: pa.RecordBatch | pa.Table) -> pa.Schema:
         text = pa.string()
         types: dict[str, pa.DataType] = {"country": text, "scores": FLOATS, "similarities": FLOATS}
-        types |= {"reasons": STRINGS, "graphs": STRINGS}
+        types |= {"reasons": STRINGS, "graphs": STRINGS, "cluster": pa.int64(), "centroid": FLOATS}
         for name in ("user_id", "neighbor_ids", "item_ids"):
             if name in COLUMNS[self.table]:
                 kind = id_type(first, name)

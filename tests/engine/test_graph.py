@@ -2,7 +2,6 @@
 
 import json
 from dataclasses import asdict
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +13,7 @@ import pytest
 from deltalake import write_deltalake
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.graph import add_generation, vectors
 
 from alure.engine.config import GraphConfig
 from alure.engine.errors import AlureError, InputError
@@ -28,17 +28,11 @@ from alure.engine.graph import (
     social_graph,
 )
 from alure.engine.graph.follows import follows_of
-from alure.engine.store import EmbeddingStore, Generation
+from alure.engine.store import EmbeddingStore
 
 has_faiss = pytest.mark.skipif(not engines.has_faiss(), reason="needs faiss")
 SEARCHES = ["exact", "grouped", pytest.param("faiss", marks=has_faiss)]
 CLUSTERED = GraphConfig(nlist=8, nprobe=8, k=5)  # every cluster is searched: exact whatever the engine
-
-
-def vectors(n: int, d: int = 12, seed: int = 0) -> np.ndarray:
-    generator = np.random.default_rng(seed)
-    centres = generator.normal(size=(max(n // 40, 1), d))
-    return (centres[generator.integers(0, len(centres), n)] + 0.5 * generator.normal(size=(n, d))).astype(np.float32)
 
 
 def brute_force(x: np.ndarray, countries: list[str], k: int) -> list[list[tuple[int, float]]]:
@@ -436,23 +430,6 @@ def store(tmp_path: Path) -> EmbeddingStore:
     store = EmbeddingStore(tmp_path / "store", create=True)
     add_generation(store, "g1", vectors(90, 8))
     return store
-
-
-def add_generation(store: EmbeddingStore, name: str, values: np.ndarray, as_of: int = 7) -> None:
-    n, width = values.shape
-    rows = pa.table(
-        {
-            "user_id": np.arange(n) * 10,
-            "country": ["BR"] * (n // 3) + ["US"] * (n - n // 3),
-            "embedding": pa.array(values.tolist(), pa.list_(pa.float32())),
-            "as_of": np.full(n, as_of),
-            "model": ["m"] * n,
-            "num_events": np.full(n, 3),
-            "refreshed_at": pa.array([datetime(2026, 1, 1, tzinfo=UTC)] * n, pa.timestamp("us", "UTC")),
-        }
-    )
-    store.write_unit(name, "all", rows)
-    store.publish(Generation(name, "embeddings", "", n, as_of, "m", {"k": 2, "d": width // 2}))
 
 
 def test_build_writes_and_publishes_every_graph(store: EmbeddingStore, tmp_path: Path) -> None:
