@@ -43,6 +43,11 @@ template <int kC, int kA, int kB>
 inline void multiply_tiles() {
     asm volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
 }
+// c [16, 16] int32 += a [16, 64] · b [64, 16], int8, where b's rows lie in fours: [16 fours, 16 columns, 4].
+template <int kC, int kA, int kB>
+inline void multiply_byte_tiles() {
+    asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(kC), "i"(kA), "i"(kB));
+}
 
 #else
 
@@ -87,6 +92,19 @@ inline void multiply_tiles() {
         }
         __builtin_memcpy(emulated_tiles[kC].rows[row], sums, 64);
     }
+}
+template <int kC, int kA, int kB>
+inline void multiply_byte_tiles() {
+    for (int row = 0; row < 16; ++row)
+        for (int column = 0; column < 16; ++column) {
+            std::int32_t sum;
+            char* c = emulated_tiles[kC].rows[row] + column * 4;
+            __builtin_memcpy(&sum, c, 4);
+            for (int k = 0; k < 64; ++k)
+                sum += static_cast<signed char>(emulated_tiles[kA].rows[row][k]) *
+                       static_cast<signed char>(emulated_tiles[kB].rows[k / 4][column * 4 + k % 4]);
+            __builtin_memcpy(c, &sum, 4);
+        }
 }
 
 #endif

@@ -12,14 +12,14 @@ namespace alure {
 namespace {
 
 #if defined(ALURE_HAS_AMX)
-// The CPU has tiles and bfloat16, the operating system saves them, and it lets this process use them: Linux wants to be
-// asked once, since a thread's state grows by 8 KiB.
+// The CPU has tiles of bfloat16 and of bytes, the operating system saves them, and it lets this process use them: Linux
+// wants to be asked once, since a thread's state grows by 8 KiB.
 bool may_use_amx() {
-    constexpr unsigned kBfloat16 = 1u << 22, kTile = 1u << 24, kSavesExtendedState = 1u << 27, kTileState = 3u << 17;
+    constexpr unsigned kTiles = 1u << 22 | 1u << 24 | 1u << 25, kSavesExtendedState = 1u << 27, kTileState = 3u << 17;
     constexpr long kRequestPermission = 0x1023, kTileData = 18;
     unsigned a = 0, b = 0, c = 0, d = 0;
     if (!__get_cpuid(1, &a, &b, &c, &d) || !(c & kSavesExtendedState)) return false;
-    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBfloat16 | kTile)) != (kBfloat16 | kTile)) return false;
+    if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kTiles) != kTiles) return false;
     std::uint32_t low = 0, high = 0;
     asm volatile("xgetbv" : "=a"(low), "=d"(high) : "c"(0));
     if ((low & kTileState) != kTileState) return false;

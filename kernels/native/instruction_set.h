@@ -5,7 +5,7 @@
 
 namespace alure {
 
-// kAmx adds bfloat16 tiles to kAvx512. kEmulatedAmx runs the same kernels on any machine, slowly, for tests.
+// kAmx adds tiles of bfloat16 and of bytes to kAvx512; kEmulatedAmx runs the same kernels on any machine, for tests.
 enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx, kEmulatedAmx };
 
 // Those that this CPU and operating system support, best first; never empty, and never the emulation.

@@ -1,15 +1,17 @@
 #include "neighbors.h"
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 #include <functional>
-#include <bit>
 #include <limits>
 #include <memory>
+#include <optional>
 #include <span>
 #include <utility>
 #include <vector>
 
+#include "aligned.h"
 #include "neighbors_kernels.h"
 #include "parallel.h"
 
@@ -31,10 +33,13 @@ constexpr std::int64_t kAssignFloats = 1 << 15;        // scores of a block of r
 
 const NeighborKernels& kernels_of(InstructionSet set) {
 #if defined(__x86_64__)
-    set = vectors_of(set);
-    if (set == InstructionSet::kAvx512) return avx512::neighbor_kernels;
-    if (set == InstructionSet::kAvx2) return avx2::neighbor_kernels;
+#if defined(ALURE_HAS_AMX)
+    if (set == InstructionSet::kAmx) return amx::neighbor_kernels;
 #endif
+    if (set == InstructionSet::kAvx512 && __builtin_cpu_supports("avx512vnni")) return avx512_vnni::neighbor_kernels;
+    if (set == InstructionSet::kAvx512 || set == InstructionSet::kAvx2) return avx2::neighbor_kernels;
+#endif
+    if (set == InstructionSet::kEmulatedAmx) return emulated_amx::neighbor_kernels;
     return portable::neighbor_kernels;
 }
 
@@ -56,7 +61,7 @@ public:
         for (std::int64_t list = 0; list < nlist; ++list)
             begins_[list + 1] = begins_[list] + round_up(offsets[list + 1] - offsets[list], filter.panel_rows);
         centers_ = std::make_unique_for_overwrite<float[]>(nlist * d);
-        panels_ = std::make_unique_for_overwrite<char[]>(begins_.back() * filter.row_bytes(d));
+        panels_.emplace(begins_.back() * filter.row_bytes(d));
         bias_ = std::make_unique_for_overwrite<float[]>(begins_.back());
         scale_ = std::make_unique_for_overwrite<float[]>(begins_.back());
         zero_ = std::make_unique_for_overwrite<std::int32_t[]>(begins_.back());
@@ -79,8 +84,8 @@ public:
 
     [[nodiscard]] PackedRows rows(std::int64_t list, std::int64_t first) const {
         const std::int64_t at = begins_[list] + first;
-        return {centers_.get() + list * d_, panels_.get() + at * filter_.row_bytes(d_), bias_.get() + at,
-                scale_.get() + at, zero_.get() + at};
+        return {centers_.get() + list * d_, static_cast<char*>(panels_->get()) + at * filter_.row_bytes(d_),
+                bias_.get() + at, scale_.get() + at, zero_.get() + at};
     }
     [[nodiscard]] std::int64_t columns(std::int64_t list) const { return begins_[list + 1] - begins_[list]; }
     [[nodiscard]] float largest_norm(std::int64_t list) const { return norms_[list]; }
@@ -90,7 +95,7 @@ private:
     const Filter& filter_;
     std::int64_t d_;
     std::vector<std::int64_t> begins_;  // columns
-    std::unique_ptr<char[]> panels_;
+    std::optional<AlignedBytes> panels_;
     std::unique_ptr<float[]> centers_, bias_, scale_;
     std::unique_ptr<std::int32_t[]> zero_;
     std::vector<float> norms_;  // the largest of each list
@@ -195,7 +200,7 @@ private:
         pack(list, members);
         const std::int64_t columns = lists_.columns(list);
         for (std::int64_t first = 0; first < columns; first += kRowBlock) {
-            const ScoreTile tile{queries_.data(),
+            const ScoreTile tile{packed(0),
                                  scales_.data(),
                                  static_cast<std::int64_t>(members.size()),
                                  in_.d,
@@ -225,7 +230,7 @@ private:
     };
 
     void pack(std::int64_t list, std::span<const std::int32_t> members) {
-        const std::int64_t size = filter_.query_bytes(in_.d), count = static_cast<std::int64_t>(members.size());
+        const std::int64_t count = static_cast<std::int64_t>(members.size());
         const PackedRows rows = lists_.rows(list, 0);
         const RowsBound bound = lists_.bound(list);
         // Twice the bound d·2⁻²⁴·|q||x| on a float32 product's rounding, and some for the roundings around it.
@@ -233,7 +238,7 @@ private:
         for (std::int64_t m = 0; m < count; ++m) {
             prefetch(query(members[std::min(m + kAhead, count - 1)]));
             const PackedQuery q =
-                filter_.pack_query(query(members[m]), rows.center, in_.d, in_.metric, queries_.data() + m * size);
+                filter_.pack_query(query(members[m]), rows.center, in_.d, in_.metric, packed(m));
             const float reach = norms_[members[m]] + largest;
             const float exactly = error * reach * (in_.metric == Metric::kInnerProduct ? largest : reach);
             const float rounding = 1.0001f * (q.norm * bound.residual + q.residual * bound.norm);
@@ -241,7 +246,7 @@ private:
             terms_[m] = {q.shift, exactly + factor_ * rounding};
         }
         const std::int64_t padded = round_up(count, filter_.query_rows);
-        std::fill(queries_.begin() + count * size, queries_.begin() + padded * size, char{0});
+        std::fill(packed(count), packed(padded), char{0});
         std::fill(scales_.begin() + count, scales_.begin() + padded, 0.0f);
         std::fill(thresholds_.begin() + count, thresholds_.begin() + padded, kInfinity);
     }
@@ -296,6 +301,9 @@ private:
         std::fill(keys + found, keys + in_.k, kMissing);
     }
 
+    [[nodiscard]] char* packed(std::int64_t member) const {
+        return static_cast<char*>(queries_.get()) + member * filter_.query_bytes(in_.d);
+    }
     [[nodiscard]] const float* query(std::int64_t i) const { return in_.queries + (begin_ + i) * in_.d; }
 
     const SearchInputs& in_;
@@ -314,7 +322,7 @@ private:
     std::vector<std::int64_t> seen_;         // by list, the last query that named it
     std::vector<std::int64_t> pair_begins_;  // by list
     std::vector<std::int32_t> pairs_;        // queries, by list
-    std::vector<char> queries_;              // of a block, packed
+    AlignedBytes queries_;                   // of a block, packed
     std::vector<float> scales_, thresholds_, scores_;
     std::vector<Terms> terms_;
     std::vector<Hit> hits_;
@@ -376,7 +384,7 @@ void assign(const AssignInputs& in, float* scores, std::int64_t* index, Instruct
                 exact.pack_query(in.x + row * in.d, nullptr, in.d, in.metric, s.queries.data() + (row - begin) * size);
             exact.scores(tile, s.scores.data());
             for (std::int64_t i = 0; i < tile.num_queries; ++i) {
-                kernels.largest(s.scores.data() + i * columns, in.num_centroids, in.nprobe, s.selection.data(),
+                kernels.largest(s.scores.data() + i * columns, columns, in.nprobe, s.selection.data(),
                                 s.best.data(), s.index.data());
                 float* out = scores + (begin + i) * in.nprobe;
                 std::copy(s.index.begin(), s.index.end(), index + (begin + i) * in.nprobe);

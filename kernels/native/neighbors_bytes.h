@@ -1,79 +1,123 @@
-// Products of vectors rounded to integers −31 … 31: twice as fast as in float32 with AVX2, with a bound on the error.
+// Vectors rounded to integers of a byte, with a bound on what that changes.
 //
 // The origin is the mean of a list, so that what is rounded is the difference to it, however alike the vectors are:
 //   q·x = q·m + m·x' + q'·x'    −|q − x|²/2 = −|q'|²/2 − |x'|²/2 + q'·x'    with q' = q − m, x' = x − m
-// Queries are stored with 31 added, as the instruction multiplies unsigned by signed bytes; `zero` takes it back. Two
-// products make at most 2·62·31: eight such sums fit into 16 bits.
+// Panels hold four channels of each of their rows side by side: the operand of maddubs, of VNNI and of byte tiles.
 #pragma once
 
 #include "neighbors_products.h"
 
-#if ALURE_VECTOR_BYTES >= 32
+// Tiles multiply signed bytes. Vectors multiply unsigned by signed bytes, so kOffset is added to a query's, and `zero`
+// takes it back; AVX2 adds pairs of products in 16 bits, which leaves room for integers up to 31 only.
+#if defined(__AMX_INT8__) || defined(ALURE_EMULATED_AMX)
+#define ALURE_BYTE_TILES
+#elif defined(__AVX512VNNI__) || defined(__AVX2__)
+#define ALURE_BYTE_VECTORS
+#endif
+
+#if defined(ALURE_BYTE_TILES) || defined(ALURE_BYTE_VECTORS)
 
 namespace alure {
 namespace {
 namespace bytes {
 
-typedef std::int32_t UnalignedInts __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(4), may_alias));
-inline Ints load_ints(const void* p) { return *static_cast<const UnalignedInts*>(p); }
+constexpr std::int64_t kGroup = 4;  // channels side by side in a 32-bit lane
+#if defined(ALURE_BYTE_TILES)
+constexpr int kMost = 127, kOffset = 0;
+constexpr std::int64_t kChannels = 64;  // bytes of a query are a multiple of it
+#elif defined(__AVX512VNNI__)
+constexpr int kMost = 127, kOffset = 128;
+constexpr std::int64_t kChannels = 16;
+#else
+constexpr int kMost = 31, kOffset = 31;
+constexpr std::int64_t kChannels = 16;
+#endif
 
-constexpr float kMost = 31.0f;
-constexpr std::int64_t kGroup = 4;   // channels side by side in a 32-bit lane
-constexpr std::int64_t kUnroll = 4;  // groups a pass of the innermost loop
-constexpr std::int64_t kWindow = 8;  // groups summed in 16 bits
+std::int64_t row_bytes(std::int64_t d) { return round_up(d, kChannels); }
 
-std::int64_t row_bytes(std::int64_t d) { return round_up(d, kGroup * kUnroll); }
+// The low byte of every lane. GCC 12 converts vectors lane by lane.
+inline void store_low_bytes(char* p, Ints x) {
+#if defined(__AVX512F__)
+    _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(reinterpret_cast<__m512i>(x)));
+#elif defined(__AVX2__)
+    const __m256i low = reinterpret_cast<__m256i>(x & 0xFF);
+    const __m128i shorts = _mm_packus_epi32(_mm256_castsi256_si128(low), _mm256_extracti128_si256(low, 1));
+    _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packus_epi16(shorts, shorts));
+#else
+    for (int i = 0; i < kLanes; ++i) p[i] = static_cast<char>(x[i]);
+#endif
+}
 
-// x rounded to multiples of `scale`; returns |x − scale · rounded|².
-inline float rounded(const float* x, std::int64_t d, float scale, std::int32_t* to) {
-    const float factor = scale > 0.0f ? 1.0f / scale : 0.0f;
-    Floats squares{};
+struct Rounded {
+    float scale, norm, residual;  // x' ≈ scale · bytes; bounds on |x'| and |x' − scale · bytes|
+    std::int32_t sum;             // of the bytes
+};
+
+// The bytes are x' / scale rounded, with kOffset added where they are a query's.
+template <int kAdded>
+inline Rounded round_to_bytes(const float* x, std::int64_t d, float peak, char* to) {
+    constexpr float kMagic = 12582912.0f;  // 1.5·2²³: the integer ends up in the low bits
+    if (peak < 1e-36f) {                   // the scale's inverse would overflow
+        for (std::int64_t i = 0; i < d; ++i) to[i] = kAdded;
+        const float norm = peak * __builtin_sqrtf(static_cast<float>(d));
+        return {0.0f, norm, norm, 0};
+    }
+    const float scale = peak / kMost, factor = kMost / peak;
+    Floats residuals{}, squares{}, sums{};
+    const auto round = [&](Floats value) ALURE_INLINE {
+        const Floats exact = value * factor, magic = exact + kMagic, whole = magic - kMagic, left = exact - whole;
+        residuals += left * left;
+        squares += whole * whole;
+        sums += whole;
+        return reinterpret_cast<Ints>(magic) + kAdded;
+    };
     std::int64_t i = 0;
-    const auto round = [=](Floats value) { return value * factor + 12582912.0f - 12582912.0f; };  // 1.5·2^23
-    for (; i + kLanes <= d; i += kLanes) {
-        const Floats value = load(x + i), whole = round(value), left = value - whole * scale;
-        squares += left * left;
-        *reinterpret_cast<UnalignedInts*>(to + i) = __builtin_convertvector(whole, Ints);
+    for (; i + kLanes <= d; i += kLanes) store_low_bytes(to + i, round(load(x + i)));
+    if (i < d) {
+        Floats rest{};
+        for (std::int64_t lane = 0; i + lane < d; ++lane) rest[lane] = x[i + lane];
+        const Ints rounded = round(rest);
+        for (; i < d; ++i) to[i] = static_cast<char>(rounded[i % kLanes]);
     }
-    float sum = sum_of_lanes(squares);
-    for (; i < d; ++i) {
-        const float whole = round(splat(x[i]))[0], left = x[i] - whole * scale;
-        sum += left * left;
-        to[i] = static_cast<std::int32_t>(whole);
-    }
-    return sum;
+    const float residual = scale * __builtin_sqrtf(sum_of_lanes(residuals));
+    return {scale, scale * __builtin_sqrtf(sum_of_lanes(squares)) + residual, residual,
+            static_cast<std::int32_t>(sum_of_lanes(sums))};
 }
 
 struct Centred {
-    float peak, square, dot;  // the largest |x'|, Σ x'², Σ x · center
+    float peak, product;  // the largest |x'|; Σ x · center, or Σ x'²
 };
 
+// x' = x − center.
+template <Metric kMetric>
 inline Centred centre(const float* x, const float* center, std::int64_t d, float* to) {
-    Floats peaks{}, squares{}, dots{};
+    Floats peaks{}, products{};
+    const auto move = [&](Floats value, Floats origin) ALURE_INLINE {
+        const Floats moved = value - origin;
+        const Floats size = reinterpret_cast<Floats>(reinterpret_cast<Ints>(moved) & 0x7FFFFFFF);
+        peaks = larger_lanes(size, peaks);
+        products += kMetric == Metric::kInnerProduct ? value * origin : moved * moved;
+        return moved;
+    };
     std::int64_t i = 0;
-    for (; i + kLanes <= d; i += kLanes) {
-        const Floats value = load(x + i), origin = load(center + i), moved = value - origin;
-        store(to + i, moved);
-        peaks = larger_lanes(peaks, larger_lanes(moved, -moved));
-        squares += moved * moved;
-        dots += value * origin;
+    for (; i + kLanes <= d; i += kLanes) store(to + i, move(load(x + i), load(center + i)));
+    if (i < d) {
+        Floats value{}, origin{};
+        for (std::int64_t lane = 0; i + lane < d; ++lane) {
+            value[lane] = x[i + lane];
+            origin[lane] = center[i + lane];
+        }
+        const Floats moved = move(value, origin);
+        for (; i < d; ++i) to[i] = moved[i % kLanes];
     }
-    Centred all{largest_of_lanes(peaks), sum_of_lanes(squares), sum_of_lanes(dots)};
-    for (; i < d; ++i) {
-        const float moved = x[i] - center[i];
-        to[i] = moved;
-        all.peak = larger(all.peak, larger(moved, -moved));
-        all.square += moved * moved;
-        all.dot += x[i] * center[i];
-    }
-    return all;
+    return {largest_of_lanes(peaks), sum_of_lanes(products)};
 }
 
 constexpr std::int64_t kMostChannels = 4096;
 
 RowsBound pack_rows(const float* x, std::int64_t rows, std::int64_t d, Metric metric, const PackedRows& to) {
     float moved[kMostChannels];
-    std::int32_t whole[kMostChannels];
+    char bytes[kMostChannels];
     RowsBound bound{0.0f, 0.0f};
     const std::int64_t columns = round_up(rows, kLanes), size = row_bytes(d);
     for (std::int64_t i = 0; i < columns * size; ++i) to.panels[i] = 0;
@@ -82,122 +126,39 @@ RowsBound pack_rows(const float* x, std::int64_t rows, std::int64_t d, Metric me
         to.scale[i] = 0.0f;
         to.zero[i] = 0;
         if (i >= rows) continue;
-        const Centred row = centre(x + i * d, to.center, d, moved);
-        to.scale[i] = row.peak / kMost;
-        const float left = rounded(moved, d, to.scale[i], whole);
+        const Centred centred = centre<Metric::kInnerProduct>(x + i * d, to.center, d, moved);
+        const Rounded row = round_to_bytes<0>(moved, d, centred.peak, bytes);
         char* panel = to.panels + i / kLanes * kLanes * size + i % kLanes * kGroup;
         double dot = 0.0, square = 0.0;
-        std::int64_t sum = 0, norm = 0;
         for (std::int64_t c = 0; c < d; ++c) {
-            panel[c / kGroup * kLanes * kGroup + c % kGroup] = static_cast<char>(whole[c]);
-            sum += whole[c];
-            norm += whole[c] * whole[c];
+            panel[c / kGroup * kLanes * kGroup + c % kGroup] = bytes[c];
             dot += double{to.center[c]} * moved[c];
             square += double{moved[c]} * moved[c];
         }
-        to.zero[i] = static_cast<std::int32_t>(31 * sum);
+        to.scale[i] = row.scale;
+        to.zero[i] = kOffset * row.sum;
         to.bias[i] = metric == Metric::kInnerProduct ? static_cast<float>(dot) : half_negated(square);
-        bound.residual = larger(bound.residual, __builtin_sqrtf(left));
-        bound.norm = larger(bound.norm, to.scale[i] * __builtin_sqrtf(static_cast<float>(norm)));
+        bound.residual = larger(bound.residual, row.residual);
+        bound.norm = larger(bound.norm, row.norm);
     }
     return bound;
 }
 
-PackedQuery pack_query(const float* query, const float* center, std::int64_t d, Metric metric, char* packed) {
+template <Metric kMetric>
+inline PackedQuery pack_query(const float* query, const float* center, std::int64_t d, char* packed) {
     float moved[kMostChannels];
-    std::int32_t whole[kMostChannels];
-    const Centred q = centre(query, center, d, moved);
-    const float scale = q.peak / kMost, left = rounded(moved, d, scale, whole);
-    for (std::int64_t i = 0; i < d; ++i) packed[i] = static_cast<char>(whole[i] + 31);
+    const Centred centred = centre<kMetric>(query, center, d, moved);
+    const Rounded q = round_to_bytes<kOffset>(moved, d, centred.peak, packed);
     for (std::int64_t i = d; i < row_bytes(d); ++i) packed[i] = 0;
-    return {scale, metric == Metric::kInnerProduct ? q.dot : -0.5f * q.square, __builtin_sqrtf(q.square),
-            __builtin_sqrtf(left)};
+    return {q.scale, kMetric == Metric::kInnerProduct ? centred.product : -0.5f * centred.product, q.norm, q.residual};
 }
 
-// Unsigned bytes times signed bytes, neighbours added, in 16 bits; and 16-bit neighbours added, in 32.
-inline Ints multiply_bytes(Ints a, Ints b) {
-#if ALURE_VECTOR_BYTES == 64
-    return reinterpret_cast<Ints>(_mm512_maddubs_epi16(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)));
-#else
-    return reinterpret_cast<Ints>(_mm256_maddubs_epi16(reinterpret_cast<__m256i>(a), reinterpret_cast<__m256i>(b)));
-#endif
+PackedQuery pack_query(const float* query, const float* center, std::int64_t d, Metric metric, char* packed) {
+    return metric == Metric::kInnerProduct ? pack_query<Metric::kInnerProduct>(query, center, d, packed)
+                                           : pack_query<Metric::kSquaredDistance>(query, center, d, packed);
 }
-inline Ints add_neighbors(Ints a) {
-#if ALURE_VECTOR_BYTES == 64
-    return reinterpret_cast<Ints>(_mm512_madd_epi16(reinterpret_cast<__m512i>(a), _mm512_set1_epi16(1)));
-#else
-    return reinterpret_cast<Ints>(_mm256_madd_epi16(reinterpret_cast<__m256i>(a), _mm256_set1_epi16(1)));
-#endif
-}
-typedef std::int16_t Shorts __attribute__((vector_size(ALURE_VECTOR_BYTES)));
-inline Ints add_shorts(Ints a, Ints b) {
-    return reinterpret_cast<Ints>(reinterpret_cast<Shorts>(a) + reinterpret_cast<Shorts>(b));
-}
-struct Products {
-    static constexpr int kQueries = kRows;
-
-    template <int Vectors>
-    static void multiply(const ScoreTile& t, std::int64_t query, std::int64_t column,
-                         Floats (&sums)[kQueries][Vectors]) {
-        const std::int64_t groups = row_bytes(t.d) / kGroup;
-        const char* panel = t.rows.panels + column * groups * kGroup;
-        const char* queries = t.queries + query * groups * kGroup;
-        Ints totals[kQueries][Vectors];
-#pragma GCC unroll 2
-        for (int v = 0; v < Vectors; ++v)
-#pragma GCC unroll 16
-            for (int row = 0; row < kQueries; ++row) totals[row][v] = -load_ints(t.rows.zero + column + v * kLanes);
-        for (std::int64_t first = 0; first < groups; first += kWindow) {
-            Ints window[kQueries][Vectors] = {};
-            for (std::int64_t g = first; g < smaller(first + kWindow, groups); g += kUnroll) {
-#pragma GCC unroll 4
-                for (int i = 0; i < kUnroll; ++i) {
-                    Ints right[Vectors];
-#pragma GCC unroll 2
-                    for (int v = 0; v < Vectors; ++v)
-                        right[v] = load_ints(panel + (v * groups + g + i) * kLanes * kGroup);
-#pragma GCC unroll 16
-                    for (int row = 0; row < kQueries; ++row) {
-                        std::int32_t four;
-                        __builtin_memcpy(&four, queries + (row * groups + g + i) * kGroup, 4);
-                        const Ints left = four - Ints{};
-#pragma GCC unroll 2
-                        for (int v = 0; v < Vectors; ++v) {
-                            window[row][v] = add_shorts(window[row][v], multiply_bytes(left, right[v]));
-                            asm("" : "+v"(window[row][v]));  // else GCC 12 multiplies first, adds later, and spills
-                        }
-                    }
-                }
-            }
-#pragma GCC unroll 16
-            for (int row = 0; row < kQueries; ++row)
-#pragma GCC unroll 2
-                for (int v = 0; v < Vectors; ++v) totals[row][v] += add_neighbors(window[row][v]);
-        }
-#pragma GCC unroll 2
-        for (int v = 0; v < Vectors; ++v) {
-            const Floats scale = load(t.rows.scale + column + v * kLanes);
-            const Floats bias = load(t.rows.bias + column + v * kLanes);
-#pragma GCC unroll 16
-            for (int row = 0; row < kQueries; ++row)
-                sums[row][v] =
-                    bias + __builtin_convertvector(totals[row][v], Floats) * scale * t.query_scales[query + row];
-        }
-    }
-};
 
 }  // namespace bytes
-
-inline constexpr Filter kBytes{bytes::kMostChannels,
-                               kLanes,
-                               bytes::Products::kQueries,
-                               bytes::row_bytes,
-                               bytes::row_bytes,
-                               bytes::pack_rows,
-                               bytes::pack_query,
-                               scores<bytes::Products>,
-                               hits<bytes::Products>};
-
 }  // namespace
 }  // namespace alure
 

@@ -1,5 +1,6 @@
 // Compiled once for each instruction set: CMakeLists.txt sets ALURE_ISA (a namespace) and ALURE_VECTOR_BYTES.
-#include "neighbors_bytes.h"
+#include "neighbors_byte_tiles.h"
+#include "neighbors_byte_vectors.h"
 #include "neighbors_products.h"
 
 namespace alure {
@@ -11,12 +12,14 @@ typedef double Doubles __attribute__((vector_size(ALURE_VECTOR_BYTES)));
 
 // kDoubles floats as doubles. GCC 12 cuts __builtin_convertvector of them into pieces.
 inline Doubles widened(const float* p) {
-#if ALURE_VECTOR_BYTES == 64
+#if defined(__AVX512F__)
     return reinterpret_cast<Doubles>(_mm512_cvtps_pd(_mm256_loadu_ps(p)));
-#elif ALURE_VECTOR_BYTES == 32
+#elif defined(__AVX2__)
     return reinterpret_cast<Doubles>(_mm256_cvtps_pd(_mm_loadu_ps(p)));
 #else
-    return Doubles{p[0], p[1]};
+    Doubles wide;
+    for (int i = 0; i < kDoubles; ++i) wide[i] = p[i];
+    return wide;
 #endif
 }
 
@@ -43,8 +46,10 @@ float negated_distance(const float* x, const float* y, std::int64_t d) {
     return sum_of_terms(x, y, d, [](auto a, auto b, auto c) { return c - (a - b) * (a - b); });
 }
 
-#if ALURE_VECTOR_BYTES >= 32
-constexpr const Filter& kFastest = kBytes;
+#if defined(ALURE_BYTE_TILES)
+constexpr const Filter& kFastest = kByteTiles;
+#elif defined(ALURE_BYTE_VECTORS)
+constexpr const Filter& kFastest = kByteVectors;
 #else
 constexpr const Filter& kFastest = kFloat32;
 #endif

@@ -26,7 +26,7 @@ struct RowsBound {
 
 struct PackedQuery {
     float scale, shift;    // exact score ≈ kernel's score + shift
-    float norm, residual;  // |q'|, |q' − rounded q'|
+    float norm, residual;  // bounds on |q'| and |q' − rounded q'|
 };
 
 // Queries against columns: score(query, column) = bias + query scale · column scale · (product − zero).
@@ -40,7 +40,6 @@ struct ScoreTile {
 
 struct Hit {
     std::int32_t query, column;
-    float score;
 };
 
 // Fast scores of many queries with many rows.
@@ -63,9 +62,11 @@ struct Filter {
 struct NeighborKernels {
     Filter exact;   // float32 sums in the order of d
     Filter filter;  // the fastest
-    // The k-th largest of `count` ≥ k values, or a little less with no value between; values may be −inf.
+    // Arrays of values are whole vectors, `count` a multiple of panel_rows; −inf is none of the values.
+    //
+    // The k-th largest, or a little less with no value between; −inf where there are fewer than k.
     float (*kth_largest)(const float* values, std::int64_t count, std::int64_t k);
-    // The k largest of `count` ≥ k values, largest first, of equal ones the first first; none may be NaN or infinite.
+    // The k largest, largest first, of equal ones the first first; there must be k.
     // scratch: 8 · (k + panel_rows) bytes.
     void (*largest)(const float* values, std::int64_t count, std::int64_t k, void* scratch, float* best,
                     std::int32_t* index);
@@ -80,7 +81,13 @@ extern const NeighborKernels neighbor_kernels;
 namespace avx2 {
 extern const NeighborKernels neighbor_kernels;
 }
-namespace avx512 {
+namespace avx512_vnni {
+extern const NeighborKernels neighbor_kernels;
+}
+namespace amx {
+extern const NeighborKernels neighbor_kernels;
+}
+namespace emulated_amx {
 extern const NeighborKernels neighbor_kernels;
 }
 

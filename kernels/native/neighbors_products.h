@@ -103,11 +103,18 @@ void scores(const ScoreTile& t, float* out) {
         });
 }
 
+// The hits of kLanes scores that reach a threshold; returns the end. Apart, since they are rare.
+[[gnu::noinline]] Hit* add_hits(unsigned reach, std::int64_t query, std::int64_t column, Hit* end) {
+    for (; reach != 0; reach &= reach - 1)
+        *end++ = {static_cast<std::int32_t>(query), static_cast<std::int32_t>(column + __builtin_ctz(reach))};
+    return end;
+}
+
 template <class Products>
 std::int64_t hits(const ScoreTile& t, const float* thresholds, std::int64_t first, Hit* out, std::int64_t capacity,
                   std::int64_t* count) {
-    std::int64_t found = 0;
-    while (first < t.columns && found + kPair * t.num_queries <= capacity)
+    Hit* end = out;
+    while (first < t.columns && end - out + kPair * t.num_queries <= capacity)
         first = visit_panels<Products>(t, first, [&]<int Rows, int Vectors>(std::int64_t query, std::int64_t column,
                                                                            const Floats(&sums)[Rows][Vectors]) {
             const float* threshold = thresholds + query;
@@ -118,16 +125,13 @@ std::int64_t hits(const ScoreTile& t, const float* thresholds, std::int64_t firs
                 if constexpr (Vectors == 2) best = larger_lanes(best, sums[row][1]);
                 above = larger_lanes(above, best - threshold[row]);
             }
-            if (lane_mask(above >= 0.0f) == 0) [[likely]] return;
+            if (mask_at_least(above, Floats{}) == 0) [[likely]] return;
             for (int row = 0; row < Rows; ++row)
                 for (int v = 0; v < Vectors; ++v)
-                    for (unsigned mask = lane_mask(sums[row][v] >= threshold[row]); mask; mask &= mask - 1) {
-                        const int lane = __builtin_ctz(mask);
-                        out[found++] = {static_cast<std::int32_t>(query + row),
-                                        static_cast<std::int32_t>(column + v * kLanes + lane), sums[row][v][lane]};
-                    }
+                    end = add_hits(mask_at_least(sums[row][v], splat(threshold[row])), query + row, column + v * kLanes,
+                                   end);
         });
-    *count = found;
+    *count = end - out;
     return first;
 }
 

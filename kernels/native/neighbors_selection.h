@@ -1,4 +1,5 @@
 // The k largest of an array of scores, without sorting it: bisection of the threshold, then the few that reach it.
+// Arrays are whole vectors; what is no score is −inf.
 #pragma once
 
 #if defined(__AVX__)
@@ -14,14 +15,23 @@ constexpr float kLargestFloat = 3.402823466e38f;
 
 // Bit i is set where lane i of a comparison's result is.
 inline unsigned lane_mask(Ints lanes) {
-#if ALURE_VECTOR_BYTES == 64
+#if defined(__AVX512F__)
     return _mm512_movepi32_mask(reinterpret_cast<__m512i>(lanes));
-#elif ALURE_VECTOR_BYTES == 32
+#elif defined(__AVX2__)
     return static_cast<unsigned>(_mm256_movemask_ps(reinterpret_cast<__m256>(lanes)));
 #else
     unsigned mask = 0;
     for (int i = 0; i < kLanes; ++i) mask |= static_cast<unsigned>(lanes[i] & 1) << i;
     return mask;
+#endif
+}
+
+// Bit i is set where a[i] >= b[i].
+inline unsigned mask_at_least(Floats a, Floats b) {
+#if defined(__AVX512F__)
+    return _mm512_cmp_ps_mask(a, b, _CMP_GE_OQ);
+#else
+    return lane_mask(a >= b);
 #endif
 }
 
@@ -36,36 +46,32 @@ inline float from_ordered_bits(std::int64_t bits) {
 }
 
 inline std::int64_t count_at_least(const float* values, std::int64_t count, float least) {
+    std::int64_t total = 0;
+#if defined(__AVX512F__)
+    for (std::int64_t i = 0; i < count; i += kLanes)
+        total += __builtin_popcount(mask_at_least(load(values + i), splat(least)));
+#else
     Ints counts{};
-    std::int64_t i = 0, total = 0;
-    for (; i + kLanes <= count; i += kLanes) counts -= load(values + i) >= least;
+    for (std::int64_t i = 0; i < count; i += kLanes) counts -= load(values + i) >= least;
     for (int lane = 0; lane < kLanes; ++lane) total += counts[lane];
-    for (; i < count; ++i) total += values[i] >= least;
+#endif
     return total;
 }
 
 inline float maximum(const float* values, std::int64_t count) {
     Floats top = splat(-kInfinity);
-    std::int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) top = larger_lanes(top, load(values + i));
-    float largest = largest_of_lanes(top);
-    for (; i < count; ++i) largest = larger(largest, values[i]);
-    return largest;
+    for (std::int64_t i = 0; i < count; i += kLanes) top = larger_lanes(top, load(values + i));
+    return largest_of_lanes(top);
 }
 
 // The smallest value that is not −inf.
 inline float finite_minimum(const float* values, std::int64_t count) {
-    Floats bottom = splat(kLargestFloat);
-    std::int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes) {
+    Floats negated = splat(-kLargestFloat);
+    for (std::int64_t i = 0; i < count; i += kLanes) {
         const Floats x = load(values + i);
-        bottom = larger_lanes(-bottom, x < -kLargestFloat ? splat(-kLargestFloat) : -x);
-        bottom = -bottom;
+        negated = larger_lanes(negated, x < -kLargestFloat ? splat(-kLargestFloat) : -x);
     }
-    float smallest = -largest_of_lanes(-bottom);
-    for (; i < count; ++i)
-        if (values[i] >= -kLargestFloat) smallest = smaller(smallest, values[i]);
-    return smallest;
+    return -largest_of_lanes(negated);
 }
 
 float kth_largest(const float* values, std::int64_t count, std::int64_t k) {
@@ -112,10 +118,9 @@ void largest(const float* values, std::int64_t count, std::int64_t k, void* scra
     if (k == 1) {
         const float most = maximum(values, count);
         std::int64_t i = 0;
-        while (i + kLanes <= count && lane_mask(load(values + i) == most) == 0) i += kLanes;
-        while (values[i] != most) ++i;
+        while (mask_at_least(load(values + i), splat(most)) == 0) i += kLanes;
         best[0] = most;
-        index[0] = static_cast<std::int32_t>(i);
+        index[0] = static_cast<std::int32_t>(i) + __builtin_ctz(mask_at_least(load(values + i), splat(most)));
         return;
     }
     const float least = kth_largest(values, count, k);
@@ -130,12 +135,9 @@ void largest(const float* values, std::int64_t count, std::int64_t k, void* scra
         kept[n] = values[i];
         kept_index[n++] = static_cast<std::int32_t>(i);
     };
-    std::int64_t i = 0;
-    for (; i + kLanes <= count; i += kLanes)
-        for (unsigned mask = lane_mask(load(values + i) >= least); mask; mask &= mask - 1)
+    for (std::int64_t i = 0; i < count; i += kLanes)
+        for (unsigned mask = mask_at_least(load(values + i), splat(least)); mask != 0; mask &= mask - 1)
             keep(i + __builtin_ctz(mask));
-    for (; i < count; ++i)
-        if (values[i] >= least) keep(i);
     sort_by_rank(kept, kept_index, n, best, index);
 }
 

@@ -1,6 +1,6 @@
 """The CPU, float32: hands tensors to the C++ of kernels/native, which groups the queries of a list into products.
 
-A product only nominates rows, with a bound on its rounding: of bytes with AVX2 and AVX-512, else of float32. Each
+A product only nominates rows, with a bound on its rounding: of bytes with AMX, AVX-512 and AVX2, else of float32. Each
 nominee is scored exactly. So the result does not depend on threads, instruction set or batch. Extra memory: the
 database once more in what the products take (a quarter of it as bytes), and some 15 MB a thread.
 """

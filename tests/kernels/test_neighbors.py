@@ -333,7 +333,9 @@ def test_triton_ignores_what_lies_beyond_its_rows() -> None:
 
 
 def instruction_sets() -> list[str]:
-    return importlib.import_module("alure.kernels._native").instruction_sets() if has_native() else []
+    """Those of this machine; where it has no tiles, their emulation."""
+    sets = importlib.import_module("alure.kernels._native").instruction_sets() if has_native() else []
+    return sets if "amx" in sets or not sets else [*sets, "emulated amx"]
 
 
 def clustered(n: int, d: int, nlist: int, seed: int = 0, spread: float = 0.5) -> tuple[Tensor, Tensor, Tensor]:
@@ -378,11 +380,15 @@ def test_native_equals_brute_force_on_anything(data: st.DataObject) -> None:
     metric: Any = data.draw(st.sampled_from(METRICS))
     integers = data.draw(st.booleans())
     queries, database = random(nq, d, seed=seed, integers=integers), random(nb, d, seed=seed + 1, integers=integers)
-    database *= data.draw(st.sampled_from([0.0, 1e-20, 1.0, 1e6]))
+    database *= data.draw(st.sampled_from([0.0, 1e-37, 1e-30, 1e-20, 1.0, 1e6]))
     offsets = lists(nb, nlist, seed)
     probes = torch.randint(-1, nlist, (nq, nprobe), generator=torch.Generator().manual_seed(seed))
     exclude = torch.randint(-1, nb + 3, (nq,), generator=torch.Generator().manual_seed(seed))
-    found = grouped_topk(queries, database, offsets, probes, k, exclude=exclude, metric=metric, backend="native")
+    instruction_set = data.draw(st.sampled_from([*instruction_sets(), "emulated amx"]))
+    native = importlib.import_module("alure.kernels.neighbors.native")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "INSTRUCTION_SET", instruction_set)
+        found = grouped_topk(queries, database, offsets, probes, k, exclude=exclude, metric=metric, backend="native")
     check(found, brute_force(queries, database, offsets, probes, k, metric, exclude=exclude))
 
 
