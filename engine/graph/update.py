@@ -94,10 +94,15 @@ def _merge(
     A list that lost users may lack one that was not among the k best then. It does not where its k-th is still as good
     as the k-th then. Cosines that were rounded to 1 have lost their order: such lists are searched anew when touched.
     """
+    doubtful = np.zeros(len(rows), bool)
+    k = similarities.shape[1]
+    found, near = among_changed.search(rows) if among_changed else (similarities[rows, :0], neighbors[rows, :0])
+    lost = (neighbors[rows] == LOST).any(axis=1)
+    entered = (near[:, :1] >= 0).any(axis=1) & (found[:, :1] >= similarities[rows, -1:]).any(axis=1)
+    touched = np.flatnonzero(lost | entered)
+    rows, found, near, lost = rows[touched], found[touched], near[touched], lost[touched]
     D, I = similarities[rows], neighbors[rows]
-    k = D.shape[1]
-    lost, full, last = (I == LOST).any(axis=1), I[:, -1] != NOBODY, D[:, -1]
-    found, near = among_changed.search(rows) if among_changed else (D[:, :0], I[:, :0])
+    full, last = I[:, -1] != NOBODY, D[:, -1]
     all_D = np.concatenate([np.where(I >= 0, D, -np.inf), np.where(near >= 0, found, -np.inf)], axis=1)
     all_I = np.concatenate([np.where(I >= 0, I, NOBODY), near], axis=1)
     order = np.lexsort((all_I, -all_D), axis=1)[:, :k]
@@ -105,5 +110,5 @@ def _merge(
     neighbors[rows] = np.take_along_axis(all_I, order, 1)
     new_last = similarities[rows, -1]
     as_good = (new_last > last) | ((new_last == last) & (order[:, -1] < k))
-    touched = lost | (order >= k).any(axis=1)
-    return (lost & full & ~as_good) | (touched & (D[:, 0] >= 1.0))
+    doubtful[touched] = (lost & full & ~as_good) | (D[:, 0] >= 1.0)
+    return doubtful

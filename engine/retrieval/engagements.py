@@ -166,6 +166,7 @@ def _expand(
 def seen_items(history: History) -> tuple[np.ndarray, np.ndarray]:
     """(offsets int64 [num_users + 1], items int32 ascending and unique within a user): every ad a user has met."""
     user = np.repeat(np.arange(len(history.offsets) - 1, dtype=np.int64), np.diff(history.offsets))
-    pairs = np.unique((user << 32) | history.items)
+    pairs = np.sort((user << 32) | history.items)
+    pairs = pairs[np.diff(pairs, prepend=-1) != 0]
     offsets = np.searchsorted(pairs >> 32, np.arange(len(history.offsets)))
     return offsets.astype(np.int64), (pairs & 0xFFFFFFFF).astype(np.int32)
