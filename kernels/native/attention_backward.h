@@ -158,7 +158,7 @@ private:
                     ALURE_INLINE { return bias_.template whole<kLookUp, kPosition>(tile, key, v); },
                 [&](std::int64_t key, int v, Floats x) ALURE_INLINE {
                     if constexpr (kLookUp == LookUp::kOne) sum += x;
-                    bias_gradients_.template add_whole<kLookUp, kPosition>(tile, key, v, x);
+                    bias_gradients_.template add_whole<kLookUp, kPosition>(strip, tile, key, v, x);
                 });
             if constexpr (kLookUp == LookUp::kOne) bias_gradients_.add_strip(strip.bucket, sum);
         });

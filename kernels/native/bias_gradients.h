@@ -13,7 +13,7 @@ class BiasGradients {
 public:
     BiasGradients(const AttentionInputs& in, const TileBias& bias, std::int64_t tiles, std::int64_t keys, Arena& arena)
         : in_(in), bias_(bias), block_strips_((keys + kStrip - 1) / kStrip) {
-        if (in.time.table) of_time_ = arena.array<float>((in.time.num_thresholds + 1) * kLanes);
+        if (in.time.table) of_time_ = arena.array<float>(time_floats());
         if (in.position.table) {
             stride_ = round_up(tiles * kWidth + (block_strips_ + 2) * kStrip, kStrip);
             of_position_ = arena.array<float>(kStrip * stride_);
@@ -21,7 +21,7 @@ public:
     }
 
     void start_part() const {
-        if (in_.time.table) fill(of_time_, {0, (in_.time.num_thresholds + 1) * kLanes}, Floats{});
+        if (in_.time.table) fill(of_time_, {0, time_floats()}, Floats{});
         if (in_.position.table) fill(of_position_, {0, kStrip * stride_}, Floats{});
     }
 
@@ -33,13 +33,13 @@ public:
 
     // The sum of a strip in one bucket.
     void add_strip(std::int32_t bucket, Floats sum) const {
-        if (in_.time.table) add(of_time_ + bucket * kLanes, sum);
+        if (in_.time.table) add(of_time_ + bucket * kSums * kLanes, sum);
     }
 
     // Gradients of vector `v` of a tile's queries and one key of a whole strip, without those of kOne.
     template <LookUp kLookUp, bool kPosition>
-    void add_whole(std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
-        if constexpr (kLookUp != LookUp::kOne) add_time<kLookUp>(tile, key, v, d_logits);
+    void add_whole(Strip strip, std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
+        if constexpr (kLookUp != LookUp::kOne) add_time<kLookUp>(strip, tile, key, v, d_logits);
         if constexpr (kPosition) add(diagonals(tile, key, v), d_logits);
     }
 
@@ -50,7 +50,7 @@ public:
             if (strip.look_up == LookUp::kOne)
                 add_strip(strip.bucket, d_logits);
             else
-                add_time<LookUp::kGather>(tile, key, v, d_logits);
+                add_time<LookUp::kGather>(strip, tile, key, v, d_logits);
         }
         if (in_.position.table) add_position(tile, key, v, d_logits);
     }
@@ -59,8 +59,11 @@ public:
         if (in_.time.table) {
             const Buckets buckets = bias_.times().buckets();
             for (std::int64_t b = buckets.least; b <= buckets.most; ++b) {
-                d_time_[b] += sum_of_lanes(load(of_time_ + b * kLanes));
-                store(of_time_ + b * kLanes, Floats{});
+                float* sums = of_time_ + b * kSums * kLanes;
+                Floats sum = load(sums);
+                for (int i = 1; i < kSums; ++i) sum += load(sums + i * kLanes);
+                d_time_[b] += sum_of_lanes(sum);
+                fill(sums, {0, kSums * kLanes}, Floats{});
             }
         }
         if (!in_.position.table) return;
@@ -77,19 +80,24 @@ public:
     }
 
 private:
+    static constexpr int kSums = 4;  // of each bucket: one sum would wait for itself from key to key
+
+    [[nodiscard]] std::int64_t time_floats() const {
+        return (in_.time.num_thresholds + 1 + kLanes) * kSums * kLanes;  // the widest index may be of another key
+    }
     static void add(float* sums, Floats x) { store(sums, load(sums) + x); }
 
     template <LookUp kLookUp>
-    void add_time(std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
+    void add_time(Strip strip, std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
         const TimeBuckets& times = bias_.times();
-        float* sums = of_time_ + times.first(tile, key, v) * kLanes;
+        float* sums = of_time_ + (times.first(tile, key, v) * kSums + key % 2 * 2 + v) * kLanes;
         const std::uint16_t* index = times.index(tile, key, v);
         if constexpr (kLookUp == LookUp::kPermute) {
-            const Ints lanes = load_indices(index);  // they grow from lane to lane
-            for (std::int32_t b = index[0]; b <= index[kLanes - 1]; ++b)
-                add(sums + b * kLanes, lanes == b ? d_logits : Floats{});
+            const Ints lanes = load_indices(index);
+            for (std::int32_t b = 0; b <= strip.widest; ++b)
+                add(sums + b * kSums * kLanes, lanes == b ? d_logits : Floats{});
         } else {
-            for (int lane = 0; lane < kLanes; ++lane) sums[index[lane] * kLanes + lane] += d_logits[lane];
+            for (int lane = 0; lane < kLanes; ++lane) sums[index[lane] * kSums * kLanes + lane] += d_logits[lane];
         }
     }
 
@@ -117,7 +125,7 @@ private:
     const TileBias& bias_;
     const std::int64_t block_strips_;
     std::int64_t stride_ = 0;
-    float* of_time_ = nullptr;      // [buckets, kLanes]
+    float* of_time_ = nullptr;      // [buckets + kLanes, kSums, kLanes]
     float* of_position_ = nullptr;  // [kStrip, stride]
     double *d_time_ = nullptr, *d_position_ = nullptr;
 };

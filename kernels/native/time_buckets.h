@@ -26,6 +26,7 @@ struct Buckets {
 struct Strip {
     LookUp look_up = LookUp::kOne;
     std::int32_t bucket = 0;  // with kOne
+    std::int32_t widest = 0;  // the most that an index is
 };
 
 inline std::int64_t elapsed(std::int64_t query, std::int64_t key) {
@@ -167,10 +168,10 @@ private:
                 widest = larger(widest, high[v] - low[v]);
             }
         }
-        if (widest < kLanes) return {LookUp::kPermute};
-        if (widest < 2 * kLanes) return {LookUp::kPermuteTwo};
-        if (widest < 4 * kLanes) return {LookUp::kPermuteFour};
-        return {LookUp::kGather};
+        if (widest < kLanes) return {LookUp::kPermute, 0, widest};
+        if (widest < 2 * kLanes) return {LookUp::kPermuteTwo, 0, widest};
+        if (widest < 4 * kLanes) return {LookUp::kPermuteFour, 0, widest};
+        return {LookUp::kGather, 0, widest};
     }
 
     // Buckets of the differences, counted from `low`.
