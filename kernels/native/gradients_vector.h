@@ -13,8 +13,8 @@ class VectorGradients {
 public:
     using Source = T;
     static constexpr std::int64_t kTiles = 8;
-    static constexpr std::int64_t kBlock = 96;
-    static constexpr std::int64_t kSlice = kBlock;
+    static constexpr std::int64_t kBlock = 192;
+    static constexpr std::int64_t kSlice = 48;
     static constexpr int kDegree = 5;  // of the polynomial for weights
 
     VectorGradients(const AttentionInputs& in, Arena& arena)

@@ -142,6 +142,36 @@ def assert_gradients_exact_in_bfloat16(problem: Problem) -> None:
     )
 
 
+@settings(max_examples=25, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 180)), min_size=1, max_size=3),
+    shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 70)),
+    window=st.none() | st.tuples(st.integers(0, 120), st.integers(0, 120)),
+    few=st.tuples(st.integers(0, 40), st.integers(0, 20)),
+    seed=st.integers(0, 99),
+    span=st.sampled_from([1, 1000, 10**8, 2**40]),
+    chosen=st.sampled_from([*INSTRUCTION_SETS, EMULATED]),
+)
+def test_any_batch_in_bfloat16(lengths, shape, window, few, seed, span, chosen) -> None:
+    q_lengths, k_lengths = zip(*lengths)
+    share, kv_heads, head_dim = shape
+    problem = random_problem(
+        q_lengths,
+        k_lengths,
+        num_heads=share * kv_heads,
+        num_kv_heads=kv_heads,
+        head_dim=head_dim,
+        seed=seed,
+        span=span,
+    )
+    room = torch.tensor(k_lengths)
+    contexts = room.clamp(max=few[0])
+    masks = {"num_contexts": contexts, "num_targets": (room - contexts).clamp(max=few[1]), "window_size": window}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(native, "INSTRUCTION_SET", chosen)
+        assert_gradients_exact_in_bfloat16(replace(problem, **masks))
+
+
 @pytest.mark.parametrize("head_dim", [1, 16, 33, 64, 128])
 def test_gradients_in_bfloat16(head_dim: int, bfloat16_set: str, poisoned: None) -> None:
     """Around the edges of tiles, slices and blocks, with query heads that share keys and groups of tables."""
@@ -419,6 +449,43 @@ def test_the_module_itself_refuses_what_it_would_read_beyond(name: str, value: o
     assert not call(arrays()).any()
     with pytest.raises(ValueError, match="expected"):
         call(arrays() | {name: value})
+
+
+def gradients_of(arguments: dict[str, object]) -> dict[str, object]:
+    """Good arguments of _native.attention_backward by name, in order, for those of `arrays`."""
+    values, lse = ("grad_out", "out", "dq", "dk", "dv", "dk_sums", "dv_sums"), ("grad_lse", "lse")
+    found = {name: np.zeros((6, 2, 4), np.float32) for name in values}
+    found |= {name: np.zeros((2, 6), np.float32) for name in lse}
+    shaped = ("time_table", "position_table", "q_cyclic", "k_cyclic")
+    found |= {f"d_{name}": np.zeros_like(arguments[name]) for name in shaped}
+    order = ("grad_out", "out", "grad_lse", "lse", "dq", "dk", "dv", "dk_sums", "dv_sums")
+    return {name: found[name] for name in (*order, *(f"d_{name}" for name in shaped))}
+
+
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("grad_out", np.zeros((5, 2, 4), np.float32)),
+        ("grad_out", np.zeros((6, 2, 4), np.uint16)),
+        ("out", np.zeros((6, 4, 2), np.float32).swapaxes(1, 2)),
+        ("out", np.zeros((6, 2, 3), np.float32)),
+        ("grad_lse", np.zeros((2, 5), np.float32)),
+        ("lse", np.zeros((1, 6), np.float32)),
+        ("dq", np.zeros((6, 2, 3), np.float32)),
+        ("dk", np.zeros((6, 2, 4), np.uint16)),
+        ("dv", np.zeros((5, 2, 4), np.float32)),
+        ("dk_sums", np.zeros((6, 1, 4), np.float32)),
+        ("d_time_table", None),
+        ("d_position_table", np.zeros((2, 2, 3), np.float32)),
+        ("d_q_cyclic", None),
+        ("d_k_cyclic", np.zeros((6, 2), np.float32)),
+    ],
+)
+def test_the_module_itself_refuses_gradients_that_it_would_write_beyond(name: str, value: object) -> None:
+    attention, good = _native.Attention(*arrays().values()), gradients_of(arrays())
+    _native.attention_backward(attention, *good.values(), native.INSTRUCTION_SET, 1)
+    with pytest.raises(ValueError, match="expected"):
+        _native.attention_backward(attention, *(good | {name: value}).values(), native.INSTRUCTION_SET, 1)
 
 
 @pytest.mark.parametrize(
