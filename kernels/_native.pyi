@@ -180,6 +180,7 @@ def cluster_sums(
     nearest: _Int64,
     sums: NDArray[np.float64],
     errors: NDArray[np.float64],
+    instruction_set: str,
     num_threads: int,
 ) -> bool: ...
 def personalized_pagerank(

@@ -50,13 +50,14 @@ void bound_assign(Array<float, 2> x, Array<float, 2> centroids, Output<float, 2>
 }
 
 bool bound_sums(Array<float, 2> x, Vector<float> row_errors, Vector<std::int64_t> nearest, Output<double, 2> sums,
-                Output<double, 1> errors, int num_threads) {
+                Output<double, 1> errors, const std::string& instruction_set, int num_threads) {
     require(row_errors.size() == x.shape(0) && nearest.size() == x.shape(0), "errors, nearest: expected one a row");
     require(sums.shape(1) == x.shape(1) && errors.size() == sums.shape(0), "sums, errors: expected [nlist, d], [nlist]");
     const Clustering in{x.data(),         row_errors.data(), nearest.data(), size(x.shape(0)),
                         size(x.shape(1)), size(sums.shape(0))};
+    const InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;
-    return cluster_sums(in, sums.data(), errors.data(), num_threads);
+    return cluster_sums(in, sums.data(), errors.data(), set, num_threads);
 }
 
 }  // namespace
@@ -68,7 +69,7 @@ void bind_neighbors(nb::module_& m) {
     m.def("assign_clusters", &bound_assign, exact("x"), exact("centroids"), exact("scores"), exact("index"),
           "metric"_a, "instruction_set"_a, "num_threads"_a, "Fills `scores` and `index` [n, nprobe].");
     m.def("cluster_sums", &bound_sums, exact("x"), exact("row_errors"), exact("nearest"), exact("sums"),
-          exact("errors"), "num_threads"_a,
+          exact("errors"), "instruction_set"_a, "num_threads"_a,
           "Fills `sums` [nlist, d] and `errors` [nlist] of the rows of each cluster; False where one is out of range.");
 }
 

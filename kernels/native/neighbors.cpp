@@ -51,12 +51,25 @@ double squared_norm(const float* x, std::int64_t d) {
     return sum;
 }
 
+// Kernels halve squared distances.
+float factor(Metric metric) { return metric == Metric::kInnerProduct ? 1.0f : 2.0f; }
+
+auto exact_score(const NeighborKernels& kernels, Metric metric) {
+    return metric == Metric::kInnerProduct ? kernels.inner_product : kernels.negated_distance;
+}
+
 // Rows of lists as panels; every list begins with a panel of its own.
 class PackedLists {
 public:
     PackedLists(const Filter& filter, const float* x, std::int64_t d, std::span<const std::int64_t> offsets,
                 Metric metric, int num_threads)
-        : filter_(filter), d_(d), begins_(offsets.size()), norms_(offsets.size() - 1), bounds_(offsets.size() - 1) {
+        : filter_(filter),
+          d_(d),
+          metric_(metric),
+          begins_(offsets.size()),
+          norms_(offsets.size() - 1),
+          center_norms_(offsets.size() - 1),
+          bounds_(offsets.size() - 1) {
         const std::int64_t nlist = static_cast<std::int64_t>(bounds_.size());
         for (std::int64_t list = 0; list < nlist; ++list)
             begins_[list + 1] = begins_[list] + round_up(offsets[list + 1] - offsets[list], filter.panel_rows);
@@ -78,6 +91,7 @@ public:
                 const double share = 1.0 / static_cast<double>(std::max<std::int64_t>(rows, 1));
                 for (std::int64_t c = 0; c < d; ++c) centers_[list * d + c] = static_cast<float>(mean[c] * share);
                 norms_[list] = static_cast<float>(std::sqrt(largest));
+                center_norms_[list] = static_cast<float>(std::sqrt(squared_norm(centers_.get() + list * d, d)));
                 bounds_[list] = filter.pack_rows(first, rows, d, metric, this->rows(list, 0));
             });
     }
@@ -88,17 +102,27 @@ public:
                 bias_.get() + at, scale_.get() + at, zero_.get() + at};
     }
     [[nodiscard]] std::int64_t columns(std::int64_t list) const { return begins_[list + 1] - begins_[list]; }
-    [[nodiscard]] float largest_norm(std::int64_t list) const { return norms_[list]; }
-    [[nodiscard]] RowsBound bound(std::int64_t list) const { return bounds_[list]; }
+
+    // How far exact scores of a list's rows may be from factor(metric) · (kernel's score + shift).
+    [[nodiscard]] float margin(std::int64_t list, const PackedQuery& q) const {
+        // Twice the bound d·2⁻²⁴·|q||x| on a float32 product's rounding, and some for the roundings around it.
+        const float error = static_cast<float>(d_ + 16) * 0x1p-23f;
+        const float reach = q.norm + center_norms_[list] + norms_[list];
+        const float exactly = error * reach * (metric_ == Metric::kInnerProduct ? norms_[list] : reach);
+        return exactly +
+               factor(metric_) * 1.0001f * (q.norm * bounds_[list].residual + q.residual * bounds_[list].norm);
+    }
 
 private:
     const Filter& filter_;
     std::int64_t d_;
+    Metric metric_;
     std::vector<std::int64_t> begins_;  // columns
     std::optional<AlignedBytes> panels_;
     std::unique_ptr<float[]> centers_, bias_, scale_;
     std::unique_ptr<std::int32_t[]> zero_;
     std::vector<float> norms_;  // the largest of each list
+    std::vector<float> center_norms_;
     std::vector<RowsBound> bounds_;
 };
 
@@ -122,15 +146,14 @@ public:
           kernels_(kernels),
           filter_(filter),
           lists_(lists),
-          exact_(in.metric == Metric::kInnerProduct ? kernels.inner_product : kernels.negated_distance),
-          factor_(in.metric == Metric::kInnerProduct ? 1.0f : 2.0f),
+          exact_(exact_score(kernels, in.metric)),
+          factor_(factor(in.metric)),
           capacity_(2 * in.k + 32),
           query_block_(filter.query_rows * std::clamp<std::int64_t>(
                                                kQueryBlockBytes / filter.query_bytes(in.d) / filter.query_rows, 1, 32)),
           keys_(chunk * capacity_),
           counts_(chunk),
           floors_(chunk),
-          norms_(chunk),
           probes_(chunk * in.nprobe),
           seen_(in.nlist),
           pair_begins_(in.nlist + 1),
@@ -165,7 +188,6 @@ private:
         std::fill(floors_.begin(), floors_.end(), -kInfinity);
         std::fill(seen_.begin(), seen_.end(), std::int64_t{-1});
         for (std::int64_t i = 0; i < count_; ++i) {
-            norms_[i] = static_cast<float>(std::sqrt(squared_norm(query(i), in_.d)));
             for (std::int64_t p = 0; p < in_.nprobe; ++p) {
                 const std::int64_t list = in_.probes[(begin_ + i) * in_.nprobe + p];
                 const bool repeated = list >= 0 && std::exchange(seen_[list], i) == i;
@@ -232,18 +254,12 @@ private:
     void pack(std::int64_t list, std::span<const std::int32_t> members) {
         const std::int64_t count = static_cast<std::int64_t>(members.size());
         const PackedRows rows = lists_.rows(list, 0);
-        const RowsBound bound = lists_.bound(list);
-        // Twice the bound d·2⁻²⁴·|q||x| on a float32 product's rounding, and some for the roundings around it.
-        const float error = static_cast<float>(in_.d + 16) * 0x1p-23f, largest = lists_.largest_norm(list);
         for (std::int64_t m = 0; m < count; ++m) {
             prefetch(query(members[std::min(m + kAhead, count - 1)]));
             const PackedQuery q =
                 filter_.pack_query(query(members[m]), rows.center, in_.d, in_.metric, packed(m));
-            const float reach = norms_[members[m]] + largest;
-            const float exactly = error * reach * (in_.metric == Metric::kInnerProduct ? largest : reach);
-            const float rounding = 1.0001f * (q.norm * bound.residual + q.residual * bound.norm);
             scales_[m] = q.scale;
-            terms_[m] = {q.shift, exactly + factor_ * rounding};
+            terms_[m] = {q.shift, lists_.margin(list, q)};
         }
         const std::int64_t padded = round_up(count, filter_.query_rows);
         std::fill(packed(count), packed(padded), char{0});
@@ -317,7 +333,6 @@ private:
     std::vector<std::int64_t> keys_;      // [chunk, capacity], among them the k best so far
     std::vector<std::int32_t> counts_;    // of keys
     std::vector<float> floors_;           // no lower score can be among the k best
-    std::vector<float> norms_;
     std::vector<std::int32_t> probes_;       // [chunk, nprobe]
     std::vector<std::int64_t> seen_;         // by list, the last query that named it
     std::vector<std::int64_t> pair_begins_;  // by list
@@ -337,6 +352,56 @@ bool sound(const SearchInputs& in) {
     const auto size = [](std::int64_t n) { return static_cast<std::size_t>(n); };
     return sound && within({in.probes, size(in.num_queries * in.nprobe)}, -1, in.nlist) &&
            within({in.rank, size(in.num_rows)}, 0, std::int64_t{1} << 31);
+}
+
+// The nearest centroid of every row: products nominate, exact scores decide.
+void assign_nearest(const AssignInputs& in, float* scores, std::int64_t* index, const NeighborKernels& kernels,
+                    int num_threads) {
+    const Filter& filter = in.d <= kernels.filter.most_channels ? kernels.filter : kernels.exact;
+    const std::int64_t offsets[] = {0, in.num_centroids};
+    const PackedLists centroids(filter, in.centroids, in.d, offsets, in.metric, 1);
+    const std::int64_t columns = centroids.columns(0), size = filter.query_bytes(in.d);
+    const std::int64_t block = filter.query_rows * std::clamp<std::int64_t>(
+        std::min(kAssignFloats / columns, kQueryBlockBytes / size) / filter.query_rows, 1, 64);
+    const auto exact = exact_score(kernels, in.metric);
+    struct Scratch {
+        AlignedBytes queries;
+        std::vector<float> scales, margins, scores;
+        std::vector<std::int32_t> nominees;
+    };
+    parallel_for((in.num_rows + block - 1) / block, num_threads,
+        [&] {
+            Scratch s{AlignedBytes(block * size), std::vector<float>(block), std::vector<float>(block),
+                      std::vector<float>(block * columns), std::vector<std::int32_t>(columns)};
+            std::fill_n(static_cast<char*>(s.queries.get()), block * size, char{0});
+            return s;
+        },
+        [&](Scratch& s, std::int64_t b) {
+            const std::int64_t begin = b * block, end = std::min(begin + block, in.num_rows);
+            char* packed = static_cast<char*>(s.queries.get());
+            const ScoreTile tile{packed, s.scales.data(), end - begin, in.d, centroids.rows(0, 0), columns};
+            for (std::int64_t row = begin; row < end; ++row) {
+                const PackedQuery q = filter.pack_query(in.x + row * in.d, tile.rows.center, in.d, in.metric,
+                                                        packed + (row - begin) * size);
+                s.scales[row - begin] = q.scale;
+                s.margins[row - begin] = centroids.margin(0, q);
+            }
+            filter.scores(tile, s.scores.data());
+            for (std::int64_t row = begin; row < end; ++row) {
+                const float width = 2.0f * s.margins[row - begin] / factor(in.metric);
+                const std::int64_t found = kernels.near_largest(s.scores.data() + (row - begin) * columns, columns,
+                                                                width, s.nominees.data());
+                float best = -kInfinity;
+                for (std::int64_t n = 0; n < found; ++n) {
+                    const std::int64_t centroid = s.nominees[n];
+                    const float score = exact(in.x + row * in.d, in.centroids + centroid * in.d, in.d);
+                    if (n > 0 && score <= best) continue;
+                    best = score;
+                    index[row] = centroid;
+                }
+                scores[row] = in.metric == Metric::kInnerProduct ? best : -best;
+            }
+        });
 }
 
 }  // namespace
@@ -360,6 +425,7 @@ bool search(const SearchInputs& in, std::int64_t* keys, InstructionSet set, int 
 
 void assign(const AssignInputs& in, float* scores, std::int64_t* index, InstructionSet set, int num_threads) {
     const NeighborKernels& kernels = kernels_of(set);
+    if (in.nprobe == 1) return assign_nearest(in, scores, index, kernels, num_threads);
     const Filter& exact = kernels.exact;
     const std::int64_t offsets[] = {0, in.num_centroids};
     const PackedLists centroids(exact, in.centroids, in.d, offsets, in.metric, 1);
@@ -398,7 +464,8 @@ void assign(const AssignInputs& in, float* scores, std::int64_t* index, Instruct
         });
 }
 
-bool cluster_sums(const Clustering& in, double* sums, double* errors, int num_threads) {
+bool cluster_sums(const Clustering& in, double* sums, double* errors, InstructionSet set, int num_threads) {
+    const NeighborKernels& kernels = kernels_of(set);
     const auto within = [&](std::int64_t cluster) { return cluster >= 0 && cluster < in.nlist; };
     if (!std::all_of(in.nearest, in.nearest + in.num_rows, within)) return false;
     const std::int64_t shares = std::clamp<std::int64_t>(in.nlist, 1, std::max(num_threads, 1));
@@ -410,9 +477,7 @@ bool cluster_sums(const Clustering& in, double* sums, double* errors, int num_th
             const std::int64_t cluster = in.nearest[row];
             if (cluster < first || cluster >= last) continue;
             errors[cluster] += double{in.errors[row]};
-            const float* x = in.x + row * in.d;
-            double* sum = sums + cluster * in.d;
-            for (std::int64_t i = 0; i < in.d; ++i) sum[i] += double{x[i]};
+            kernels.add(in.x + row * in.d, in.d, sums + cluster * in.d);
         }
     });
     return true;

@@ -35,6 +35,7 @@ struct AssignInputs {
 };
 
 // scores and index [num_rows, nprobe]: inner products or squared distances of the nprobe best centroids, best first.
+// Of one they are exact, of more those of one float32 matrix product.
 void assign(const AssignInputs& in, float* scores, std::int64_t* index, InstructionSet set, int num_threads);
 
 struct Clustering {
@@ -46,6 +47,6 @@ struct Clustering {
 
 // sums [nlist, d] and errors [nlist] of each cluster's rows, added in their order whatever the threads, in float64.
 // Returns false where `nearest` is out of range.
-bool cluster_sums(const Clustering& in, double* sums, double* errors, int num_threads);
+bool cluster_sums(const Clustering& in, double* sums, double* errors, InstructionSet set, int num_threads);
 
 }  // namespace alure

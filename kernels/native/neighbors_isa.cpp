@@ -23,6 +23,13 @@ inline Doubles widened(const float* p) {
 #endif
 }
 
+void add(const float* x, std::int64_t d, double* sums) {
+    typedef double UnalignedDoubles __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(8), may_alias));
+    std::int64_t i = 0;
+    for (; i + kDoubles <= d; i += kDoubles) *reinterpret_cast<UnalignedDoubles*>(sums + i) += widened(x + i);
+    for (; i < d; ++i) sums[i] += double{x[i]};
+}
+
 // add(a, b, c) is c + a term of a and b, of vectors or of doubles.
 template <class Add>
 inline float sum_of_terms(const float* x, const float* y, std::int64_t d, Add add) {
@@ -57,7 +64,8 @@ constexpr const Filter& kFastest = kFloat32;
 }  // namespace
 
 namespace ALURE_ISA {
-const NeighborKernels neighbor_kernels{kFloat32, kFastest, kth_largest, largest, inner_product, negated_distance};
+const NeighborKernels neighbor_kernels{kFloat32,     kFastest, kth_largest,   largest,
+                                       near_largest, add,      inner_product, negated_distance};
 }
 
 }  // namespace alure

@@ -35,7 +35,9 @@ RowsBound pack_rows(const float* x, std::int64_t rows, std::int64_t d, Metric me
 PackedQuery pack_query(const float* query, const float*, std::int64_t d, Metric metric, char* packed) {
     float* to = reinterpret_cast<float*>(packed);
     for (std::int64_t i = 0; i < d; ++i) to[i] = query[i];
-    return {1.0f, metric == Metric::kInnerProduct ? 0.0f : half_negated(squared_norm(query, d)), 0.0f, 0.0f};
+    const double square = squared_norm(query, d);
+    return {1.0f, metric == Metric::kInnerProduct ? 0.0f : half_negated(square),
+            static_cast<float>(__builtin_sqrt(square)), 0.0f};
 }
 
 // sums [Rows, Vectors · kLanes] = bias + queries · panels, in registers.

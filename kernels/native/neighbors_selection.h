@@ -59,9 +59,14 @@ inline std::int64_t count_at_least(const float* values, std::int64_t count, floa
 }
 
 inline float maximum(const float* values, std::int64_t count) {
-    Floats top = splat(-kInfinity);
-    for (std::int64_t i = 0; i < count; i += kLanes) top = larger_lanes(top, load(values + i));
-    return largest_of_lanes(top);
+    Floats tops[2] = {splat(-kInfinity), splat(-kInfinity)};
+    std::int64_t i = 0;
+    for (; i + 4 * kLanes <= count; i += 4 * kLanes) {
+        tops[0] = larger_lanes(tops[0], larger_lanes(load(values + i), load(values + i + kLanes)));
+        tops[1] = larger_lanes(tops[1], larger_lanes(load(values + i + 2 * kLanes), load(values + i + 3 * kLanes)));
+    }
+    for (; i < count; i += kLanes) tops[0] = larger_lanes(tops[0], load(values + i));
+    return largest_of_lanes(larger_lanes(tops[0], tops[1]));
 }
 
 // The smallest value that is not −inf.
@@ -113,16 +118,17 @@ inline void sort_by_rank(float* values, const std::int32_t* index, std::int64_t 
     }
 }
 
+std::int64_t near_largest(const float* values, std::int64_t count, float width, std::int32_t* places) {
+    const Floats least = splat(maximum(values, count) - width);
+    std::int64_t found = 0;
+    for (std::int64_t i = 0; i < count; i += kLanes)
+        for (unsigned mask = mask_at_least(load(values + i), least); mask != 0; mask &= mask - 1)
+            places[found++] = static_cast<std::int32_t>(i) + __builtin_ctz(mask);
+    return found;
+}
+
 void largest(const float* values, std::int64_t count, std::int64_t k, void* scratch, float* best,
              std::int32_t* index) {
-    if (k == 1) {
-        const float most = maximum(values, count);
-        std::int64_t i = 0;
-        while (mask_at_least(load(values + i), splat(most)) == 0) i += kLanes;
-        best[0] = most;
-        index[0] = static_cast<std::int32_t>(i) + __builtin_ctz(mask_at_least(load(values + i), splat(most)));
-        return;
-    }
     const float least = kth_largest(values, count, k);
     // Of values equal to `least` the last may have to stay out.
     std::int64_t equals = k;

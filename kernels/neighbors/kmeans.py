@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from alure.kernels.backend import resolve_backend
-from alure.kernels.neighbors.ops import Metric, assign_clusters
+from alure.kernels.neighbors.ops import Metric, check_values, implementation
 
 SPLIT = 1.0 / 1024  # relative distance of the two halves of a split cluster (as in FAISS)
 
@@ -40,7 +40,7 @@ def train_kmeans(
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     if spherical:
-        x = x[(x != 0).any(dim=1)]
+        x = _without_zeros(x)
     if x.shape[0] < nlist:
         kind = "rows that are not zero" if spherical else "rows"
         raise ValueError(f"x: expected at least nlist = {nlist} {kind}, got {x.shape[0]}; ask for fewer clusters")
@@ -55,8 +55,10 @@ def train_kmeans(
     if spherical:
         centroids = _normalised(centroids)
     norms = torch.linalg.vector_norm(points, dim=1) if spherical else points.new_zeros(())
+    check_values(points, "x", centroids, "start")
+    assign = implementation("auto", points, 1).assign
     for _ in range(niter):
-        D, nearest = assign_clusters(points, centroids, 1, metric=metric)
+        D, nearest = assign(points, centroids, 1, metric)
         error = norms - D.squeeze(1) if spherical else D.squeeze(1)
         means, empty, errors = _means(points, nearest.squeeze(1), error, nlist)
         if spherical:
@@ -68,6 +70,16 @@ def train_kmeans(
             _split(means, empty.tolist(), errors.tolist(), generator)
         centroids = _normalised(means) if spherical else means
     return centroids
+
+
+def _without_zeros(x: Tensor) -> Tensor:
+    tiny = (torch.linalg.vector_norm(x, dim=1) == 0).nonzero().squeeze(1)  # squares may vanish that are not zero
+    zero = tiny[(x[tiny] == 0).all(dim=1)]
+    if zero.numel() == 0:
+        return x
+    kept = torch.ones(x.shape[0], dtype=torch.bool, device=x.device)
+    kept[zero] = False
+    return x[kept]
 
 
 def _means(points: Tensor, nearest: Tensor, error: Tensor, nlist: int) -> tuple[Tensor, Tensor, Tensor]:

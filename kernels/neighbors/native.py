@@ -35,7 +35,9 @@ def search(task: Search) -> Tensor:
 
 
 def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tensor, Tensor]:
-    """(D, I) of the nprobe best centroids of every row; scores are one float32 matrix product."""
+    """(D, I) of the nprobe best centroids of every row. Of one the score is exact, rounded once; of more those of one
+    float32 matrix product.
+    """
     D = torch.empty((x.shape[0], nprobe), dtype=torch.float32)
     I = torch.empty((x.shape[0], nprobe), dtype=torch.int64)
     threads = torch.get_num_threads()
@@ -49,6 +51,6 @@ def cluster_sums(x: Tensor, errors: Tensor, nearest: Tensor, nlist: int) -> tupl
     totals = torch.empty(nlist, dtype=torch.float64)
     rows, row_errors, clusters = (array.contiguous().numpy() for array in (x, errors, nearest))
     threads = torch.get_num_threads()
-    if not _native.cluster_sums(rows, row_errors, clusters, sums.numpy(), totals.numpy(), threads):
+    if not _native.cluster_sums(rows, row_errors, clusters, sums.numpy(), totals.numpy(), INSTRUCTION_SET, threads):
         raise ValueError(f"nearest: expected clusters 0 … {nlist - 1}")
     return sums, totals

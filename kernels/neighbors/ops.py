@@ -34,7 +34,8 @@ def assign_clusters(
 
     x: [n, d] and centroids: [c, d], floating point; float16 and bfloat16 are computed in float32.
     Returns D [n, nprobe] float32, inner products ("ip", higher is better) or squared distances ("l2", lower is better),
-    and I [n, nprobe] int64, rows of `centroids`; scores are those of one matrix product in the inputs' precision.
+    and I [n, nprobe] int64, rows of `centroids`; scores are those of one matrix product in the inputs'
+    precision (of a single centroid, natively, exact).
     Raises TypeError or ValueError for other shapes, dtypes or devices, nprobe not in 1 … c, and NaN or infinity.
     """
     _check_matrix(x, "x")
@@ -91,7 +92,7 @@ def grouped_topk(
 def _assign_clusters(x: Tensor, centroids: Tensor, nprobe: int, metric: str, backend: str) -> tuple[Tensor, Tensor]:
     backend = _resolve(backend, x, nprobe)
     x, centroids = _computed(x, backend), _computed(centroids, backend)
-    _check_values(x, "x", centroids, "centroids")
+    check_values(x, "x", centroids, "centroids")
     return _implementation(backend).assign(x, centroids, nprobe, metric)
 
 
@@ -115,7 +116,7 @@ def _grouped_topk(
 ) -> tuple[Tensor, Tensor]:
     backend = _resolve(backend, queries, k + 1)
     queries, database = _computed(queries, backend), _computed(database, backend)
-    _check_values(queries, "queries", database, "database")
+    check_values(queries, "queries", database, "database")
     check_offsets(list_offsets, database.shape[0], "list_offsets")
     list_offsets = list_offsets.to(torch.int64)
     probes = _prepared_probes(probes, list_offsets.numel() - 1)
@@ -161,6 +162,11 @@ def _resolve(backend: str, x: Tensor, keep: int) -> str:
     if backend == "auto" and (x.dtype == torch.float64 or (x.is_cuda and keep > TRITON_KEEPS)):
         return "reference"
     return resolve_backend(backend, x.device, BACKENDS)
+
+
+def implementation(backend: str, x: Tensor, keep: int) -> ModuleType:
+    """The module whose `assign` and `search` compute for `x`; they check nothing."""
+    return _implementation(_resolve(backend, x, keep))
 
 
 def _implementation(backend: str) -> ModuleType:
@@ -213,7 +219,7 @@ def _check_integers(x: Tensor, name: str, device: torch.device, shape: tuple[int
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {x.device}; move it there")
 
 
-def _check_values(x: Tensor, x_name: str, y: Tensor, y_name: str) -> None:
+def check_values(x: Tensor, x_name: str, y: Tensor, y_name: str) -> None:
     largest = 0.0
     for values, name in ((x, x_name), (y, y_name)):
         if values.numel() == 0:
