@@ -294,6 +294,12 @@ def graph(
             "those whose neighbours they enter or leave.",
         ),
     ] = False,
+    clusters: Annotated[
+        Path | None,
+        typer.Option(
+            help="Use the centroids of FAISS files COUNTRY.faiss in this folder (IndexIVFFlat); others are refused."
+        ),
+    ] = None,
     seed: Seed = 0,
     config: ConfigFile = None,
     as_json: Json = False,
@@ -310,7 +316,9 @@ def graph(
     section = override(load_config(config).graph, nlist=nlist, nprobe=nprobe, k=k, search=search, ppr=ppr or None)
     if section.ppr and social is None:
         raise InputError("--ppr: needs the follows that PageRank walks over; add --social FOLLOWS.parquet")
-    report = build_graphs(EmbeddingStore(store), section, social=social, incremental=incremental, seed=seed)
+    report = build_graphs(
+        EmbeddingStore(store), section, social=social, incremental=incremental, clusters=clusters, seed=seed
+    )
     finish(report, as_json)
 
 

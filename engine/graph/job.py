@@ -10,6 +10,7 @@ import pyarrow as pa
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
 from alure.engine.graph.base import Base, cluster_rows, digest, find_base
+from alure.engine.graph.faiss_files import read_clusters_of_files
 from alure.engine.graph.follows import Follows, read_follows
 from alure.engine.graph.ppr import ppr_graph
 from alure.engine.graph.similar import CountryReport, search_countries
@@ -55,6 +56,7 @@ def build_graphs(
     social: Path | None = None,
     generation: str | None = None,
     incremental: bool = False,
+    clusters: Path | None = None,
     seed: int = 0,
 ) -> GraphReport:
     """Build and publish `alure`, and from the follows in `social` the graphs `social` and, where config.ppr, `ppr`.
@@ -62,18 +64,24 @@ def build_graphs(
     generation: whose embeddings (None: the newest published). A graph that is there already is replaced.
     incremental: `alure` from the newest graph of an earlier generation, in its clusters: only users whose embedding
     changed since are searched, and those whose neighbours they enter or leave. Where no such graph fits, all are.
+    clusters: a folder of FAISS index files COUNTRY.faiss whose centroids are used; other countries train their own.
     """
     started = time.monotonic()
     if config.ppr and social is None:
         raise InputError("ppr: Personalized PageRank walks the follow graph; give it with --social FOLLOWS")
+    if incremental and clusters:
+        raise InputError("clusters: an incremental graph keeps those of the earlier one; leave out one of the two")
     source = store.published(generation, "embeddings")
     matrix = store.read_matrix(source.generation)
+    given = read_clusters_of_files(clusters, matrix.values.shape[1], config.nprobe) if clusters else None
     follows = read_follows(social, matrix.user_ids) if social is not None else None
 
     begun = time.monotonic()
     settings = config.model_dump() | {"seed": seed}
     base, reason = _base(store, source, config, settings) if incremental else (None, "")
-    searched = search_countries(matrix.values, matrix.countries, config, seed, user_ids=matrix.user_ids, base=base)
+    searched = search_countries(
+        matrix.values, matrix.countries, config, seed, user_ids=matrix.user_ids, base=base, clusters=given
+    )
     graph, countries = searched.graph, searched.countries
     recall = _weighted_recall(countries)
     store.write_clusters(source, cluster_rows(searched.clusters), {"graph": "alure"})

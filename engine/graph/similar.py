@@ -1,8 +1,8 @@
 """The similarity graph of user embeddings: per country, every user's k nearest others by cosine (paper, section 3)."""
 
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TypeAlias
 
 import numpy as np
@@ -80,7 +80,7 @@ class _Country:
     user_ids: pa.Array
     embeddings: np.ndarray  # float32 [n, d]
     then: Lists | None
-    clusters: Clusters | None
+    clusters: Clusters | None  # of that graph, or given
 
 
 def build_similarity_graph(
@@ -107,6 +107,7 @@ def search_countries(
     *,
     user_ids: pa.Array | None = None,
     base: Base | None = None,
+    clusters: Mapping[str, Clusters] | None = None,
 ) -> Searched:
     """Every user's config.k nearest others of the same country.
 
@@ -114,6 +115,7 @@ def search_countries(
     user, or (name, first row, rows) ranges that tile the users; user_ids: int64 or string [n] (default: the row).
     base: an earlier graph with the same settings, of users in the same order; only what changed since is searched, in
     its clusters, and the result is that of a search of everything in these.
+    clusters: by country, instead of clusters trained here.
     The result depends on the arguments and the engine only, not on the order of countries.
     Raises InputError for NaN or infinity (naming users), shapes that do not fit, and an engine that is not installed.
     """
@@ -130,20 +132,20 @@ def search_countries(
     _check_finite(embeddings, ids)
     similarities = np.full((n, config.k), -np.inf, dtype=np.float32)
     neighbors = np.full((n, config.k), -1, dtype=np.int64)
-    reports, clusters = [], {}
+    reports, kept = [], {}
+    given = base.clusters if base else clusters or {}
     with track("Searching neighbours", n, "users") as bar:
         for name, rows in parts:
             then = base.lists(name, config.k) if base else None
-            known = base.clusters.get(name) if base else None
-            country = _Country(name, ids.take(pa.array(rows)), embeddings[rows], then, known)
+            country = _Country(name, ids.take(pa.array(rows)), embeddings[rows], then, given.get(name))
             D, I, report, own = _search_country(country, config, seed, bar)
             if own is not None:
-                clusters[name] = own
+                kept[name] = own
             found = I >= 0
             similarities[rows] = np.where(found, np.clip(D, -1.0, 1.0), -np.inf)
             neighbors[rows] = np.where(found, rows[I], -1)
             reports.append(report)
-    return Searched(SimilarityGraph.from_topk(ids, labels, similarities, neighbors), reports, clusters)
+    return Searched(SimilarityGraph.from_topk(ids, labels, similarities, neighbors), reports, kept)
 
 
 def by_country(countries: Countries, n: int) -> tuple[pa.Array, list[tuple[str, np.ndarray]]]:
@@ -201,17 +203,23 @@ def _search_country(
     D = np.full((users, k), -np.inf, dtype=np.float32)
     I = np.full((users, k), -1, dtype=np.int64)
     plan = _plan(config, len(rows))
-    before, plan = _before(country, plan, rows)
+    before = _before(country, plan, rows)
+    clusters = country.clusters if before or not country.then else None
+    if clusters is not None and plan.engine != "exact":
+        engine = "grouped" if before else plan.engine  # what was found then is merged to the bit with what it finds
+        plan = _Plan(engine, clusters.nlist, clusters.nprobe, [])
     notes = list(plan.notes)
     if len(rows) <= k:
         notes.append(f"k: {k} neighbours asked, a user here has at most {max(len(rows) - 1, 0)} others")
     if users > len(rows):
         notes.append(f"{users - len(rows):,} users have a zero embedding and no neighbours")
     bar.advance(users - len(rows), note=name)
-    clusters = None
-    if plan.engine != "exact":
-        known = country.clusters if before else None
-        clusters = known or train_clusters(vectors, plan.nlist, plan.nprobe, seed)
+    if plan.engine == "exact":
+        if clusters is not None:
+            notes.append(f"clusters: {clusters.nlist} given and not used; searched exactly")
+        clusters = None
+    elif clusters is None:
+        clusters = train_clusters(vectors, plan.nlist, plan.nprobe, seed)
     clustered = time.monotonic() - started
     step = max(SEARCH_ROWS, -(-len(rows) // SEARCH_SHARES))
     found, near, searched = update(
@@ -233,22 +241,18 @@ def _search_country(
     return D, I, report, clusters
 
 
-def _before(country: _Country, plan: _Plan, rows: np.ndarray) -> tuple[Before | None, _Plan]:
-    """What is known of the country's users from an earlier graph, and the plan with its clusters; None to begin anew.
+def _before(country: _Country, plan: _Plan, rows: np.ndarray) -> Before | None:
+    """What is known of the country's users from an earlier graph; None to begin anew.
 
     Anew where the country was searched otherwise then, has grown or shrunk out of its clusters, or has mostly changed.
     """
     then, clusters = country.then, country.clusters
     if then is None or not len(rows) or (clusters is None) != (plan.engine == "exact"):
-        return None, plan
+        return None
     if clusters is not None and not clusters.nlist / 2 <= plan.nlist <= clusters.nlist * 2:
-        return None, plan
+        return None
     before = compare(then, country.user_ids, country.embeddings, rows)
-    if before.unchanged.mean() < LEAST_UNCHANGED:
-        return None, plan
-    if clusters is None:
-        return before, plan
-    return before, replace(plan, engine="grouped", nlist=clusters.nlist, nprobe=clusters.nprobe)
+    return before if before.unchanged.mean() >= LEAST_UNCHANGED else None
 
 
 def _plan(config: GraphConfig, users: int) -> _Plan:
