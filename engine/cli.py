@@ -247,6 +247,7 @@ def refresh(
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, Ray actors or Spark tasks.")] = 1,
     engine: Annotated[str, typer.Option(help="Who runs them: local, ray or spark.")] = "local",
+    metrics: Annotated[Path | None, typer.Option(help="Write the figures here for Prometheus (*.prom).")] = None,
     config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
@@ -254,6 +255,7 @@ def refresh(
 
     Example: `alure refresh model events --store store --as-of 2026-11-22`
     """
+    from alure.engine.metrics import write_metrics
     from alure.engine.refresh import RefreshJob
 
     job = RefreshJob(
@@ -272,7 +274,10 @@ def refresh(
         workers=workers,
         engine=engine,
     )
-    finish(job.run(), as_json)
+    report = job.run()
+    if metrics:
+        write_metrics(metrics, "refresh", report)
+    finish(report, as_json)
 
 
 @app.command()

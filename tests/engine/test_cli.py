@@ -60,8 +60,11 @@ def test_the_chain_command_by_command(alure: CommandLine, world: Path, tmp_path:
     assert trained.code == 0, trained.err
     refreshed = alure("refresh", model, events, "--store", store, "--as-of", facts["as_of"], "--json")
     assert refreshed.code == 0, refreshed.err
-    again = alure("refresh", model, events, "--store", store, "--as-of", facts["as_of"], "--json")
+    figures = tmp_path / "refresh.prom"
+    again = alure("refresh", model, events, "--store", store, "--as-of", facts["as_of"], "--metrics", figures, "--json")
     assert again.code == 0
+    assert f"\nalure_refresh_users {float(again.json['users'])}\n" in figures.read_text()
+    assert 'alure_refresh_freshness{of="now"} ' in figures.read_text()
     assert again.json["generation"] == refreshed.json["generation"]
 
     follows = world / "social.parquet"
