@@ -31,7 +31,7 @@ START = 1_760_000_000
 SPAN = 90  # days of history
 ITEMS = 20_000
 EXPOSURES = 4  # candidate ads a user in the full forward pass, as in training
-PADDED_USERS = 16  # users a padded batch
+PADDED_USERS = 8  # users a padded batch
 CHANGED = 0.1  # of the users have an event on the last day
 
 
@@ -109,7 +109,7 @@ def alike(expected: np.ndarray, least: float) -> Callable[[np.ndarray], str]:
 def bench_embed(
     race: Callable[[Contest], None], preset: str, quick: bool, device: torch.device, tmp_path: Path
 ) -> None:
-    users = {"small": 400, "base": 100}[preset] // (8 if quick else 1)
+    users = {"small": 160, "base": 64}[preset] // (4 if quick else 1)
     case = Embedding(tmp_path / preset, preset, users, device)
     exact = case.ours("float32")
     expected = exact()
@@ -166,7 +166,7 @@ def bench_pruned(race: Callable[[Contest], None], quick: bool, device: torch.dev
 
 def bench_incremental(race: Callable[[Contest], None], quick: bool, tmp_path: Path) -> None:
     """Whole jobs, from opening the checkpoint to the publication, each into a copy of yesterday's store."""
-    users = 100 if quick else 1_000
+    users = 100 if quick else 3_000
     events = write_log(tmp_path / "log", users, mean=256)
     model = new_model(events, "small")
     config = CheckpointConfig(model=model.config, events=model.schema, sha256="")
