@@ -48,7 +48,7 @@ class Reader(threading.Thread):
             with self.lock:
                 if self.store is not None:
                     self.look(self.store)
-            threading.Event().wait(0.02)
+            threading.Event().wait(0.05)
 
     def look(self, path: Path) -> None:
         try:
@@ -129,11 +129,11 @@ def ground(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Range]:
 
 
 def kill_at_random(ground: Range, seed: int, kills: int) -> None:
-    """Up to four kills a store, so that resumed runs are killed too."""
+    """Up to eight kills a store, so that resumed runs are killed too."""
     moments, done = random.Random(seed), 0
     while done < kills:
         with ground.store() as store:
-            for _ in range(moments.randint(1, 4)):
+            for _ in range(moments.randint(1, 8)):
                 after_s = moments.uniform(0, ground.undisturbed.seconds)
                 outcome = ground.run(store, Fault(signal=signal.SIGKILL, after_s=after_s))
                 done += outcome.code == KILLED
@@ -142,7 +142,7 @@ def kill_at_random(ground: Range, seed: int, kills: int) -> None:
 
 
 def test_killed_at_random_moments(ground: Range) -> None:
-    kill_at_random(ground, seed=0, kills=20)
+    kill_at_random(ground, seed=0, kills=21)
 
 
 def test_file_operations_fail_or_are_the_last(ground: Range) -> None:
