@@ -25,9 +25,11 @@ inline void begin_tiles() {
 }
 inline void end_tiles() { asm volatile("tilerelease" : : : "memory"); }
 
+// By loads of one line of zeros: after tilezero, the products wait.
+alignas(64) inline constexpr float kZeroRow[16] = {};
 template <int kTile>
 inline void zero_tile() {
-    asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
+    asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(kZeroRow), "r"(std::int64_t{0}), "i"(kTile) : "memory");
 }
 // Rows `stride` bytes apart.
 template <int kTile>

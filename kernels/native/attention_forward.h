@@ -102,43 +102,68 @@ private:
         for (std::int64_t block = 0; block < sequence.num_keys; block += kBlock) {
             const std::int64_t end = smaller(block + kBlock, sequence.num_keys);
             if (sequence.mask.sight(position_, position_ + rows_ - 1, block, end) == Sight::kHidden) continue;
-            for (std::int64_t j = sequence.k_row + block; j < sequence.k_row + end; ++j) {
-                const Source* keys = static_cast<const Source*>(in_.k.data) + j * in_.k.row_stride;
+            for (std::int64_t key = block; key < end; key += kLanes) {  // all heads of a few rows: memory in order
+                const std::int64_t row = sequence.k_row + key, rows = smaller<std::int64_t>(kLanes, end - key);
+                const Source* keys = static_cast<const Source*>(in_.k.data) + row * in_.k.row_stride;
                 for (std::int64_t head = 0; head < in_.key_heads; ++head)
-                    key_norms_[head] = larger(key_norms_[head], squares(keys + head * in_.k.head_stride, in_.head_dim));
-                if (in_.num_cyclic) cyclic = larger(cyclic, squares(in_.k_cyclic + j * in_.num_cyclic, in_.num_cyclic));
+                    key_norms_[head] =
+                        larger(key_norms_[head],
+                               largest_norm(keys + head * in_.k.head_stride, in_.k.row_stride, rows, in_.head_dim));
+                cyclic = larger(cyclic, largest_norm(in_.k_cyclic + row * in_.num_cyclic, in_.num_cyclic, rows,
+                                                     in_.num_cyclic));
             }
         }
-        for (std::int64_t head = 0; head < in_.key_heads; ++head) key_norms_[head] = __builtin_sqrtf(key_norms_[head]);
-        return __builtin_sqrtf(cyclic);
+        return cyclic;
     }
 
     [[nodiscard]] bool is_safe(const Sequence& sequence, std::int64_t row, std::int64_t rows, std::int64_t head,
                                float cyclic_norm) const {
         const Source* queries =
             static_cast<const Source*>(in_.q.data) + row * in_.q.row_stride + head * in_.q.head_stride;
-        float norm = 0.0f, cyclic = 0.0f;
-        for (std::int64_t i = 0; i < rows; ++i) {
-            norm = larger(norm, squares(queries + i * in_.q.row_stride, in_.head_dim));
-            if (in_.num_cyclic)
-                cyclic = larger(
-                    cyclic, squares(in_.q_cyclic + ((row + i) * in_.heads + head) * in_.num_cyclic, in_.num_cyclic));
-        }
+        const float norm = largest_norm(queries, in_.q.row_stride, rows, in_.head_dim);
+        const float cyclic = largest_norm(in_.q_cyclic + (row * in_.heads + head) * in_.num_cyclic,
+                                          in_.heads * in_.num_cyclic, rows, in_.num_cyclic);
         const std::int64_t table = sequence.group * in_.heads + head;
         const float scale = (in_.scale < 0 ? -in_.scale : in_.scale) * kLog2E;
-        const float bound = scale * __builtin_sqrtf(norm) * key_norms_[head / (in_.heads / in_.key_heads)] +
-                            kLog2E * __builtin_sqrtf(cyclic) * cyclic_norm;
+        const float bound = scale * norm * key_norms_[head / (in_.heads / in_.key_heads)] +
+                            kLog2E * cyclic * cyclic_norm;
         return bound + tables_->largest[table] < kSafe && bound - tables_->smallest[table] < kSafe;
     }
 
+    // Of rows [rows, size].
     template <class T>
-    static float squares(const T* x, std::int64_t size) {
+    static float largest_norm(const T* x, std::int64_t stride, std::int64_t rows, std::int64_t size) {
+        Floats largest{};
+        for (std::int64_t row = 0; size > 0 && row < rows; row += kLanes) {
+            Floats sums[kLanes] = {};
+            for (std::int64_t i = 0; i < kLanes && row + i < rows; ++i) sums[i] = squares(x + (row + i) * stride, size);
+            largest = larger_lanes(sums_of_rows(sums), largest);  // passes over a NaN
+        }
+        return __builtin_sqrtf(largest_of_lanes(largest));
+    }
+
+    static Floats squares(const float* x, std::int64_t size) {
         Floats sums{};
         std::int64_t i = 0;
         for (; i + kLanes <= size; i += kLanes) sums += load(x + i) * load(x + i);
-        float sum = i > 0 ? sum_of_lanes(sums) : 0.0f;
-        for (; i < size; ++i) sum += to_float(x[i]) * to_float(x[i]);
-        return sum;
+        for (; i < size; ++i) sums[0] += x[i] * x[i];
+        return sums;
+    }
+    static Floats squares(const Bfloat16* x, std::int64_t size) {
+        Floats sums{};
+        std::int64_t i = 0;
+        for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
+            const Ints pairs = load_ints(reinterpret_cast<const std::int32_t*>(x + i));
+            const Floats even = reinterpret_cast<Floats>(pairs << 16);
+            const Floats odd = reinterpret_cast<Floats>(pairs & std::int32_t(0xffff0000));
+            sums += even * even + odd * odd;
+        }
+        if (i + kLanes <= size) {
+            sums += load(x + i) * load(x + i);
+            i += kLanes;
+        }
+        for (; i < size; ++i) sums[0] += to_float(x[i]) * to_float(x[i]);
+        return sums;
     }
 
     void add_block(const Sequence& sequence, std::int64_t block, std::int64_t end) {
@@ -331,32 +356,42 @@ private:
 
     void write(const ForwardOutputs& outputs, std::int64_t tile, std::int64_t head) const {
         const TileState s = state(tile, head);
-        const std::int64_t rows = tile_rows(tile), row = q_row_ + tile * kWidth;
-        float factors[kWidth];
-        for (std::int64_t i = 0; i < rows; ++i) {
-            const float total = s.totals[i];
-            const bool sees_nothing = total == 0.0f && (s.maxima[i] == 0.0f || s.maxima[i] == -kInfinity);
-            factors[i] = sees_nothing ? 0.0f : 1.0f / total;
-            outputs.lse[head * in_.total_q + row + i] =
-                sees_nothing ? -kInfinity
-                             : static_cast<float>(s.maxima[i] * 0.6931471805599453 + __builtin_logf(total));
-        }
-        for (std::int64_t i = rows; i < kWidth; ++i) factors[i] = 0.0f;
-        Source* out = static_cast<Source*>(outputs.out) + (row * in_.heads + head) * in_.head_dim;
-        const std::int64_t stride = in_.heads * in_.head_dim;
+        const std::int64_t row = q_row_ + tile * kWidth;
         for (int v = 0; v < 2; ++v) {
-            const std::int64_t first = v * kLanes, lanes = smaller<std::int64_t>(kLanes, rows - first);
-            const Floats factor = load(factors + first);
-            std::int64_t d = 0;
-            for (; d + kLanes <= in_.head_dim; d += kLanes) {
-                Floats square[kLanes];
-                for (int i = 0; i < kLanes; ++i) square[i] = factor * load(s.sums + (d + i) * kWidth + first);
-                transpose(square);
-                for (std::int64_t i = 0; i < lanes; ++i) store(out + (first + i) * stride + d, square[i]);
+            const std::int64_t first = v * kLanes, rows = smaller<std::int64_t>(kLanes, tile_rows(tile) - first);
+            if (rows <= 0) return;
+            const Floats total = load(s.totals + first), maximum = load(s.maxima + first);
+            const Ints sees_nothing = (total == 0.0f) & ((maximum == 0.0f) | (maximum == -kInfinity));
+            const Floats lse = maximum * 0.69314718f + log_lanes(total);
+            float lanes[kLanes];
+            store(lanes, sees_nothing ? splat(-kInfinity) : lse);
+            __builtin_memcpy(outputs.lse + head * in_.total_q + row + first, lanes, rows * sizeof(float));
+            write_rows(s.sums + first, sees_nothing ? Floats{} : 1.0f / total, rows,
+                       static_cast<Source*>(outputs.out) + ((row + first) * in_.heads + head) * in_.head_dim);
+        }
+    }
+
+    // out [rows, head_dim] = factor · sums, transposed
+    void write_rows(const float* sums, Floats factor, std::int64_t rows, Source* out) const {
+        constexpr std::int64_t kFold = sizeof(float) / sizeof(Source), kStep = kLanes * kFold;
+        const std::int64_t stride = in_.heads * in_.head_dim;
+        std::int64_t d = 0;
+        for (; d + kStep <= in_.head_dim; d += kStep) {
+            Floats square[kLanes];
+            for (int i = 0; i < kLanes; ++i) {
+                const float* sum = sums + (d + i * kFold) * kWidth;
+                if constexpr (kFold == 1)
+                    square[i] = factor * load(sum);
+                else
+                    square[i] = reinterpret_cast<Floats>(join_upper_halves(
+                        round_to_bfloat16(factor * load(sum)), round_to_bfloat16(factor * load(sum + kWidth))));
             }
-            for (; d < in_.head_dim; ++d)
-                for (std::int64_t i = 0; i < lanes; ++i)
-                    store(out + (first + i) * stride + d, factors[first + i] * s.sums[d * kWidth + first + i]);
+            transpose(square);
+            for (std::int64_t i = 0; i < rows; ++i) store(reinterpret_cast<float*>(out + i * stride + d), square[i]);
+        }
+        for (; d < in_.head_dim; ++d) {
+            const Floats column = factor * load(sums + d * kWidth);
+            for (std::int64_t i = 0; i < rows; ++i) store(out + i * stride + d, column[i]);
         }
     }
 

@@ -27,25 +27,6 @@ inline void store_as_floats(float* p, Doubles x) {
 // x to the nearest integer, |x| < 2^51.
 inline Doubles nearest(Doubles x) { return (x + 6755399441055744.0) - 6755399441055744.0; }  // 1.5·2^52
 
-// log(x) for x >= 1, at most 2 ulp: x = 2^e·m with m in [√½, √2), the polynomial of Cephes' logf.
-inline Floats log_lanes(Floats x) {
-    const Ints shifted = reinterpret_cast<Ints>(x) - 0x3f3504f3;  // bits of √½: e counts from there
-    const Ints e = shifted >> 23;
-    const Floats m = reinterpret_cast<Floats>(reinterpret_cast<Ints>(x) - (e << 23)) - 1.0f;
-    const Floats n = __builtin_convertvector(e, Floats), z = m * m;
-    Floats y = splat(7.0376836292e-2f);
-    y = y * m - 1.1514610310e-1f;
-    y = y * m + 1.1676998740e-1f;
-    y = y * m - 1.2420140846e-1f;
-    y = y * m + 1.4249322787e-1f;
-    y = y * m - 1.6668057665e-1f;
-    y = y * m + 2.0000714765e-1f;
-    y = y * m - 2.4999993993e-1f;
-    y = y * m + 3.3333331174e-1f;
-    y = y * m * z + n * -2.12194440e-4f - 0.5f * z;
-    return m + y + n * 0.693359375f;
-}
-
 // log(1 + x) for x >= 0, to a few ulp of itself however small x: what 1 + x rounds away is divided out.
 inline Floats log1p_lanes(Floats x) {
     const Floats u = x + 1.0f, rest = u - 1.0f;

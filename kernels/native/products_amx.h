@@ -29,7 +29,7 @@ public:
           depth_(round_up(in.head_dim + 3 * in.num_cyclic, 32)),
           value_channels_(round_up(in.head_dim, 32)),
           has_scale_(in.scale > 1e-30f || in.scale < -1e-30f),
-          rows_(arena.array<Bfloat16>(16 * depth_)),
+          tail_(arena.array<Bfloat16>(depth_)),
           keys_(arena.array<Bfloat16>(kBlock * depth_)),
           values_(arena.array<Bfloat16>(kBlock * value_channels_)),
           scores_(arena.array<float>(kBlock * kWidth)),
@@ -43,45 +43,40 @@ public:
     void pack_queries(std::int64_t row, std::int64_t rows, std::int64_t head, float* packed) const {
         const auto* x = static_cast<const Bfloat16*>(in_.q.data) + row * in_.q.row_stride + head * in_.q.head_stride;
         const float* cyclic = in_.q_cyclic + (row * in_.heads + head) * in_.num_cyclic;
-        for (std::int64_t first = 0; first < kWidth; first += 16, packed += depth_ / 2 * 16) {
-            fill_zeros(rows_, 16 * depth_);
-            for (std::int64_t i = 0; i < 16 && first + i < rows; ++i) {
-                Bfloat16* to = rows_ + i * depth_;
-                if (has_scale_)
-                    __builtin_memcpy(to, x + (first + i) * in_.q.row_stride, in_.head_dim * sizeof(Bfloat16));
-                for (std::int64_t c = 0; c < in_.num_cyclic; ++c) {
-                    const float channel = cyclic[(first + i) * in_.heads * in_.num_cyclic + c];
-                    const Split split(has_scale_ ? channel / in_.scale : channel);
-                    put_channels(to + in_.head_dim + 3 * c, split.high, split.high, split.low);
-                }
-            }
-            for (std::int64_t pair = 0; pair < depth_ / 2; pair += 16) {
+        const auto channels = [&](std::int64_t i, std::int64_t first) {
+            return channels_of(x + i * in_.q.row_stride, first, has_scale_, [&](std::int64_t c, Bfloat16* to) {
+                const float channel = cyclic[i * in_.heads * in_.num_cyclic + c];
+                const Split split(has_scale_ ? channel / in_.scale : channel);
+                put_channels(to, split.high, split.high, split.low);
+            });
+        };
+        for (std::int64_t first = 0; first < kWidth; first += 16)
+            for (std::int64_t channel = 0; channel < depth_; channel += 32, packed += 16 * 16) {
                 Floats square[16];
                 for (int i = 0; i < 16; ++i)
-                    square[i] = load(reinterpret_cast<const float*>(rows_ + i * depth_) + pair);
+                    square[i] = reinterpret_cast<Floats>(first + i < rows ? channels(first + i, channel) : Ints{});
                 transpose(square);
-                for (int i = 0; i < 16; ++i) store(packed + (pair + i) * 16, square[i]);
+                for (int i = 0; i < 16; ++i) store(packed + i * 16, square[i]);
             }
-        }
     }
 
     // Keys [kBlock, depth], and values transposed, [channels, kBlock]; zeros up to a whole slice.
     void pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) {
         const auto* k = static_cast<const Bfloat16*>(in_.k.data) + row * in_.k.row_stride + head * in_.k.head_stride;
-        const std::int64_t padded = round_up(rows, kSlice), tail = depth_ - in_.head_dim;
-        for (std::int64_t r = 0; r < rows; ++r) {
-            Bfloat16* to = keys_ + r * depth_;
-            __builtin_memcpy(to, k + r * in_.k.row_stride, in_.head_dim * sizeof(Bfloat16));
-            if (tail > 0) fill_zeros(to + in_.head_dim, tail);
-            for (std::int64_t c = 0; c < in_.num_cyclic; ++c) {
-                const Split split(in_.k_cyclic[(row + r) * in_.num_cyclic + c]);
-                put_channels(to + in_.head_dim + 3 * c, split.high, split.low, split.high);
-            }
-        }
-        fill_zeros(keys_ + rows * depth_, (padded - rows) * depth_);
+        const auto* v = static_cast<const Bfloat16*>(in_.v.data) + row * in_.v.row_stride + head * in_.v.head_stride;
+        const std::int64_t padded = round_up(rows, kSlice);
+        for (std::int64_t i = 0; i < padded; ++i)
+            for (std::int64_t channel = 0; channel < depth_; channel += 32)
+                store_bits(keys_ + i * depth_ + channel,
+                           i >= rows ? Ints{}
+                                     : channels_of(k + i * in_.k.row_stride, channel, true,
+                                                   [&](std::int64_t c, Bfloat16* to) {
+                                                       const Split split(in_.k_cyclic[(row + i) * in_.num_cyclic + c]);
+                                                       put_channels(to, split.high, split.low, split.high);
+                                                   }));
         for (std::int64_t first = 0; first < padded; first += 32)
-            for (std::int64_t channel = 0; channel < value_channels_; channel += 16)
-                transpose_values(row + first, smaller<std::int64_t>(32, rows - first), head, channel,
+            for (std::int64_t channel = 0; channel < value_channels_; channel += 32)
+                transpose_values(v + first * in_.v.row_stride, smaller<std::int64_t>(32, rows - first), channel,
                                  values_ + channel * kBlock + first);
     }
 
@@ -114,10 +109,11 @@ public:
 
     // Weights [pairs of keys, kWidth queries, 2], rounded to the nearest.
     void store_weights(std::int64_t key, int v, Floats weight, Floats next) const {
-        const Ints high = plus(reinterpret_cast<Ints>(next), splat(std::int32_t{0x8000})) & std::int32_t(0xffff0000);
-        const Ints low = plus(reinterpret_cast<Ints>(weight), splat(std::int32_t{0x8000})) >> 16 & 0xffff;
+        const Ints half = splat(std::int32_t{0x8000});
+        const Ints pair = join_upper_halves(plus(reinterpret_cast<Ints>(weight), half),
+                                            plus(reinterpret_cast<Ints>(next), half));
         store(reinterpret_cast<float*>(weights_[current_] + key / 2 * kWidth + v * kLanes),
-              reinterpret_cast<Floats>(high | low));
+              reinterpret_cast<Floats>(pair));
     }
     void store_weight(std::int64_t key, int v, Floats weight) const { store_weights(key, v, weight, Floats{}); }
 
@@ -177,23 +173,40 @@ private:
         to[2] = c;
     }
 
-    // Channels [channel, channel + 16) of 32 values from row `row`, of which the first `rows` are there.
-    void transpose_values(std::int64_t row, std::int64_t rows, std::int64_t head, std::int64_t channel,
-                          Bfloat16* to) const {
-        const std::int64_t channels = smaller<std::int64_t>(16, in_.head_dim - channel);
-        const auto* v = static_cast<const Bfloat16*>(in_.v.data) + head * in_.v.head_stride + channel;
-        const auto row_of = [&](std::int64_t i) {
-            std::uint16_t lanes[16] = {};
-            if (i >= rows || channels <= 0) return Ints{};
-            const Bfloat16* x = v + (row + i) * in_.v.row_stride;
-            if (channels == 16) return load_indices(reinterpret_cast<const std::uint16_t*>(x));
+    static Ints load_bits(const Bfloat16* x) { return load_ints(reinterpret_cast<const std::int32_t*>(x)); }
+    static void store_bits(Bfloat16* to, Ints bits) { *reinterpret_cast<UnalignedInts*>(to) = bits; }
+
+    // Channels [first, first + 32) of a row: its own, or zeros if they are not to count; cyclic ones; zeros.
+    template <class PutCyclic>
+    Ints channels_of(const Bfloat16* x, std::int64_t first, bool counts, PutCyclic put_cyclic) const {
+        if (first + 32 <= in_.head_dim) return counts ? load_bits(x + first) : Ints{};
+        const std::int64_t whole = in_.head_dim / 32 * 32, rest = in_.head_dim - whole;
+        fill_zeros(tail_, depth_ - whole);
+        if (counts) __builtin_memcpy(tail_, x + whole, rest * sizeof(Bfloat16));
+        for (std::int64_t c = 0; c < in_.num_cyclic; ++c) put_cyclic(c, tail_ + rest + 3 * c);
+        return load_bits(tail_ + first - whole);
+    }
+
+    // Channels [channel, channel + 32) of 32 values, of which the first `rows` are there.
+    void transpose_values(const Bfloat16* v, std::int64_t rows, std::int64_t channel, Bfloat16* to) const {
+        const std::int64_t channels = smaller<std::int64_t>(32, in_.head_dim - channel);
+        const auto row = [&](std::int64_t i) {
+            if (i >= rows) return Ints{};
+            const Bfloat16* x = v + i * in_.v.row_stride + channel;
+            if (channels == 32) return load_bits(x);
+            Bfloat16 lanes[32] = {};
             __builtin_memcpy(lanes, x, channels * sizeof(Bfloat16));
-            return load_indices(lanes);
+            return load_bits(lanes);
         };
-        Floats square[16];
-        for (int i = 0; i < 16; ++i) square[i] = reinterpret_cast<Floats>(row_of(2 * i) | row_of(2 * i + 1) << 16);
-        transpose(square);
-        for (int i = 0; i < 16; ++i) store(reinterpret_cast<float*>(to + i * kBlock), square[i]);
+        for (int odd = 0; odd < 2; ++odd) {  // every other channel, values in pairs
+            Floats square[16];
+            for (int i = 0; i < 16; ++i) {
+                const Ints a = row(2 * i), b = row(2 * i + 1);
+                square[i] = reinterpret_cast<Floats>(odd ? join_upper_halves(a, b) : (a & 0xffff) | b << 16);
+            }
+            transpose(square);
+            for (int i = 0; i < 16; ++i) store_bits(to + (2 * i + odd) * kBlock, reinterpret_cast<Ints>(square[i]));
+        }
     }
 
     void add_values(std::int64_t channel) const {
@@ -222,7 +235,7 @@ private:
     const AttentionInputs& in_;
     std::int64_t depth_, value_channels_;
     bool has_scale_;  // of about 0, nothing is to be divided by: then queries are zeros
-    Bfloat16* rows_;  // [16, depth]
+    Bfloat16* tail_;  // of a row: what is behind its last 32 whole channels
     Bfloat16* keys_;
     Bfloat16* values_;
     float* scores_;

@@ -70,11 +70,16 @@ inline Ints minus(Ints a, Ints b) {
     return reinterpret_cast<Ints>(reinterpret_cast<Unsigneds>(a) - reinterpret_cast<Unsigneds>(b));
 }
 
-// Rounds to the nearest, ties to even; NaN stays NaN.
-inline void store(Bfloat16* p, Floats x) {
+// bfloat16 in the upper halves, the lower ones to be ignored. Rounds to the nearest, ties to even; NaN stays NaN.
+inline Ints round_to_bfloat16(Floats x) {
     const Ints bits = reinterpret_cast<Ints>(x);
-    const Ints rounded = (plus(bits, 0x7fff + (bits >> 16 & 1)) >> 16) & 0xffff;
-    store_indices(reinterpret_cast<std::uint16_t*>(p), x == x ? rounded : splat(std::int32_t{0x7fc0}));
+    return x == x ? plus(bits, 0x7fff + (bits >> 16 & 1)) : splat(std::int32_t{0x7fc00000});
+}
+inline Ints upper_halves(Ints x) { return reinterpret_cast<Ints>(reinterpret_cast<Unsigneds>(x) >> 16); }
+// The upper halves of two vectors, side by side in every lane: those of `low` below.
+inline Ints join_upper_halves(Ints low, Ints high) { return upper_halves(low) | (high & std::int32_t(0xffff0000)); }
+inline void store(Bfloat16* p, Floats x) {
+    store_indices(reinterpret_cast<std::uint16_t*>(p), upper_halves(round_to_bfloat16(x)));
 }
 inline void store(float* p, float x) { *p = x; }
 inline void store(Bfloat16* p, float x) {
@@ -157,11 +162,25 @@ inline Floats exp_lanes(Floats x) {
     return x < -87.0f ? Floats{} : scaled;
 }
 
-// 2^x, at most 2 ulp, for −126 <= x < 128; NaN stays. x = n + r with |r| <= 1/2: a minimax polynomial for 2^r, n added
-// to the exponent bits. Of degree 3 it is within 1e-4, enough for weights that are rounded to bfloat16.
+// 2^x for −126 <= x < 128; NaN stays NaN. x = n + r: a minimax polynomial for 2^r, at most 3 ulp of degree 5, scaled by
+// 2^n. Of degree 3 it is within 1e-4, enough for weights that are rounded to bfloat16.
 template <int kDegree>
 inline Floats exp2_lanes(Floats x) {
     static_assert(kDegree == 3 || kDegree == 5);
+#if defined(__AVX512DQ__) && ALURE_VECTOR_BYTES == 64
+    const Floats r = _mm512_reduce_ps(x, 9);  // x − floor(x)
+    Floats y;
+    if constexpr (kDegree == 3) {
+        y = splat(7.7067069e-2f) * r + 2.2764496e-1f;
+        y = y * r + 6.9511680e-1f;
+    } else {
+        y = splat(1.8671305e-3f) * r + 9.0170294e-3f;
+        y = y * r + 5.5799914e-2f;
+        y = y * r + 2.4016445e-1f;
+        y = y * r + 6.9315131e-1f;
+    }
+    return _mm512_scalef_ps(y * r + 1.0f, x);
+#else
     const Floats shifted = x + 12582912.0f;  // 1.5·2^23: the integer ends up in the low bits
     const Floats r = x - (shifted - 12582912.0f);
     Floats y;
@@ -176,12 +195,38 @@ inline Floats exp2_lanes(Floats x) {
     }
     y = y * r + 1.0f;
     return scale_by_power(y, reinterpret_cast<Ints>(shifted));
+#endif
 }
 
-// The same for any x < 128: exactly 0 where float would go denormal, so at −infinity too.
+// The same for any x < 128: 0 far below, so at −infinity too.
 template <int kDegree>
 inline Floats exp2_or_zero(Floats x) {
+#if defined(__AVX512DQ__) && ALURE_VECTOR_BYTES == 64
+    return exp2_lanes<kDegree>(x);
+#else
     return x < -126.0f ? Floats{} : exp2_lanes<kDegree>(x);
+#endif
+}
+
+// ln x of a normal x > 0, at most 2 ulp or 1e-7; NaN stays NaN. x = 2^e · m with m in [√½, √2): the Cephes polynomial.
+inline Floats log_lanes(Floats x) {
+    const Ints bits = reinterpret_cast<Ints>(x);
+    const Ints exponent = minus(bits, splat(std::int32_t{0x3f3504f3})) >> 23;
+    const Floats e = __builtin_convertvector(exponent, Floats);
+    const Floats m = reinterpret_cast<Floats>(minus(bits, exponent << 23)) - 1.0f;
+    Floats y = splat(7.0376836292e-2f);
+    y = y * m - 1.1514610310e-1f;
+    y = y * m + 1.1676998740e-1f;
+    y = y * m - 1.2420140846e-1f;
+    y = y * m + 1.4249322787e-1f;
+    y = y * m - 1.6668057665e-1f;
+    y = y * m + 2.0000714765e-1f;
+    y = y * m - 2.4999993993e-1f;
+    y = y * m + 3.3333331174e-1f;
+    const Floats square = m * m;
+    y = y * m * square - 2.12194440e-4f * e - 0.5f * square;
+    const Floats result = m + y + 0.693359375f * e;
+    return x == x ? result : x;
 }
 
 // Lane i is table[index[i]], 0 <= index < kLanes.
@@ -233,6 +278,15 @@ inline void transpose(Floats (&rows)[kLanes]) {
         }
         for (int i = 0; i < kLanes; ++i) rows[i] = next[i];
     }
+}
+
+// Every lane one vector's sum over its lanes, in no particular order.
+inline Floats sums_of_rows(Floats (&rows)[kLanes]) {
+    constexpr std::make_integer_sequence<int, kLanes> lanes;
+    for (int left = kLanes / 2; left > 0; left /= 2)
+        for (int i = 0; i < left; ++i)
+            rows[i] = interleave_low(rows[i], rows[i + left], lanes) + interleave_high(rows[i], rows[i + left], lanes);
+    return rows[0];
 }
 
 }  // namespace
