@@ -7,59 +7,62 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile, record_function
+from torch.profiler import ProfilerActivity, profile
 
+from alure.engine.config import RefreshConfig
 from alure.engine.errors import InputError
 from alure.engine.events import Events
 from alure.engine.model import UserModel
+from alure.engine.refresh.embedder import STAGES, Embedder, Snapshot, resolve_precision
 
 ROWS = 12
 
 
 def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: int = 2048) -> dict[str, Any]:
-    """Embed `num_users` users under the profiler; writes a Chrome trace to `out`.
+    """Embed `num_users` users under the profiler, batched as a refresh does; writes a Chrome trace to `out`.
 
-    The result holds users/s, the operators that took most time, and the share of the measured matrix rate of
-    this machine that the model's matrix products reached.
+    The result holds users/s, the share of the time of each stage and of the operators that took most, and the share of
+    the measured matrix rate of this machine that PyTorch's own matrix products reached (the kernels' are not counted).
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     events = Events.open(events_path)
     if not events.manifest.num_users:
         raise InputError(f"profile: {events_path} has no users")
-    model = UserModel.load(model_path).to(device)
-    catalog = model.catalog(events)
+    config = RefreshConfig(precision=resolve_precision("auto", device))
+    snapshot = Snapshot("", events.manifest.last_timestamp, "", None, config)
+    embedder = Embedder(UserModel.load(model_path), events, snapshot, device)
     users = np.sort(np.random.default_rng(0).permutation(events.manifest.num_users)[:num_users])
+    tokens = events.num_events(users=users)
+    embedder.embed(users[:64], tokens[:64], lambda users, tokens: None)  # warm-up
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with torch.inference_mode():
-        model(events.batch(users[:64], events.manifest.last_timestamp).to(device), catalog)  # warm-up
+    with profile(activities=activities, with_flops=True) as trace:
         started = time.perf_counter()
-        with profile(activities=activities, with_flops=True) as trace:
-            with record_function("alure.read"):
-                batch = events.batch(users, events.manifest.last_timestamp).to(device)
-            with record_function("alure.embed"):
-                model(batch, catalog)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
+        _, work = embedder.embed(users, tokens, lambda users, tokens: None)
         seconds = time.perf_counter() - started
     out.parent.mkdir(parents=True, exist_ok=True)
     trace.export_chrome_trace(str(out))
     on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
     averages = sorted(trace.key_averages(), key=lambda row: -getattr(row, on_device))
-    flops = sum(row.flops for row in averages if row.flops)
-    rate = matrix_rate(device)
-    total = sum(getattr(row, on_device) for row in averages)
+    operators = [row for row in averages if row.key not in STAGES]
+    flops = sum(row.flops for row in operators if row.flops)
+    rate = matrix_rate(device, embedder.model.dtype)
+    total = sum(getattr(row, on_device) for row in operators)
     return {
         "trace": str(out),
         "device": str(device),
+        "precision": config.precision,
         "users": len(users),
+        "tokens": work.tokens,
+        "batches": work.batches,
         "seconds": seconds,
         "users_per_second": len(users) / seconds,
+        "stages": {row.key: row.cpu_time_total / 1e6 / seconds for row in averages if row.key in STAGES},
         "matrix_gflops": flops / 1e9,
         "share_of_matrix_rate": flops / seconds / rate,
         "measured_matrix_tflops": rate / 1e12,
         "operators": [
             {"name": row.key, "calls": row.count, "share": getattr(row, on_device) / max(total, 1)}
-            for row in averages[:ROWS]
+            for row in operators[:ROWS]
         ],
     }
 

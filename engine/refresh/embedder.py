@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch.profiler import record_function
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError
@@ -21,6 +22,7 @@ from alure.engine.store import EmbeddingStore
 from alure.engine.store.rows import embedding_schema
 from alure.kernels.backend import native_instruction_set
 
+STAGES = READ, EMBED = ("alure.read", "alure.embed")  # as a profiler names them
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -105,9 +107,12 @@ class Embedder:
 
     def _batch(self, users: np.ndarray) -> np.ndarray:
         """float32 [n, k·d]. Users that do not fit in memory together go in halves."""
-        batch = self.events.batch(users, self.snapshot.as_of, self.snapshot.config.max_events)
+        with record_function(READ):
+            batch = self.events.batch(users, self.snapshot.as_of, self.snapshot.config.max_events)
         try:
-            return self.model(batch.to(self.device), self.catalog).float().reshape(len(users), self.width).cpu().numpy()
+            with record_function(EMBED):
+                found = self.model(batch.to(self.device), self.catalog)
+                return found.float().reshape(len(users), self.width).cpu().numpy()
         except (torch.OutOfMemoryError, MemoryError):
             if len(users) == 1:
                 raise AlureError(
