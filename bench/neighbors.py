@@ -1,6 +1,7 @@
-"""All-pairs neighbours inside the probed clusters, beside FAISS with the same centroids and probes."""
+"""All-pairs neighbours and k-means beside FAISS, with the same centroids and the same probes."""
 
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 import pytest
@@ -11,25 +12,30 @@ from alure.kernels import assign_clusters, grouped_topk, train_kmeans
 
 faiss = pytest.importorskip("faiss")  # without it the other suites still run
 K = 15
+NITER = 10
+SAMPLE = 500  # queries whose neighbours are compared with the exact ones
 
 
 class Case:
     """Overlapping clusters on the unit sphere (a mixture of 500, σ = 0.2)."""
 
-    def __init__(self, n: int, d: int, nlist: int, nprobe: int, device: torch.device) -> None:
+    def __init__(self, n: int, d: int, nlist: int, device: torch.device) -> None:
         rng = np.random.default_rng(0)
         centres = rng.standard_normal((500, d), dtype=np.float32)
         centres /= np.linalg.norm(centres, axis=1, keepdims=True)
         x = centres[rng.integers(0, 500, n)] + 0.2 * rng.standard_normal((n, d), dtype=np.float32)
         self.x = x / np.linalg.norm(x, axis=1, keepdims=True)
-        self.name = f"{n:,} × {d}, {nlist}/{nprobe}/{K}"
-        self.nlist, self.nprobe, self.n, self.d = nlist, nprobe, n, d
+        self.nlist, self.n, self.d = nlist, n, d
         self.vectors = torch.from_numpy(self.x).to(device)
-        self.centroids = train_kmeans(self.vectors, nlist, seed=0)
+        self.centroids = train_kmeans(self.vectors, nlist, niter=NITER, seed=0)
+        self.truth = without_self(faiss.knn(self.x[:SAMPLE], self.x, K + 1, metric=faiss.METRIC_INNER_PRODUCT)[1])
 
-    def ours(self) -> np.ndarray:
+    def recall(self, found: np.ndarray) -> float:
+        return float(np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, self.truth)]))
+
+    def ours(self, nprobe: int) -> np.ndarray:
         x = self.vectors
-        _, probes = assign_clusters(x, self.centroids, self.nprobe)
+        _, probes = assign_clusters(x, self.centroids, nprobe)
         order = torch.argsort(probes[:, 0], stable=True)
         counts = torch.bincount(probes[:, 0], minlength=self.nlist)
         offsets = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
@@ -37,17 +43,40 @@ class Case:
         _, found = grouped_topk(x, x[order], offsets, probes, K, ids=order, exclude=own)
         return found.cpu().numpy()
 
-    def faiss_ivf(self) -> np.ndarray:
+    def faiss_index(self, nprobe: int) -> Any:
         quantizer = faiss.IndexFlatIP(self.d)
         quantizer.add(self.centroids.cpu().numpy())
         index = faiss.IndexIVFFlat(quantizer, self.d, self.nlist, faiss.METRIC_INNER_PRODUCT)
+        quantizer.this.disown()
+        index.own_fields = True  # the index holds no reference to it in Python
         index.is_trained = True
         index.add(self.x)
-        index.nprobe = self.nprobe
-        return without_self(index.search(self.x, K + 1)[1])
+        index.nprobe = nprobe
+        return index
+
+    def faiss_ivf(self, nprobe: int) -> np.ndarray:
+        return without_self(self.faiss_index(nprobe).search(self.x, K + 1)[1])
+
+    def faiss_big_batch(self, nprobe: int) -> np.ndarray:
+        from faiss.contrib.big_batch_search import big_batch_search
+
+        index = self.faiss_index(nprobe)
+        return without_self(big_batch_search(index, self.x, K + 1, method="knn_function", threaded=0, verbose=False)[1])
 
     def faiss_exact(self) -> np.ndarray:
         return without_self(faiss.knn(self.x, self.x, K + 1, metric=faiss.METRIC_INNER_PRODUCT)[1])
+
+    def faiss_kmeans(self) -> np.ndarray:
+        kmeans = faiss.Kmeans(self.d, self.nlist, niter=NITER, spherical=True, seed=0)
+        kmeans.train(self.x)
+        return kmeans.centroids
+
+    def our_kmeans(self) -> np.ndarray:
+        return train_kmeans(self.vectors, self.nlist, niter=NITER, seed=0).cpu().numpy()
+
+    def objective(self, centroids: np.ndarray) -> float:
+        """The mean inner product of a point and its nearest centroid."""
+        return float(assign_clusters(self.vectors, torch.from_numpy(centroids).to(self.vectors.device))[0].mean())
 
 
 def without_self(found: np.ndarray) -> np.ndarray:
@@ -59,23 +88,75 @@ def without_self(found: np.ndarray) -> np.ndarray:
 @pytest.fixture(scope="module")
 def case(quick: bool, device: torch.device) -> Case:
     faiss.omp_set_num_threads(torch.get_num_threads())
-    return Case(*((5_000, 64, 64, 8) if quick else (50_000, 64, 400, 50)), device)
+    return Case(*((5_000, 64, 64) if quick else (50_000, 64, 400)), device)
 
 
-def bench_all_pairs(race: Callable[[Contest], None], case: Case) -> None:
-    expected = case.faiss_ivf()[:500]
+@pytest.fixture(scope="module")
+def large_case(quick: bool, device: torch.device) -> Case:
+    if quick:
+        pytest.skip("--quick")
+    faiss.omp_set_num_threads(torch.get_num_threads())
+    return Case(200_000, 64, 400, device)
+
+
+@pytest.mark.parametrize("share", [32, 16, 8])
+def bench_all_pairs(race: Callable[[Contest], None], case: Case, share: int) -> None:
+    """A point of the recall-time curve: assignment, grouping and search of one in `share` lists."""
+    race(all_pairs(case, case.nlist // share))
+
+
+def bench_all_pairs_of_many(race: Callable[[Contest], None], large_case: Case) -> None:
+    race(all_pairs(large_case, large_case.nlist // 8))
+
+
+def all_pairs(case: Case, nprobe: int) -> Contest:
+    expected = case.ours(nprobe)[:SAMPLE]
+    recall = case.recall(expected)
 
     def probed(found: np.ndarray) -> str:
         same = np.mean([len(np.intersect1d(a, b)) / K for a, b in zip(found, expected)])
-        return "" if same > 0.999 else f"{same:.1%} are the neighbours that FAISS finds with the same probes"
-
-    def exact(found: np.ndarray) -> str:
-        return "" if found.shape == (case.n, K) else f"shape {found.shape}"
+        return "" if same > 0.999 else f"{same:.1%} are the neighbours that IVF finds with the same probes"
 
     entries = [
-        Entry("alure grouped", lambda: (case.ours, probed)),
-        Entry("FAISS IVFFlat", lambda: (case.faiss_ivf, probed)),
-        Entry("FAISS exact", lambda: (case.faiss_exact, exact)),
+        Entry("alure grouped", lambda: (lambda: case.ours(nprobe), probed)),
+        Entry("FAISS IVFFlat", lambda: (lambda: case.faiss_ivf(nprobe), probed)),
+        Entry("FAISS big_batch_search", lambda: (lambda: case.faiss_big_batch(nprobe), probed)),
     ]
-    flops = 2.0 * case.d * case.n * case.n * case.nprobe / case.nlist
-    race(Contest("neighbors", case.name, entries, flops))
+    flops = 2.0 * case.d * case.n * case.n * nprobe / case.nlist
+    name = f"{case.n:,} × {case.d}, {case.nlist}/{nprobe}/{K}"
+    return Contest("neighbors", name, entries, flops, facts={"nprobe": nprobe, "recall": round(recall, 4)})
+
+
+def bench_exact(race: Callable[[Contest], None], case: Case) -> None:
+    def shaped(found: np.ndarray) -> str:
+        return "" if found.shape == (case.n, K) and case.recall(found) > 0.999 else "not the exact neighbours"
+
+    entries = [
+        Entry("alure grouped, all lists", lambda: (lambda: case.ours(case.nlist), shaped)),
+        Entry("FAISS exact", lambda: (case.faiss_exact, shaped)),
+    ]
+    race(Contest("neighbors", f"{case.n:,} × {case.d}, exact, {K}", entries, 2.0 * case.d * case.n * case.n))
+
+
+def bench_kmeans(race: Callable[[Contest], None], case: Case) -> None:
+    race(clustering(case))
+
+
+def bench_kmeans_of_many(race: Callable[[Contest], None], large_case: Case) -> None:
+    race(clustering(large_case))
+
+
+def clustering(case: Case) -> Contest:
+    objectives = {"alure": case.objective(case.our_kmeans()), "faiss": case.objective(case.faiss_kmeans())}
+
+    def fits(centroids: np.ndarray) -> str:
+        reached = case.objective(centroids)
+        return "" if reached > 0.99 * max(objectives.values()) else f"an objective of {reached:.4f}: {objectives}"
+
+    entries = [
+        Entry("alure train_kmeans", lambda: (case.our_kmeans, fits)),
+        Entry("faiss.Kmeans", lambda: (case.faiss_kmeans, fits)),
+    ]
+    flops = 2.0 * case.d * case.nlist * min(case.n, 256 * case.nlist) * NITER
+    facts = {f"objective_{name}": round(reached, 4) for name, reached in objectives.items()}
+    return Contest("neighbors", f"k-means {case.n:,} × {case.d}, {case.nlist} centroids", entries, flops, facts=facts)

@@ -119,7 +119,9 @@ def _grouped_topk(
     check_values(queries, "queries", database, "database")
     check_offsets(list_offsets, database.shape[0], "list_offsets")
     list_offsets = list_offsets.to(torch.int64)
-    probes = _prepared_probes(probes, list_offsets.numel() - 1)
+    probes = _checked_probes(probes, list_offsets.numel() - 1)
+    if backend != "native":  # which looks for them as it goes
+        probes = _without_repeats(probes)
     if ids is None:
         ids = torch.arange(database.shape[0], device=database.device)
     ids, row_of_rank = _ranked(ids.to(torch.int64))
@@ -234,14 +236,18 @@ def check_values(x: Tensor, x_name: str, y: Tensor, y_name: str) -> None:
         raise ValueError(f"{x_name}, {y_name}: values up to {largest:.3g} overflow float32 scores; scale them down")
 
 
-def _prepared_probes(probes: Tensor, nlist: int) -> Tensor:
-    """`probes` as int64, with every repetition of a list within a row replaced by −1."""
+def _checked_probes(probes: Tensor, nlist: int) -> Tensor:
     probes = probes.to(torch.int64).contiguous()
     if probes.numel() == 0:
         return probes
-    low, high = int(probes.min()), int(probes.max())
+    low, high = (int(bound) for bound in probes.aminmax())
     if low < -1 or high >= nlist:
         raise ValueError(f"probes: expected lists −1 … {nlist - 1} (−1 = none), got {low if low < -1 else high}")
+    return probes
+
+
+def _without_repeats(probes: Tensor) -> Tensor:
+    """`probes` with every repetition of a list within a row replaced by −1."""
     listed, column = probes.sort(dim=1, stable=True)
     repeated = (listed[:, 1:] == listed[:, :-1]) & (listed[:, 1:] >= 0)
     if not bool(repeated.any()):

@@ -225,10 +225,11 @@ def test_nothing_to_search(backend: str) -> None:
     assert (I == -1).all()
 
 
-def test_a_list_named_twice_is_searched_once() -> None:
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_list_named_twice_is_searched_once(backend: str) -> None:
     x = random(10, 4)
-    once = grouped_topk(x, x, lists(10, 3), torch.tensor([[2, 0]]).expand(10, 2), 6)
-    twice = grouped_topk(x, x, lists(10, 3), torch.tensor([[2, 0, 2, 2, 0]]).expand(10, 5), 6)
+    once = grouped_topk(x, x, lists(10, 3), torch.tensor([[2, 0]]).expand(10, 2), 6, backend=backend)
+    twice = grouped_topk(x, x, lists(10, 3), torch.tensor([[2, 0, 2, 2, 0]]).expand(10, 5), 6, backend=backend)
     assert torch.equal(once[1], twice[1])
 
 
