@@ -17,12 +17,12 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_case_end_to_end(tmp_path: Path) -> None:
-    done = bench("neighbors", "--quick", "--case", "all_pairs", "--minutes", "30", "--out", str(tmp_path), "--json")
+    done = bench("neighbors", "--quick", "--case", "all_pairs[8]", "--minutes", "30", "--out", str(tmp_path), "--json")
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["passed"]
     rows = [row for row in found["results"] if "median_s" in row]
-    assert {row["implementation"] for row in rows} == {"alure grouped", "FAISS IVFFlat", "FAISS exact"}
+    assert {row["implementation"] for row in rows} == {"alure grouped", "FAISS IVFFlat", "FAISS big_batch_search"}
     assert all(row["gflops"] > 0 and row["rounds"] >= 1 for row in rows)
     (written,) = tmp_path.glob("*.jsonl")
     assert len(written.read_text().splitlines()) == len(found["results"])
