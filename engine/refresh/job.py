@@ -157,7 +157,7 @@ class RefreshJob:
             embedder = Embedder(self.model, self.events, snapshot, torch.device(devices[0]))
         if embedder is not None and (long or self.config.max_minutes is not None) and outlook.tokens:
             rate = self.workers / seconds_a_token(embedder, outlook)
-            say(f"refresh: about {outlook.tokens / rate:,.0f} s on {self.workers} workers")
+            say(f"refresh: about {outlook.tokens / rate:,.0f} s with --workers {self.workers}")
             embedder.snapshot = snapshot = self._limited(snapshot, outlook, rate)
         with track("Embedding", outlook.tokens, "events") as bar:
             progress = UsersAndEvents(bar)
@@ -186,10 +186,8 @@ class RefreshJob:
             return snapshot
         seconds = 60 * self.config.max_minutes
         least = outlook.reach(SPARE * seconds * rate)
-        say(
-            f"refresh: {self.config.max_minutes:g} minutes reach the users whose embedding has not seen at least "
-            f"{least:.1%} of their history; the others are carried forward"
-        )
+        reached = f"the users whose embedding has not seen at least {least:.1%} of their history" if least else "all"
+        say(f"refresh: {self.config.max_minutes:g} minutes reach {reached}; whom they do not is carried forward")
         return replace(snapshot, least_unseen=least, deadline=time.time() + seconds)
 
     def _generation(self, snapshot: Snapshot, names: list[str], present: int) -> Generation:

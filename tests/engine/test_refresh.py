@@ -430,7 +430,7 @@ def test_a_long_job_is_estimated_first(tmp_path: Path, capsys: pytest.CaptureFix
     report = RefreshJob(tmp_path / "model", events, tmp_path / "store", config=config).run()
     said = capsys.readouterr().err
     assert f"60 users with {report.tokens:,} events in 1 units" in said
-    assert "s on 1 workers" in said
+    assert "s with --workers 1" in said
 
 
 def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatch) -> None:
