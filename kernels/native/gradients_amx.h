@@ -236,8 +236,7 @@ private:
         const auto* x = static_cast<const Bfloat16*>(from.data) + row * from.row_stride + head * from.head_stride;
         const std::int64_t whole = in_.head_dim / kStep * kStep;
         for (std::int64_t r = 0; r < rows; ++r, x += from.row_stride, to += depth) {
-            for (std::int64_t d = 0; d < whole; d += kStep)
-                store(reinterpret_cast<float*>(to + d), load(reinterpret_cast<const float*>(x + d)));
+            for (std::int64_t d = 0; d < whole; d += kStep) __builtin_memcpy(to + d, x + d, kStep * sizeof(Bfloat16));
             if (whole == depth) continue;
             fill_zeros(to + whole, depth - whole);
             __builtin_memcpy(to + whole, x + whole, (in_.head_dim - whole) * sizeof(Bfloat16));
