@@ -153,7 +153,7 @@ private:
         Floats sums{};
         std::int64_t i = 0;
         for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-            const Ints pairs = load_ints(reinterpret_cast<const std::int32_t*>(x + i));
+            const Ints pairs = load_pairs(x + i);
             const Floats even = reinterpret_cast<Floats>(pairs << 16);
             const Floats odd = reinterpret_cast<Floats>(pairs & std::int32_t(0xffff0000));
             sums += even * even + odd * odd;

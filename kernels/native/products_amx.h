@@ -67,7 +67,7 @@ public:
         const std::int64_t padded = round_up(rows, kSlice);
         for (std::int64_t i = 0; i < padded; ++i)
             for (std::int64_t channel = 0; channel < depth_; channel += 32)
-                store_bits(keys_ + i * depth_ + channel,
+                store_pairs(keys_ + i * depth_ + channel,
                            i >= rows ? Ints{}
                                      : channels_of(k + i * in_.k.row_stride, channel, true,
                                                    [&](std::int64_t c, Bfloat16* to) {
@@ -173,18 +173,17 @@ private:
         to[2] = c;
     }
 
-    static Ints load_bits(const Bfloat16* x) { return load_ints(reinterpret_cast<const std::int32_t*>(x)); }
-    static void store_bits(Bfloat16* to, Ints bits) { *reinterpret_cast<UnalignedInts*>(to) = bits; }
+    static void store_pairs(Bfloat16* to, Ints pairs) { *reinterpret_cast<UnalignedInts*>(to) = pairs; }
 
     // Channels [first, first + 32) of a row: its own, or zeros if they are not to count; cyclic ones; zeros.
     template <class PutCyclic>
     Ints channels_of(const Bfloat16* x, std::int64_t first, bool counts, PutCyclic put_cyclic) const {
-        if (first + 32 <= in_.head_dim) return counts ? load_bits(x + first) : Ints{};
+        if (first + 32 <= in_.head_dim) return counts ? load_pairs(x + first) : Ints{};
         const std::int64_t whole = in_.head_dim / 32 * 32, rest = in_.head_dim - whole;
         fill_zeros(tail_, depth_ - whole);
         if (counts) __builtin_memcpy(tail_, x + whole, rest * sizeof(Bfloat16));
         for (std::int64_t c = 0; c < in_.num_cyclic; ++c) put_cyclic(c, tail_ + rest + 3 * c);
-        return load_bits(tail_ + first - whole);
+        return load_pairs(tail_ + first - whole);
     }
 
     // Channels [channel, channel + 32) of 32 values, of which the first `rows` are there.
@@ -193,10 +192,10 @@ private:
         const auto row = [&](std::int64_t i) {
             if (i >= rows) return Ints{};
             const Bfloat16* x = v + i * in_.v.row_stride + channel;
-            if (channels == 32) return load_bits(x);
+            if (channels == 32) return load_pairs(x);
             Bfloat16 lanes[32] = {};
             __builtin_memcpy(lanes, x, channels * sizeof(Bfloat16));
-            return load_bits(lanes);
+            return load_pairs(lanes);
         };
         for (int odd = 0; odd < 2; ++odd) {  // every other channel, values in pairs
             Floats square[16];
@@ -205,7 +204,7 @@ private:
                 square[i] = reinterpret_cast<Floats>(odd ? join_upper_halves(a, b) : (a & 0xffff) | b << 16);
             }
             transpose(square);
-            for (int i = 0; i < 16; ++i) store_bits(to + (2 * i + odd) * kBlock, reinterpret_cast<Ints>(square[i]));
+            for (int i = 0; i < 16; ++i) store_pairs(to + (2 * i + odd) * kBlock, reinterpret_cast<Ints>(square[i]));
         }
     }
 
