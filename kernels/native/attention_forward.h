@@ -387,7 +387,11 @@ private:
                         round_to_bfloat16(factor * load(sum)), round_to_bfloat16(factor * load(sum + kWidth))));
             }
             transpose(square);
-            for (std::int64_t i = 0; i < rows; ++i) store(reinterpret_cast<float*>(out + i * stride + d), square[i]);
+            for (std::int64_t i = 0; i < rows; ++i)
+                if constexpr (kFold == 1)
+                    store(out + i * stride + d, square[i]);
+                else
+                    store_pairs(out + i * stride + d, reinterpret_cast<Ints>(square[i]));
         }
         for (; d < in_.head_dim; ++d) {
             const Floats column = factor * load(sums + d * kWidth);

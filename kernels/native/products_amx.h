@@ -173,8 +173,6 @@ private:
         to[2] = c;
     }
 
-    static void store_pairs(Bfloat16* to, Ints pairs) { *reinterpret_cast<UnalignedInts*>(to) = pairs; }
-
     // Channels [first, first + 32) of a row: its own, or zeros if they are not to count; cyclic ones; zeros.
     template <class PutCyclic>
     Ints channels_of(const Bfloat16* x, std::int64_t first, bool counts, PutCyclic put_cyclic) const {

@@ -54,10 +54,9 @@ inline Floats load(const Bfloat16* p) {
     return reinterpret_cast<Floats>(load_indices(reinterpret_cast<const std::uint16_t*>(p)) << 16);
 }
 // Pairs of neighbours, the first one in the lower half of a lane.
-inline Ints load_pairs(const Bfloat16* p) {
-    typedef std::int32_t Pairs __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(2), may_alias));
-    return *reinterpret_cast<const Pairs*>(p);
-}
+typedef std::int32_t UnalignedPairs __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(2), may_alias));
+inline Ints load_pairs(const Bfloat16* p) { return *reinterpret_cast<const UnalignedPairs*>(p); }
+inline void store_pairs(Bfloat16* p, Ints pairs) { *reinterpret_cast<UnalignedPairs*>(p) = pairs; }
 inline float to_float(float x) { return x; }
 inline float to_float(Bfloat16 x) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16); }
 
