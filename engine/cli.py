@@ -283,8 +283,21 @@ def refresh(
 @app.command()
 def graph(
     store: Annotated[Path, typer.Argument(help="The embedding store.")],
-    nlist: Annotated[int | None, typer.Option(min=1, help="k1: clusters a country (400).")] = None,
-    nprobe: Annotated[int | None, typer.Option(min=1, help="k'1: clusters searched (50).")] = None,
+    nlist: Annotated[
+        str | None,
+        typer.Option(help="k1: clusters a country (400), or auto: √users of each, which is about the fastest."),
+    ] = None,
+    nprobe: Annotated[
+        str | None,
+        typer.Option(
+            help="k'1: clusters a user searches (50), or auto, as with --nlist auto: as few as reach the recall "
+            "target, measured on 1,000 users of each country."
+        ),
+    ] = None,
+    recall_target: Annotated[
+        float | None,
+        typer.Option(help="Share of the true neighbours to find with nprobe auto (0.95); more takes longer."),
+    ] = None,
     k: Annotated[int | None, typer.Option("-k", min=1, help="k2: neighbours a user (15).")] = None,
     search: Annotated[str | None, typer.Option(help="auto, faiss, grouped or exact.")] = None,
     social: Annotated[
@@ -313,12 +326,22 @@ def graph(
 
     Example: `alure graph store --nlist 400 --nprobe 50 -k 15 --social follows.parquet --ppr`
 
+    Example: `alure graph store --nlist auto --recall-target 0.9`; the report says what each country got
+
     Example: `alure graph store --incremental` after `alure refresh … --incremental`
     """
     from alure.engine.graph import build_graphs
     from alure.engine.store import EmbeddingStore
 
-    section = override(load_config(config).graph, nlist=nlist, nprobe=nprobe, k=k, search=search, ppr=ppr or None)
+    section = override(
+        load_config(config).graph,
+        nlist=nlist,
+        nprobe=nprobe,
+        recall_target=recall_target,
+        k=k,
+        search=search,
+        ppr=ppr or None,
+    )
     if section.ppr and social is None:
         raise InputError("--ppr: needs the follows that PageRank walks over; add --social FOLLOWS.parquet")
     report = build_graphs(

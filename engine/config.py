@@ -129,8 +129,13 @@ class RefreshConfig(Section):
 class GraphConfig(Section):
     """Paper, section 3: k1 = 400 clusters a country, k'1 = 50 searched, k2 = 15 neighbours."""
 
-    nlist: int = Field(400, ge=1)
-    nprobe: int = Field(50, ge=1)
+    nlist: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        400, description="auto: the square root of a country's users, and nprobe auto"
+    )
+    nprobe: Annotated[int, Field(ge=1)] | Literal["auto"] = Field(
+        50, description="auto: as few as reach recall_target on a sample of the country's users"
+    )
+    recall_target: float | None = Field(None, gt=0, le=1, description="what nprobe auto aims at (default: 0.95)")
     k: int = Field(15, ge=1)
     search: Literal["auto", "faiss", "grouped", "exact"] = "auto"
     exact_below: int = Field(10_000, ge=0, description="countries of fewer users are searched exactly under auto")
@@ -139,6 +144,21 @@ class GraphConfig(Section):
     ppr_epsilon: float = Field(
         1e-4, ge=0, le=1, description="walks end below this part of the k-th probability; 0: exact"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def fill_auto(cls, data: Any) -> Any:
+        if isinstance(data, dict) and data.get("nlist") == "auto":
+            return {"nprobe": "auto", **data}
+        return data
+
+    @model_validator(mode="after")
+    def check_auto(self) -> "GraphConfig":
+        if self.nprobe != "auto" and self.nlist == "auto":
+            raise ValueError("nlist: with auto, nprobe is measured; leave nprobe out, or give both as numbers")
+        if self.nprobe != "auto" and self.recall_target is not None:
+            raise ValueError("recall_target: only nprobe auto aims at it; leave it out, or give nprobe as auto")
+        return self
 
 
 class RetrievalConfig(Section):

@@ -66,7 +66,7 @@ def find_base(store: EmbeddingStore, source: Generation, settings: Mapping[str, 
         return None, f"the graph of {newest.generation} was built with another {', '.join(differs)}"
     if "faiss" in newest.properties.get("engines", ["faiss"]):
         return None, f"the graph of {newest.generation} was searched by FAISS, whose last bits differ"
-    clusters = read_clusters(store, newest, settings["nprobe"])
+    clusters = read_clusters(store, newest)
     if newest.properties.get("clusters") != digest(clusters):
         return None, f"the clusters of {newest.generation} are not those of its graph"
     matrix = store.read_matrix(newest.generation)
@@ -76,8 +76,13 @@ def find_base(store: EmbeddingStore, source: Generation, settings: Mapping[str, 
     return Base(newest.generation, matrix, graph, clusters), ""
 
 
-def cluster_rows(clusters: Mapping[str, Clusters]) -> pa.Table:
-    """The store's table: country, cluster, centroid."""
+def write_clusters(store: EmbeddingStore, source: Generation, clusters: Mapping[str, Clusters]) -> None:
+    """Publish those of the graph `alure` of the generation of `source`; nprobe, by country, is a property."""
+    properties = {"graph": "alure", "nprobe": {name: found.nprobe for name, found in clusters.items()}}
+    store.write_clusters(source, _rows(clusters), properties)
+
+
+def _rows(clusters: Mapping[str, Clusters]) -> pa.Table:
     names = [name for name, found in clusters.items() for _ in range(found.nlist)]
     numbers = [number for found in clusters.values() for number in range(found.nlist)]
     centroids = [found.centroids.cpu().numpy() for found in clusters.values()]
@@ -90,20 +95,25 @@ def cluster_rows(clusters: Mapping[str, Clusters]) -> pa.Table:
     return pa.table(columns, names=["country", "cluster", "centroid"])
 
 
-def read_clusters(store: EmbeddingStore, generation: Generation, nprobe: int) -> dict[str, Clusters]:
-    """By country, as `graph` with `nprobe` searched them; none where the generation keeps none."""
-    if store.log.find(generation.generation, "clusters") is None:
+def read_clusters(store: EmbeddingStore, generation: Generation) -> dict[str, Clusters]:
+    """By country, as its graph `alure` searched them; none where the generation keeps none."""
+    published = store.log.find(generation.generation, "clusters")
+    if published is None:
         return {}
     rows = store.read_clusters(generation.generation)
     found = {}
-    for name in pc.unique(rows["country"]).to_pylist():
+    for name, nprobe in published.properties.get("nprobe", {}).items():
         own = rows.filter(pc.equal(rows["country"], name))["centroid"].combine_chunks()
         centroids = torch.tensor(own.flatten().to_numpy().reshape(len(own), -1), device=compute_device())
-        found[name] = Clusters(centroids, min(nprobe, len(own)))
+        found[name] = Clusters(centroids, nprobe)
     return found
 
 
 def digest(clusters: Mapping[str, Clusters]) -> str:
     """Tells the clusters of one graph from those of another."""
-    parts = [part for name in sorted(clusters) for part in (name.encode(), clusters[name].centroids.cpu().numpy())]
+    parts = [
+        part
+        for name, found in sorted(clusters.items())
+        for part in (f"{name} {found.nprobe}".encode(), found.centroids.cpu().numpy())
+    ]
     return hashlib.sha256(b"".join(bytes(part) for part in parts)).hexdigest()[:16]

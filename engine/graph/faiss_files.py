@@ -34,7 +34,7 @@ def write_faiss(store: EmbeddingStore, generation: str, out: Path) -> dict[str, 
     graph = store.log.find(generation, "graph", "alure")
     clusters = {}
     if graph is not None:
-        clusters = read_clusters(store, graph, graph.properties["nprobe"])
+        clusters = read_clusters(store, graph)
         if digest(clusters) != graph.properties.get("clusters"):
             clusters = {}  # of another build: an exact index serves too
     pq.write_table(pa.table({"user_id": matrix.user_ids, "country": matrix.countries}), out / "user_ids.parquet")
@@ -73,12 +73,12 @@ def _index(vectors: np.ndarray, ids: np.ndarray, clusters: Clusters | None) -> A
     return index
 
 
-def read_clusters_of_files(folder: Path, width: int, nprobe: int) -> dict[str, Clusters]:
+def read_clusters_of_files(folder: Path, width: int, nprobe: int | None) -> dict[str, Clusters]:
     """The centroids in the files COUNTRY.faiss of a folder, by country: what `write_faiss` wrote, or other indexes.
 
     Only IndexIVFFlat over a flat quantizer, both by inner product, is read, and of it only the centroids, here and not
     by FAISS, whose reader is not made for files of strangers: InputError for any other, for a width that is not that
-    of the embeddings, and for a file that says more than it holds.
+    of the embeddings, and for a file that says more than it holds. nprobe None: all of them, until it is measured.
     """
     if not folder.is_dir():
         raise InputError(f"clusters: expected a folder of index files COUNTRY.faiss, got {folder}")
@@ -88,7 +88,7 @@ def read_clusters_of_files(folder: Path, width: int, nprobe: int) -> dict[str, C
     found = {}
     for country, path in files.items():
         centroids = torch.from_numpy(_centroids(path, width)).to(compute_device())
-        found[country] = Clusters(centroids, min(nprobe, len(centroids)))
+        found[country] = Clusters(centroids, min(nprobe or len(centroids), len(centroids)))
     return found
 
 

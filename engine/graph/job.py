@@ -9,7 +9,7 @@ import pyarrow as pa
 
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
-from alure.engine.graph.base import Base, cluster_rows, digest, find_base
+from alure.engine.graph.base import Base, digest, find_base, write_clusters
 from alure.engine.graph.faiss_files import read_clusters_of_files
 from alure.engine.graph.follows import Follows, read_follows
 from alure.engine.graph.ppr import ppr_graph
@@ -73,7 +73,8 @@ def build_graphs(
         raise InputError("clusters: an incremental graph keeps those of the earlier one; leave out one of the two")
     source = store.published(generation, "embeddings")
     matrix = store.read_matrix(source.generation)
-    given = read_clusters_of_files(clusters, matrix.values.shape[1], config.nprobe) if clusters else None
+    nprobe = None if config.nprobe == "auto" else config.nprobe
+    given = read_clusters_of_files(clusters, matrix.values.shape[1], nprobe) if clusters else None
     follows = read_follows(social, matrix.user_ids) if social is not None else None
 
     begun = time.monotonic()
@@ -84,7 +85,7 @@ def build_graphs(
     )
     graph, countries = searched.graph, searched.countries
     recall = _weighted_recall(countries)
-    store.write_clusters(source, cluster_rows(searched.clusters), {"graph": "alure"})
+    write_clusters(store, source, searched.clusters)
     settings |= {"clusters": digest(searched.clusters), "engines": sorted({report.engine for report in countries})}
     graphs = [_publish(store, source, "alure", graph, begun, {"recall": recall}, settings)]
     if follows is not None:
@@ -115,7 +116,7 @@ def _base(
 ) -> tuple[Base | None, str]:
     if config.search == "faiss":
         raise InputError("incremental: FAISS searches everything; use --search grouped, exact or auto")
-    kept = ("nlist", "nprobe", "k", "search", "exact_below", "seed")
+    kept = ("nlist", "nprobe", "recall_target", "k", "search", "exact_below", "seed")
     return find_base(store, source, {name: settings[name] for name in kept})
 
 

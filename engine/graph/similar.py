@@ -2,7 +2,7 @@
 
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
@@ -10,6 +10,7 @@ import pyarrow as pa
 
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
+from alure.engine.graph.auto import auto_nlist, auto_nprobe
 from alure.engine.graph.base import Base
 from alure.engine.graph.engines import (
     Clusters,
@@ -207,7 +208,7 @@ def _search_country(
     clusters = country.clusters if before or not country.then else None
     if clusters is not None and plan.engine != "exact":
         engine = "grouped" if before else plan.engine  # what was found then is merged to the bit with what it finds
-        plan = _Plan(engine, clusters.nlist, clusters.nprobe, [])
+        plan = replace(plan, engine=engine, notes=[])
     notes = list(plan.notes)
     if len(rows) <= k:
         notes.append(f"k: {k} neighbours asked, a user here has at most {max(len(rows) - 1, 0)} others")
@@ -220,6 +221,8 @@ def _search_country(
         clusters = None
     elif clusters is None:
         clusters = train_clusters(vectors, plan.nlist, plan.nprobe, seed)
+    if clusters is not None and config.nprobe == "auto" and not before:
+        clusters = replace(clusters, nprobe=auto_nprobe(vectors, clusters, config, seed))
     clustered = time.monotonic() - started
     step = max(SEARCH_ROWS, -(-len(rows) // SEARCH_SHARES))
     found, near, searched = update(
@@ -233,8 +236,9 @@ def _search_country(
     recall, sample = _recall(plan.engine, vectors, k, D[rows], seed)
     counts = (I >= 0).sum(axis=1)
     report = CountryReport(
-        country=name, users=users, zero_vectors=users - len(rows), engine=plan.engine, clusters=plan.nlist,
-        nprobe=plan.nprobe, edges=int(counts.sum()), searched=searched, short=int((counts < k).sum()),
+        country=name, users=users, zero_vectors=users - len(rows), engine=plan.engine,
+        clusters=clusters.nlist if clusters else 0, nprobe=clusters.nprobe if clusters else 0,
+        edges=int(counts.sum()), searched=searched, short=int((counts < k).sum()),
         recall=recall, recall_sample=sample, cluster_seconds=round(clustered, 3),
         seconds=round(time.monotonic() - started, 3), notes=notes,
     )  # fmt: skip
@@ -261,16 +265,17 @@ def _plan(config: GraphConfig, users: int) -> _Plan:
     if engine == "auto":
         # same clusters, same neighbours; on a CPU 1.7 times as fast as FAISS at 50k × 128, 400/50/15 (bench/NOTES.md)
         engine = "exact" if users < config.exact_below else "faiss" if faiss_gpus() else "grouped"
-    nlist = min(config.nlist, users // POINTS_PER_CLUSTER)
+    asked = auto_nlist(users) if config.nlist == "auto" else config.nlist
+    nlist = min(asked, users // POINTS_PER_CLUSTER)
     if engine != "exact" and nlist < 2:
         notes.append(f"{engine}: {users:,} users are too few for clusters; searched exactly")
         engine = "exact"
     if engine == "exact":
         return _Plan("exact", 0, 0, notes)
-    if nlist < config.nlist:
-        notes.append(
-            f"nlist: {config.nlist} clusters asked, {nlist} used for {users:,} users ({POINTS_PER_CLUSTER} each)"
-        )
+    if nlist < asked and config.nlist != "auto":
+        notes.append(f"nlist: {asked} clusters asked, {nlist} used for {users:,} users ({POINTS_PER_CLUSTER} each)")
+    if config.nprobe == "auto":
+        return _Plan(engine, nlist, nlist, notes)  # all, until it is measured
     nprobe = min(config.nprobe, nlist)
     if nprobe < config.nprobe:
         notes.append(f"nprobe: {config.nprobe} clusters asked, there are {nlist}")

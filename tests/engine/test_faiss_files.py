@@ -15,7 +15,7 @@ from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
 from alure.engine.export import export_store
 from alure.engine.graph import SimilarityGraph, build_graphs
-from alure.engine.graph.base import cluster_rows, digest, read_clusters
+from alure.engine.graph.base import digest, read_clusters, write_clusters
 from alure.engine.graph.faiss_files import read_clusters_of_files
 from alure.engine.store import EmbeddingStore
 
@@ -80,8 +80,8 @@ def test_without_a_graph_or_its_clusters_the_index_is_exact(store: EmbeddingStor
     written = export_store(store.path, "faiss", tmp_path / "flat")["files"]
     assert written == {"user_ids.parquet": 600, "embeddings.faiss": 598}
     build_graphs(store, CONFIG)
-    clusters = read_clusters(store, store.latest("graph", "alure"), CONFIG.nprobe)
-    store.write_clusters("g1", cluster_rows({"US": clusters["BR"]}), {})
+    clusters = read_clusters(store, store.latest("graph", "alure"))
+    write_clusters(store, store.latest("embeddings"), {"US": clusters["BR"]})
     export_store(store.path, "faiss", tmp_path / "other")
     assert isinstance(faiss.read_index(str(tmp_path / "other" / "US.faiss")), faiss.IndexIDMap2)
 
@@ -91,14 +91,17 @@ def test_without_a_graph_or_its_clusters_the_index_is_exact(store: EmbeddingStor
 
 def test_a_graph_in_the_clusters_of_index_files(store: EmbeddingStore, tmp_path: Path) -> None:
     build_graphs(store, CONFIG, seed=3)
-    mine, then = SimilarityGraph.load(store), read_clusters(store, store.latest("graph", "alure"), CONFIG.nprobe)
+    mine, then = SimilarityGraph.load(store), read_clusters(store, store.latest("graph", "alure"))
     export_store(store.path, "faiss", tmp_path / "out")
     given = read_clusters_of_files(tmp_path / "out", 8, CONFIG.nprobe)
     assert digest(given) == digest(then)
     build_graphs(store, CONFIG, clusters=tmp_path / "out", seed=4)  # the seed would train others
     again = SimilarityGraph.load(store)
     assert (again.neighbors == mine.neighbors).all()
-    assert digest(read_clusters(store, store.latest("graph", "alure"), CONFIG.nprobe)) == digest(then)
+    assert digest(read_clusters(store, store.latest("graph", "alure"))) == digest(then)
+    auto = GraphConfig(nprobe="auto", recall_target=0.6, k=4, search="grouped")
+    report = build_graphs(store, auto, clusters=tmp_path / "out")
+    assert [(country.clusters, country.nprobe) for country in report.countries] == [(5, 1), (5, 1)]
     (tmp_path / "out" / "US.faiss").unlink()
     report = build_graphs(store, GraphConfig(nlist=3, k=4, exact_below=250), clusters=tmp_path / "out")
     assert [(country.engine, country.clusters) for country in report.countries] == [("exact", 0), ("grouped", 3)]

@@ -94,6 +94,40 @@ def test_grouped_finds_what_faiss_finds() -> None:
     assert mine_report[0].recall_sample == 1000
 
 
+@settings(max_examples=15, deadline=None)
+@given(st.integers(0, 99), st.sampled_from([0.05, 0.3, 2.0]), st.sampled_from([0.5, 0.8, 0.95, 1.0]))
+def test_auto_takes_the_fewest_clusters_that_reach_the_recall(seed: int, spread: float, target: float) -> None:
+    """Fewer than 1,000 users, so that the sample is everybody and the recall is exact."""
+    rng = np.random.default_rng(seed)
+    x = rng.standard_normal((12, 6))[rng.integers(0, 12, 600)] + spread * rng.standard_normal((600, 6))
+    config = GraphConfig(nlist="auto", k=5, search="grouped", recall_target=target)
+    graph, [report] = build_similarity_graph(x, ["A"] * 600, config, seed)
+    assert report.clusters == 15  # √600 would be 24 with fewer than 39 users each
+    assert report.recall >= target
+    assert report.notes == []
+    chosen = GraphConfig(nlist=15, nprobe=report.nprobe, k=5, search="grouped")
+    same, _ = build_similarity_graph(x, ["A"] * 600, chosen, seed)
+    assert (same.neighbors == graph.neighbors).all()
+    if report.nprobe > 1:
+        fewer = chosen.model_copy(update={"nprobe": report.nprobe - 1})
+        assert build_similarity_graph(x, ["A"] * 600, fewer, seed)[1][0].recall < target
+
+
+def test_auto_chooses_by_country() -> None:
+    """A country of far apart groups needs few of its clusters, one without structure many."""
+    rng = np.random.default_rng(0)
+    grouped = rng.standard_normal((40, 8))[rng.integers(0, 40, 1700)] + 0.01 * rng.standard_normal((1700, 8))
+    x = np.concatenate([grouped, rng.standard_normal((2500, 8)), rng.standard_normal((50, 8))])
+    labels = np.repeat(["BR", "US", "NZ"], [1700, 2500, 50])
+    config = GraphConfig(nlist="auto", search="grouped")
+    _, reports = build_similarity_graph(x, labels, config)
+    assert [(report.country, report.clusters) for report in reports] == [("BR", 41), ("NZ", 0), ("US", 50)]
+    nprobe = [report.nprobe for report in reports]
+    assert nprobe[0] <= 2 < 6 <= nprobe[2]
+    assert all(report.recall >= 0.93 for report in reports)
+    assert [report.nprobe for report in build_similarity_graph(x, labels, config)[1]] == nprobe
+
+
 @settings(max_examples=40, deadline=None)
 @given(data=st.data())
 def test_small_populations(data: st.DataObject) -> None:

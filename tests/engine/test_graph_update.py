@@ -12,8 +12,8 @@ from support.graph import add_generation, vectors
 
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
-from alure.engine.graph import SimilarityGraph, build_graphs, similar
-from alure.engine.graph.base import Base, cluster_rows, digest, find_base, read_clusters
+from alure.engine.graph import GraphReport, SimilarityGraph, build_graphs, similar
+from alure.engine.graph.base import Base, digest, find_base, read_clusters, write_clusters
 from alure.engine.graph.similar import Searched, search_countries
 from alure.engine.store import EmbeddingMatrix, EmbeddingStore
 
@@ -114,9 +114,9 @@ def test_build_goes_on_from_the_newest_graph(store: EmbeddingStore) -> None:
     assert 3 <= report.searched < 100
     assert report.notes == []
     updated = SimilarityGraph.load(store)
-    clusters = read_clusters(store, store.latest("embeddings"), CONFIG.nprobe)
+    clusters = read_clusters(store, store.latest("embeddings"))
     assert sorted(clusters) == ["BR", "US"]
-    assert digest(clusters) == digest(read_clusters(store, store.published("g1", "embeddings"), CONFIG.nprobe))
+    assert digest(clusters) == digest(read_clusters(store, store.published("g1", "embeddings")))
     with mock.patch.object(similar, "train_clusters", side_effect=[clusters["BR"], clusters["US"]]):
         build_graphs(store, CONFIG)
     whole = SimilarityGraph.load(store)
@@ -124,6 +124,27 @@ def test_build_goes_on_from_the_newest_graph(store: EmbeddingStore) -> None:
     assert (updated.similarities == whole.similarities).all()
     again = build_graphs(store, CONFIG, incremental=True)
     assert again.base == "g1"  # a generation's own graph is not its base
+
+
+def test_the_probes_that_were_measured_stay_with_the_clusters(store: EmbeddingStore) -> None:
+    def nprobe(report: GraphReport) -> dict[str, int]:
+        return {country.country: country.nprobe for country in report.countries}
+
+    config = GraphConfig(nlist="auto", k=4, search="grouped")
+    now = vectors(600, 8)
+    now[:200] = np.random.default_rng(0).normal(size=(200, 8))  # BR has no structure
+    add_generation(store, "g2", now, as_of=8)
+    first = build_graphs(store, config)
+    assert nprobe(first)["BR"] > nprobe(first)["US"]
+    clusters = read_clusters(store, store.latest("embeddings"))
+    assert {name: found.nprobe for name, found in clusters.items()} == nprobe(first)
+    now[[3, 250, 599]] *= np.float32(-1)
+    add_generation(store, "g3", now, as_of=9)
+    updated = build_graphs(store, config, incremental=True)
+    assert (updated.base, updated.notes, nprobe(updated)) == ("g2", [], nprobe(first))
+    anew = build_graphs(store, config.model_copy(update={"recall_target": 0.8}), incremental=True)
+    reason = "the graph of g2 was built with another recall_target"
+    assert anew.notes == [f"not incremental: {reason}; every user was searched"]
 
 
 @pytest.mark.parametrize(
@@ -152,8 +173,8 @@ def test_clusters_that_are_not_the_graphs_are_not_used(store: EmbeddingStore) ->
     kept = {name: getattr(CONFIG, name) for name in ("k", "nlist", "nprobe", "search")}
     assert find_base(store, source, kept)[0] is not None
     then = store.published("g1", "embeddings")
-    clusters = read_clusters(store, then, 2)
-    store.write_clusters(then, cluster_rows({"US": clusters["BR"], "BR": clusters["US"]}), {})
+    clusters = read_clusters(store, then)
+    write_clusters(store, then, {"US": clusters["BR"], "BR": clusters["US"]})
     assert find_base(store, source, kept) == (None, "the clusters of g1 are not those of its graph")
 
 
@@ -165,4 +186,4 @@ def test_faiss_is_not_incremental(store: EmbeddingStore) -> None:
 def test_countries_without_clusters_keep_none(store: EmbeddingStore) -> None:
     build_graphs(store, CONFIG.model_copy(update={"search": "exact"}))
     assert store.read_clusters().num_rows == 0
-    assert read_clusters(store, store.latest("embeddings"), 2) == {}
+    assert read_clusters(store, store.latest("embeddings")) == {}
