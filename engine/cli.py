@@ -51,7 +51,7 @@ def finish(result: Any, as_json: bool) -> None:
         print(json.dumps(data))  # noqa: T201
     else:
         for name, value in data.items():
-            lines = value if isinstance(value, list) else [value]
+            lines = value if isinstance(value, list) else groups(name, value) or [value]
             if len(lines) > MOST_LINES or (lines and isinstance(lines[0], list)):
                 lines = [f"{len(lines):,} entries; --json shows them"]
             for number, line in enumerate(lines):
@@ -59,12 +59,17 @@ def finish(result: Any, as_json: bool) -> None:
                 print(f"{label:>28}  {inline(name, line)}")  # noqa: T201
 
 
+def groups(name: str, value: Any) -> list[str]:
+    """A line a group, where `value` is nothing but groups of figures."""
+    if not isinstance(value, dict) or not all(isinstance(found, dict) for found in value.values()):
+        return []
+    return [f"{part}: {inline(name, found)}" for part, found in value.items()]
+
+
 def inline(name: str, value: Any) -> str:
     """A figure, or the plain figures of a group on one line."""
     if not isinstance(value, dict):
         return shown(name, value)
-    if value and all(isinstance(found, dict) for found in value.values()):
-        return ", ".join(value)
     plain = {
         part: found for part, found in value.items() if found not in ("", None) and not isinstance(found, (dict, list))
     }
@@ -74,7 +79,9 @@ def inline(name: str, value: Any) -> str:
 def shown(name: str, value: Any) -> str:
     """A figure for a person: grouped digits, and dates for unix seconds."""
     if isinstance(value, bool) or not isinstance(value, int):
-        return f"{value:,.2f}" if isinstance(value, float) else str(value)
+        if isinstance(value, float):
+            return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:,.2f}"
+        return str(value)
     if name == "as_of" or name.endswith("timestamp"):
         return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC ({value})"
     return f"{value:,}"
