@@ -9,7 +9,7 @@
 #include <vector>
 
 #include "aligned.h"
-#include "forward_tables.h"
+#include "bias_tables.h"
 #include "parallel.h"
 
 namespace alure {
@@ -198,7 +198,7 @@ void attention_forward(const AttentionInputs& in, const ForwardOutputs& outputs,
         parts(s, [&](const Part& part) { out.push_back({part, 0}); });
     });
     const TableStorage storage(in);
-    const ForwardTables tables = storage.tables();
+    const BiasTables tables = storage.tables();
     const std::size_t scratch_bytes = kernel.scratch_bytes(in);
     const auto begin = [&] { return Worker(kernel, scratch_bytes); };
     run_units(units, num_threads, begin, parts,
@@ -226,7 +226,7 @@ void attention_backward(const AttentionInputs& in, const BackwardArguments& argu
         parts(s, [&](const Part& part) { out.push_back({part, 0, own}); });
     });
     const TableStorage storage(in);
-    const ForwardTables tables = storage.tables();
+    const BiasTables tables = storage.tables();
     BucketSums d_time(in, in.time, units.size()), d_position(in, in.position, units.size());
     const std::size_t scratch_bytes = kernel.scratch_bytes(in);
     const auto begin = [&] { return Worker(kernel, scratch_bytes); };

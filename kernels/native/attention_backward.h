@@ -15,7 +15,7 @@ public:
     using Source = typename Products::Source;
     static constexpr std::int64_t kTiles = Products::kTiles, kBlock = Products::kBlock, kQueries = kTiles * kWidth;
 
-    Backward(const AttentionInputs& in, const ForwardTables* tables, void* scratch)
+    Backward(const AttentionInputs& in, const BiasTables* tables, void* scratch)
         : in_(in),
           arena_(scratch),
           products_(in, arena_),
@@ -260,7 +260,7 @@ std::size_t backward_scratch_bytes(const AttentionInputs& in) {
 }
 
 template <class Products>
-void backward(const AttentionInputs& in, const ForwardTables& tables, const BackwardArguments& arguments,
+void backward(const AttentionInputs& in, const BiasTables& tables, const BackwardArguments& arguments,
               const Part& part, const Turn& turn, double* d_time, double* d_position, void* scratch) {
     Backward<Products>(in, &tables, scratch).run(arguments, part, turn, d_time, d_position);
 }

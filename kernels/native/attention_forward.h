@@ -4,9 +4,7 @@
 // it is; elsewhere a query's maximum so far is subtracted, and what was summed before shrinks when it grows.
 #pragma once
 
-#include "attention_mask.h"
-#include "position_diagonals.h"
-#include "time_buckets.h"
+#include "tile_bias.h"
 
 namespace alure {
 namespace {
@@ -27,16 +25,12 @@ public:
     using Source = typename Products::Source;
     static constexpr std::int64_t kTiles = Products::kTiles, kBlock = Products::kBlock, kQueries = kTiles * kWidth;
 
-    Forward(const AttentionInputs& in, const ForwardTables* tables, void* scratch)
+    Forward(const AttentionInputs& in, const BiasTables* tables, void* scratch)
         : in_(in),
           tables_(tables),
           arena_(scratch),
           products_(in, arena_),
-          times_(in, tables, kTiles, kBlock, arena_),
-          positions_(in, kQueries, kBlock, arena_),
-          seen_begin_(arena_.array<std::int32_t>(kQueries)),
-          seen_end_(arena_.array<std::int32_t>(kQueries)),
-          sights_(arena_.array<Sight>(kTiles * kStrips)),
+          bias_(in, tables, kTiles, kBlock, arena_),
           safe_(arena_.array<bool>(kTiles * in.heads)),
           key_norms_(arena_.array<float>(in.key_heads)),
           states_(arena_.array<float>(kTiles * in.heads * state_floats())) {}
@@ -49,6 +43,7 @@ public:
         rows_ = part.end - part.begin;
         q_row_ = sequence.q_row + part.begin;
         position_ = part.begin + sequence.shift;
+        bias_.start_part(sequence, part);
         start(sequence);
         for (std::int64_t block = 0; block < sequence.num_keys; block += kBlock) {
             const std::int64_t end = smaller(block + kBlock, sequence.num_keys);
@@ -60,8 +55,6 @@ public:
     }
 
 private:
-    static constexpr std::int64_t kStrips = (kBlock + kStrip - 1) / kStrip;
-
     [[nodiscard]] std::int64_t state_floats() const {
         return round_up(products_.query_floats() + products_.sum_floats() + 2 * kWidth, 16);
     }
@@ -76,12 +69,6 @@ private:
 
     // Packs the queries, and bounds every tile's logits: |q·k| <= |q||k|.
     void start(const Sequence& sequence) {
-        times_.start_part(q_row_, rows_);
-        for (std::int64_t i = 0; i < round_up(rows_, kWidth); ++i) {
-            const Range seen = sequence.mask.seen(position_ + i);
-            seen_begin_[i] = static_cast<std::int32_t>(seen.begin);
-            seen_end_[i] = static_cast<std::int32_t>(seen.end);
-        }
         const float cyclic_norm = find_key_norms(sequence);
         for (std::int64_t head = 0; head < in_.heads; ++head)
             for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) {
@@ -167,80 +154,61 @@ private:
     }
 
     void add_block(const Sequence& sequence, std::int64_t block, std::int64_t end) {
-        times_.start_block(sequence.k_row + block, end - block);
-        positions_.start_block(position_, rows_, block, end);
-        for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) {
-            find_sights(sequence.mask, tile, block, end);
-            times_.find(tile);
-        }
+        bias_.start_block(block, end);
         const std::int64_t heads_a_key = in_.heads / in_.key_heads;
         for (std::int64_t head = 0; head < in_.heads; ++head) {
             if (head % heads_a_key == 0) products_.pack_keys(sequence.k_row + block, end - block, head / heads_a_key);
-            const std::int64_t table = sequence.group * in_.heads + head;
-            positions_.start_head(tables_->position + table * tables_->position_stride);
-            for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile)
-                add_tile(sequence.mask, tile, head, tables_->time + table * tables_->time_stride, block, end - block);
+            bias_.start_head(head);
+            for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) add_tile(tile, head);
             products_.finish_values();
         }
     }
 
-    void find_sights(const Mask& mask, std::int64_t tile, std::int64_t block, std::int64_t end) {
-        const std::int64_t first = position_ + tile * kWidth, last = first + tile_rows(tile) - 1;
-        Sight* sights = sights_ + tile * kStrips;
-        for (std::int64_t begin = block; begin < end; begin += kStrip) {
-            const Sight sight = mask.sight(first, last, begin, smaller(begin + kStrip, end));
-            // a tile with targets has no diagonals of one bias
-            const bool has_targets = in_.position.table && last > mask.history();
-            *sights++ = sight == Sight::kWhole && has_targets ? Sight::kMasked : sight;
-        }
-    }
-
     // One head of a tile takes in the block's keys.
-    void add_tile(const Mask& mask, std::int64_t tile, std::int64_t head, const float* table, std::int64_t block,
-                  std::int64_t num_keys) {
-        const Sight* sights = sights_ + tile * kStrips;
-        std::int64_t first = 0, last = (num_keys + kStrip - 1) / kStrip;
-        while (first < last && sights[first] == Sight::kHidden) ++first;
-        while (first < last && sights[last - 1] == Sight::kHidden) --last;
-        if (first == last) return;
-        const std::int64_t begin = first * kStrip, end = smaller(last * kStrip, num_keys);
+    void add_tile(std::int64_t tile, std::int64_t head) {
+        const Range strips = bias_.strips(tile);
+        if (strips.empty()) return;
+        const std::int64_t begin = strips.begin * kStrip, end = smaller(strips.end * kStrip, bias_.num_keys());
         const TileState s = state(tile, head);
-        const Strip* strips = times_.strips(tile);
-        const auto end_of = [&](std::int64_t i) { return smaller((i + 1) * kStrip, end); };
+        const auto end_of = [&](std::int64_t strip) { return smaller((strip + 1) * kStrip, end); };
         if (safe_[tile * in_.heads + head]) {
             constexpr std::int64_t kSliceStrips = Products::kSlice / kStrip;
-            products_.multiply_keys(s.queries, begin, smaller((first / kSliceStrips + 1) * Products::kSlice, end));
-            for (std::int64_t i = first; i < last; ++i) {
-                if (i == first || i % kSliceStrips == 0) {  // products go ahead, while the weights are computed
-                    const std::int64_t next = (i / kSliceStrips + 1) * Products::kSlice;
-                    if (next < end) products_.multiply_keys(s.queries, next, smaller(next + Products::kSlice, end));
+            const auto slice_end = [&](std::int64_t strip) {
+                return smaller((strip / kSliceStrips + 1) * Products::kSlice, end);
+            };
+            products_.multiply_keys(s.queries, begin, slice_end(strips.begin));
+            for (std::int64_t i = strips.begin; i < strips.end; ++i) {
+                if (i == strips.begin || i % kSliceStrips == 0) {  // products go ahead, while the weights are computed
+                    const std::int64_t next = slice_end(i);
+                    if (next < end) products_.multiply_keys(s.queries, next, slice_end(next / kStrip));
                     products_.continue_values();
                 }
-                if (sights[i] == Sight::kWhole) {
-                    weigh(s, tile, table, strips[i], block, i * kStrip, end_of(i));
+                if (bias_.sight(tile, i) == Sight::kWhole) {
+                    weigh(s, tile, i, end_of(i));
                 } else {
-                    write_logits(mask, tile, table, strips[i], sights[i], block, i * kStrip, end_of(i));
+                    write_logits(tile, i * kStrip, end_of(i));
                     weigh_logits(s, i * kStrip, end_of(i));
                 }
             }
         } else {
             products_.multiply_keys(s.queries, begin, end);
-            for (std::int64_t i = first; i < last; ++i)
-                write_logits(mask, tile, table, strips[i], sights[i], block, i * kStrip, end_of(i));
+            write_logits(tile, begin, end);
             raise_maxima(s, begin, end);
-            for (std::int64_t i = first; i < last; ++i) weigh_logits(s, i * kStrip, end_of(i));
+            for (std::int64_t i = strips.begin; i < strips.end; ++i) weigh_logits(s, i * kStrip, end_of(i));
         }
         products_.multiply_values(begin, end, s.sums);
     }
 
     // Weights of a strip that is seen whole, from its scores.
-    void weigh(const TileState& s, std::int64_t tile, const float* table, Strip strip, std::int64_t block,
-               std::int64_t begin, std::int64_t end) {
-        const float base = strip.look_up == LookUp::kOne && in_.time.table ? table[strip.bucket] : 0.0f;
-        with_biases(strip.look_up, tile, table, block, base, [&](auto bias) {
+    void weigh(const TileState& s, std::int64_t tile, std::int64_t strip, std::int64_t end) {
+        const Strip found = bias_.strip(tile, strip);
+        with_look_up(found.look_up, in_.position.table, [&]<LookUp kLookUp, bool kPosition>() {
             const float factor = products_.factor();
-            weigh_rows(s, begin, end, [&](std::int64_t key, int v) ALURE_INLINE {
-                return exp2_lanes<Products::kDegree>(load(products_.scores(key) + v * kLanes) * factor + bias(key, v));
+            const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(found.bucket) : 0.0f;
+            weigh_rows(s, strip * kStrip, end, [&](std::int64_t key, int v) ALURE_INLINE {
+                Floats bias = bias_.template whole<kLookUp, kPosition>(tile, key, v);
+                if constexpr (kLookUp == LookUp::kOne) bias += base;
+                return exp2_lanes<Products::kDegree>(load(products_.scores(key) + v * kLanes) * factor + bias);
             });
         });
     }
@@ -265,78 +233,21 @@ private:
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) {
                 const Floats a = weight(key, v), b = weight(key + 1, v);
-                totals[v] += a + b;
-                products_.store_weights(key, v, a, b);
+                totals[v] += products_.store_weights(key, v, a, b);
             }
         if (key < end)
-            for (int v = 0; v < 2; ++v) {
-                const Floats a = weight(key, v);
-                totals[v] += a;
-                products_.store_weight(key, v, a);
-            }
+            for (int v = 0; v < 2; ++v) totals[v] += products_.store_weight(key, v, weight(key, v));
         for (int v = 0; v < 2; ++v) store(s.totals + v * kLanes, totals[v]);
     }
 
-    // Calls work(bias), where bias(key, v) is what is added to the scores of a key and a vector of queries.
-    template <class Work>
-    void with_biases(LookUp look_up, std::int64_t tile, const float* table, std::int64_t block, float base, Work work) {
-        const auto with_time = [&](auto time) {
-            const std::int64_t i = position_ + tile * kWidth;
-            if (in_.position.table)
-                work([=, this](std::int64_t key, int v)
-                         ALURE_INLINE { return time(key, v) + positions_.values(i + v * kLanes, block + key); });
-            else
-                work(time);
-        };
-        const auto looked_up = [&]<LookUp kLookUp>() {
-            with_time([=, this](std::int64_t key, int v)
-                          ALURE_INLINE { return times_.template values<kLookUp>(tile, key, v, table); });
-        };
-        switch (look_up) {
-            case LookUp::kOne:
-                return with_time([base](std::int64_t, int) ALURE_INLINE { return splat(base); });
-            case LookUp::kPermute:
-                return looked_up.template operator()<LookUp::kPermute>();
-            case LookUp::kPermuteTwo:
-                return looked_up.template operator()<LookUp::kPermuteTwo>();
-            case LookUp::kPermuteFour:
-                return looked_up.template operator()<LookUp::kPermuteFour>();
-            case LookUp::kGather:
-                return looked_up.template operator()<LookUp::kGather>();
-        }
-    }
-
-    // Logits in place of a strip's scores: biases added, −inf where hidden.
-    void write_logits(const Mask& mask, std::int64_t tile, const float* table, Strip strip, Sight sight,
-                      std::int64_t block, std::int64_t begin, std::int64_t end) {
+    // Logits in place of the scores of keys [begin, end): biases added, −inf where hidden.
+    void write_logits(std::int64_t tile, std::int64_t begin, std::int64_t end) {
         const float factor = products_.factor();
-        const std::int64_t first = position_ + tile * kWidth;
         for (std::int64_t key = begin; key < end; ++key)
             for (int v = 0; v < 2; ++v) {
                 float* scores = products_.scores(key) + v * kLanes;
-                if (sight == Sight::kHidden) {
-                    store(scores, splat(-kInfinity));
-                    continue;
-                }
-                const std::int64_t i = first + v * kLanes, j = block + key;
-                Floats logits = load(scores) * factor;
-                if (in_.time.table)
-                    logits += strip.look_up == LookUp::kOne
-                                  ? splat(table[strip.bucket])
-                                  : times_.template values<LookUp::kGather>(tile, key, v, table);
-                if (in_.position.table) logits += positions_.values(i, j, mask.history());
-                if (sight == Sight::kMasked)
-                    logits = seen(mask, tile * kWidth + v * kLanes, i, j) ? logits : splat(-kInfinity);
-                store(scores, logits);
+                store(scores, load(scores) * factor + bias_.masked(tile, key, v));
             }
-    }
-
-    // Which of the queries from row `row` of the part, position i, see key j.
-    [[nodiscard]] Ints seen(const Mask& mask, std::int64_t row, std::int64_t i, std::int64_t j) const {
-        const auto key = static_cast<std::int32_t>(j);
-        if (j < mask.contexts()) return splat(std::int32_t{-1});
-        if (j >= mask.history()) return lane_numbers() == static_cast<std::int32_t>(j - i);
-        return (load_ints(seen_begin_ + row) <= key) & (load_ints(seen_end_ + row) > key);
     }
 
     void raise_maxima(const TileState& s, std::int64_t begin, std::int64_t end) {
@@ -400,13 +311,10 @@ private:
     }
 
     const AttentionInputs& in_;
-    const ForwardTables* tables_;
+    const BiasTables* tables_;
     Arena arena_;
     Products products_;
-    TimeBuckets times_;
-    PositionDiagonals positions_;
-    std::int32_t *seen_begin_, *seen_end_;                          // [kQueries] the history that each query sees
-    Sight* sights_;                                                 // [kTiles, kStrips]
+    TileBias bias_;
     bool* safe_;                                                    // [kTiles, heads]
     float* key_norms_;                                              // [key_heads]
     float* states_;                                                 // [kTiles, heads] tile states
@@ -419,7 +327,7 @@ std::size_t forward_scratch_bytes(const AttentionInputs& in) {
 }
 
 template <class Products>
-void forward(const AttentionInputs& in, const ForwardTables& tables, const ForwardOutputs& outputs, const Part& part,
+void forward(const AttentionInputs& in, const BiasTables& tables, const ForwardOutputs& outputs, const Part& part,
              void* scratch) {
     Forward<Products>(in, &tables, scratch).run(outputs, part);
 }

@@ -48,12 +48,12 @@ struct AttentionInputs {
     float scale;
 };
 
-// The forward kernels count logits in units of log 2.
+// The kernels count logits in units of log 2.
 constexpr float kLog2E = 1.44269504f;
 constexpr std::int64_t kTablePadding = 64;  // floats behind every row of a table, which wide look-ups read
 
-// What the forward kernels make of the biases once a call.
-struct ForwardTables {
+// What is made of the biases once a call.
+struct BiasTables {
     const float* time;  // [groups, heads, time_stride], times log2 e
     std::int64_t time_stride;
     const float* position;  // [groups, heads, position_stride], times log2 e
@@ -100,7 +100,7 @@ struct ForwardKernel {
     std::size_t (*scratch_bytes)(const AttentionInputs&);  // for one thread
     void (*begin_thread)();                                // around the parts that one thread runs
     void (*end_thread)();
-    void (*run)(const AttentionInputs&, const ForwardTables&, const ForwardOutputs&, const Part&, void* scratch);
+    void (*run)(const AttentionInputs&, const BiasTables&, const ForwardOutputs&, const Part&, void* scratch);
 };
 
 struct BackwardKernel {
@@ -110,7 +110,7 @@ struct BackwardKernel {
     void (*begin_thread)();
     void (*end_thread)();
     // d_time and d_position: sums by bucket [heads, num_thresholds + 1], added to; not read without the table.
-    void (*run)(const AttentionInputs&, const ForwardTables&, const BackwardArguments&, const Part&, const Turn&,
+    void (*run)(const AttentionInputs&, const BiasTables&, const BackwardArguments&, const Part&, const Turn&,
                 double* d_time, double* d_position, void* scratch);
 };
 

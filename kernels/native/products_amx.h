@@ -107,15 +107,20 @@ public:
     }
     [[nodiscard]] float* scores(std::int64_t key) const { return scores_ + key * kWidth; }
 
-    // Weights [pairs of keys, kWidth queries, 2], rounded to the nearest.
-    void store_weights(std::int64_t key, int v, Floats weight, Floats next) const {
-        const Ints half = splat(std::int32_t{0x8000});
-        const Ints pair = join_upper_halves(plus(reinterpret_cast<Ints>(weight), half),
-                                            plus(reinterpret_cast<Ints>(next), half));
-        store(reinterpret_cast<float*>(weights_[current_] + key / 2 * kWidth + v * kLanes),
-              reinterpret_cast<Floats>(pair));
+    // Weights [pairs of keys, kWidth queries, 2], rounded to the nearest. Returns their sum as stored: so a query that
+    // sees one key gets its value, to the bit.
+    Floats store_weights(std::int64_t key, int v, Floats weight, Floats next) const {
+        const auto rounded = [](Floats x) {
+            return plus(reinterpret_cast<Ints>(x), splat(std::int32_t{0x8000})) & std::int32_t(0xffff0000);
+        };
+        const Ints low = rounded(weight), high = rounded(next);
+        store_pairs(reinterpret_cast<Bfloat16*>(weights_[current_] + key / 2 * kWidth + v * kLanes),
+                    upper_halves(low) | high);
+        return reinterpret_cast<Floats>(low) + reinterpret_cast<Floats>(high);
     }
-    void store_weight(std::int64_t key, int v, Floats weight) const { store_weights(key, v, weight, Floats{}); }
+    Floats store_weight(std::int64_t key, int v, Floats weight) const {
+        return store_weights(key, v, weight, Floats{});
+    }
 
     // sums [value_channels, kWidth] += values · weights of keys [begin, end), once continue_values has been called
     // often enough, or finish_values. The next weights go elsewhere.

@@ -130,13 +130,14 @@ public:
     }
     [[nodiscard]] float* scores(std::int64_t key) const { return scores_ + key * kWidth; }
 
-    // Weights take the place of the scores. Those of two neighbouring keys come together.
-    void store_weights(std::int64_t key, int v, Floats weight, Floats next) const {
-        store(scores_ + key * kWidth + v * kLanes, weight);
+    // Weights take the place of the scores; those of two neighbouring keys come together. Returns their sum as stored.
+    Floats store_weights(std::int64_t key, int v, Floats weight, Floats next) const {
         store(scores_ + (key + 1) * kWidth + v * kLanes, next);
+        return store_weight(key, v, weight) + next;
     }
-    void store_weight(std::int64_t key, int v, Floats weight) const {
+    Floats store_weight(std::int64_t key, int v, Floats weight) const {
         store(scores_ + key * kWidth + v * kLanes, weight);
+        return weight;
     }
 
     // sums [head_dim, kWidth] += values · weights of keys [begin, end)

@@ -11,7 +11,7 @@ namespace {
 class TileBias {
 public:
     // For at most `tiles` tiles of queries and `keys` keys a block.
-    TileBias(const AttentionInputs& in, const ForwardTables* tables, std::int64_t tiles, std::int64_t keys,
+    TileBias(const AttentionInputs& in, const BiasTables* tables, std::int64_t tiles, std::int64_t keys,
              Arena& arena)
         : in_(in),
           tables_(tables),
@@ -119,7 +119,7 @@ private:
     }
 
     const AttentionInputs& in_;
-    const ForwardTables* tables_;
+    const BiasTables* tables_;
     const std::int64_t strips_;  // of a block
     TimeBuckets times_;
     PositionDiagonals positions_;

@@ -48,7 +48,7 @@ inline std::int32_t bucket_of(const BucketTable& table, std::int64_t difference)
 class TimeBuckets {
 public:
     // For at most `tiles` tiles of queries and `keys` keys a block.
-    TimeBuckets(const AttentionInputs& in, const ForwardTables* tables, std::int64_t tiles, std::int64_t keys,
+    TimeBuckets(const AttentionInputs& in, const BiasTables* tables, std::int64_t tiles, std::int64_t keys,
                 Arena& arena)
         : in_(in), tables_(tables), keys_(keys) {
         strips_ = arena.array<Strip>(tiles * ((keys + kStrip - 1) / kStrip));
@@ -209,7 +209,7 @@ private:
     }
 
     const AttentionInputs& in_;
-    const ForwardTables* tables_;
+    const BiasTables* tables_;
     const std::int64_t keys_;
     Strip* strips_;                        // [tiles, strips of a block]
     std::int32_t* query_times_ = nullptr;  // cut to int32; behind the last query, its time again

@@ -123,6 +123,13 @@ def test_bfloat16_masks_and_cross_attention(option: str, bfloat16_set: str, pois
     assert_exact_in_bfloat16(replace(problem, **(TARGETS if option == "targets" else OPTIONS[option])))
 
 
+def test_a_query_that_sees_one_key_gets_its_value(bfloat16_set: str) -> None:
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(131, 2, 33, generator=g).to(torch.bfloat16) for _ in range(3))
+    out = jagged_attention(q, k, v, torch.tensor([0, 40, 131]), window_size=(0, 0), backend="native")
+    assert torch.equal(out, v)
+
+
 def test_a_part_of_many_tiles_of_bfloat16(bfloat16_set: str) -> None:
     """More queries than a part has, and more keys than a block."""
     assert_exact_in_bfloat16(random_problem([700, 40], num_heads=1, head_dim=40))

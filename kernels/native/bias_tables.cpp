@@ -1,4 +1,4 @@
-#include "forward_tables.h"
+#include "bias_tables.h"
 
 #include <algorithm>
 #include <bit>
@@ -90,7 +90,7 @@ void TableStorage::find_cells(const BucketTable& time) {
     thresholds_.insert(thresholds_.end(), most_in_cell_ + 1, kNever);
 }
 
-ForwardTables TableStorage::tables() const {
+BiasTables TableStorage::tables() const {
     return {time_.data(),    time_stride_,       position_.data(), position_stride_, smallest_.data(),
             largest_.data(), thresholds_.data(), cells_.data(),    most_in_cell_};
 }

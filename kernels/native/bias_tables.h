@@ -1,4 +1,4 @@
-// What the forward kernels read of the biases, made once a call: tables in units of log 2 with padding behind every
+// What the attention kernels read of the biases, made once a call: tables in units of log 2 with padding behind every
 // head's row, their ranges, and thresholds of times in 32 bits.
 #pragma once
 
@@ -11,7 +11,7 @@ namespace alure {
 class TableStorage {
 public:
     explicit TableStorage(const AttentionInputs& in);
-    [[nodiscard]] ForwardTables tables() const;  // points into this
+    [[nodiscard]] BiasTables tables() const;  // points into this
 
 private:
     void find_cells(const BucketTable& time);
