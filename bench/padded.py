@@ -63,6 +63,7 @@ class PaddedUserModel:
         normed = layer.attention_norm(x)
         q, k, v = layer.qkv(normed).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, d/H]
         width = q.shape[-1]
+        assert layer.time_bias is not None
         q, k, scale = pairs.with_cycles(q, k, layer.time_bias)
         v = F.pad(v, (0, q.shape[-1] - width))  # SDPA is fused where the widths agree
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs.bias(layer), scale=scale)[..., :width]
@@ -74,12 +75,17 @@ class PaddedUserModel:
         """[B, m, d]: what the seeds see from the snapshot time."""
         k, v = tap.key_value(tap.norm(x)).unflatten(-1, (2, tap.heads, -1)).permute(2, 0, 3, 1, 4)
         q = tap.seeds.unflatten(-1, (tap.heads, -1)).transpose(0, 1).expand(len(x), -1, -1, -1)
-        time = tap.time_bias
+        time, position = tap.time_bias, tap.position_bias
+        assert time is not None
+        assert position is not None
         angle = angles(age, time.periods)
-        bias = look_up(time.table.float(), torch.bucketize(age, time.thresholds, right=True))  # [B, H, L]
+        bias = look_up(time.table.float(), torch.bucketize(age, time.thresholds, right=True))  # [B, H · m, L]
         cycles = angle.cos() @ time.cosine.T.float() + angle.sin() @ time.sine.T.float()
-        bias = (bias + cycles.transpose(1, 2)).masked_fill(~real[:, None], -math.inf).to(self.dtype)
-        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias[:, :, None].expand(-1, -1, q.shape[2], -1))
+        order = real.sum(1, keepdim=True) - 1 - torch.arange(real.shape[1])  # from the newest event
+        near = look_up(position.table.float(), torch.bucketize(order, position.thresholds, right=True))
+        bias = (bias + near + cycles.transpose(1, 2)).masked_fill(~real[:, None], -math.inf).to(self.dtype)
+        bias = bias.unflatten(1, (tap.heads, -1))  # [B, H, m, L]
+        found = F.scaled_dot_product_attention(q, k, v, attn_mask=bias)
         return tap.output(found.transpose(1, 2).flatten(2))
 
     def compress(self, x: Tensor) -> Tensor:
@@ -102,6 +108,8 @@ class Pairs:
 
     def bias(self, layer: AttentionLayer) -> Tensor:
         time, position = layer.time_bias, layer.position_bias
+        assert time is not None
+        assert position is not None
         if self.buckets is None:  # the same thresholds in every layer
             self.buckets = torch.bucketize(self.delta, time.thresholds, out_int32=True, right=True)
         near = look_up(position.table, torch.bucketize(self.distance, position.thresholds, right=True)[None])

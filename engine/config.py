@@ -1,7 +1,7 @@
 """The configuration of every stage: pydantic models read from YAML, where an unknown key is an error."""
 
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 
 import yaml
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -38,6 +38,9 @@ class SourceConfig(Section):
     window: int | None = Field(None, ge=1, description="attention reaches this many events to each side")
 
 
+Encoder = Literal["position", "frequency", "age", "gap", "cyclic"]
+ENCODERS: tuple[Encoder, ...] = get_args(Encoder)
+
 PRESETS: dict[str, dict[str, int]] = {
     "small": {"width": 64, "layers": 2, "heads": 4, "seeds": 2, "attribute_width": 32, "hash_rows": 1 << 16},
     "base": {"width": 192, "layers": 4, "heads": 6, "seeds": 4, "attribute_width": 64, "hash_rows": 1 << 19},
@@ -67,6 +70,12 @@ class ModelConfig(Section):
         default=[3_600, 6 * 3_600, DAY, 7 * DAY, 28 * DAY, 365 * DAY], description="seconds, cyclic encoding of events"
     )
     bias_periods: list[int] = Field(default=[DAY, 7 * DAY], description="seconds, cyclic part of the attention bias")
+    encoders: list[Encoder] = Field(
+        list(ENCODERS), description="the parts of CFEE that are on: order and age count from the snapshot time"
+    )
+    time_bias: bool = Field(True, description="attention's bias by time difference: table and bias_periods")
+    position_bias: bool = Field(True, description="attention's bias by distance in the sequence")
+    dropout: float = Field(0.0, ge=0, lt=1, description="share of token and branch channels left out while training")
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
 
     @model_validator(mode="before")

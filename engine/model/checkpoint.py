@@ -19,7 +19,7 @@ from alure.engine.config import ModelConfig
 from alure.engine.errors import InputError
 from alure.engine.model.schema import EventSchema
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 TENSORS, CONFIG, METRICS = "model.safetensors", "config.json", "metrics.json"
 
 

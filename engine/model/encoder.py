@@ -15,6 +15,9 @@ class SourceEncoder(nn.Module):
     """The parameters of `alure.kernels.encode_events` for one source; the embedding table is shared and passed in."""
 
     periods: Tensor
+    position_table: Tensor
+    frequency_table: Tensor
+    time_mask: Tensor
 
     def __init__(self, config: ModelConfig, num_attributes: int, dense_dim: int) -> None:
         super().__init__()
@@ -24,9 +27,19 @@ class SourceEncoder(nn.Module):
         self.dense_weight = nn.Parameter(torch.randn(dense_dim, width) * dense_dim**-0.5) if dense_dim else None
         self.time_weight = nn.Parameter(torch.randn(2 + 2 * num_periods, width) * 0.05)
         self.bias = nn.Parameter(torch.zeros(width))
-        self.position_table = nn.Parameter(torch.randn(config.max_position, width) * 0.05)
-        self.frequency_table = nn.Parameter(torch.randn(FREQUENCY_ROWS, width) * 0.05)
         self.phases = nn.Parameter(torch.zeros(num_periods))
+        self.dropout = nn.Dropout(config.dropout)
+        # what is switched off reads zeros, which are not learned
+        for name, encoder, rows in (
+            ("position_table", "position", config.max_position),
+            ("frequency_table", "frequency", FREQUENCY_ROWS),
+        ):
+            if encoder in config.encoders:
+                self.register_parameter(name, nn.Parameter(torch.randn(rows, width) * 0.05))
+            else:
+                self.register_buffer(name, torch.zeros(1, width), persistent=False)
+        on = [float(name in config.encoders) for name in ("age", "gap", *["cyclic"] * (2 * num_periods))]
+        self.register_buffer("time_mask", torch.tensor(on)[:, None], persistent=False)
         self.register_buffer("periods", torch.tensor(config.periods, dtype=torch.int64), persistent=False)
 
     def forward(
@@ -36,7 +49,7 @@ class SourceEncoder(nn.Module):
         encoder = EventEncoder(
             id_weight=self.id_weight,
             dense_weight=self.dense_weight,
-            time_weight=self.time_weight,
+            time_weight=self.time_weight * self.time_mask,
             bias=self.bias,
             position_table=self.position_table,
             frequency_table=self.frequency_table,
@@ -44,7 +57,7 @@ class SourceEncoder(nn.Module):
             phases=self.phases,
             tau=TAU,
         )
-        return encode_events(
+        tokens = encode_events(
             rows,
             table,
             sequence.offsets,
@@ -55,3 +68,4 @@ class SourceEncoder(nn.Module):
             dense=dense,
             utc_offsets=sequence.utc_offsets,
         )
+        return self.dropout(tokens)

@@ -40,8 +40,13 @@ class LearnedTimeBias(nn.Module):
         return TimeBias(self.thresholds, self.table, self.periods, self.cosine, self.sine)
 
 
-def grouped_time_bias(biases: list[TimeBias]) -> TimeBias:
-    """Biases with the same thresholds and periods as one, for a launch in which each has a group of sequences."""
+def grouped_time_bias(biases: list[TimeBias]) -> TimeBias | None:
+    """Biases with the same thresholds and periods as one, for a launch in which each has a group of sequences.
+
+    None for none.
+    """
+    if not biases:
+        return None
     first = biases[0]
     table = torch.stack([bias.table for bias in biases])
     if first.periods is None:
@@ -65,8 +70,8 @@ class LearnedPositionBias(nn.Module):
         return PositionBias(self.thresholds, self.table)
 
 
-def grouped_position_bias(biases: list[PositionBias]) -> PositionBias:
-    return PositionBias(biases[0].thresholds, torch.stack([bias.table for bias in biases]))
+def grouped_position_bias(biases: list[PositionBias]) -> PositionBias | None:
+    return None if not biases else PositionBias(biases[0].thresholds, torch.stack([bias.table for bias in biases]))
 
 
 class AttentionLayer(nn.Module):
@@ -79,11 +84,13 @@ class AttentionLayer(nn.Module):
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
-        self.time_bias = LearnedTimeBias(config, heads, bidirectional=not config.causal)
-        self.position_bias = LearnedPositionBias(heads, bidirectional=not config.causal)
+        bidirectional = not config.causal
+        self.time_bias = LearnedTimeBias(config, heads, bidirectional) if config.time_bias else None
+        self.position_bias = LearnedPositionBias(heads, bidirectional) if config.position_bias else None
         self.ffn_norm = nn.RMSNorm(width, eps=1e-6)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
+        self.dropout = nn.Dropout(config.dropout)
 
     def project(self, x: Tensor) -> Tensor:
         """x [n, d] → queries, keys and values [n, 3, H, d/H]."""
@@ -91,9 +98,9 @@ class AttentionLayer(nn.Module):
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """x [n, d] and what its queries found [n, H, d/H] → [n, d]."""
-        x = x + self.output(attended.reshape(x.shape))
+        x = x + self.dropout(self.output(attended.reshape(x.shape)))
         gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
-        return x + self.down(F.silu(gate) * up)
+        return x + self.dropout(self.down(F.silu(gate) * up))
 
 
 def run_together(layers: list[AttentionLayer], tokens: list[Tensor], plan: AttentionPlan) -> list[Tensor]:
@@ -102,8 +109,8 @@ def run_together(layers: list[AttentionLayer], tokens: list[Tensor], plan: Atten
     The plan's sequences are those of the sources one after another, its groups the sources.
     """
     q, k, v = torch.cat([layer.project(x) for layer, x in zip(layers, tokens)]).unbind(1)
-    time_bias = grouped_time_bias([layer.time_bias() for layer in layers])
-    position_bias = grouped_position_bias([layer.position_bias() for layer in layers])
+    time_bias = grouped_time_bias([layer.time_bias() for layer in layers if layer.time_bias])
+    position_bias = grouped_position_bias([layer.position_bias() for layer in layers if layer.position_bias])
     attended = jagged_attention(q, k, v, plan=plan, time_bias=time_bias, position_bias=position_bias)
     parts = attended.split([x.shape[0] for x in tokens])
     return [layer.finish(x, part) for layer, x, part in zip(layers, tokens, parts)]
@@ -117,27 +124,38 @@ class SourceContext(NamedTuple):
     offsets: Tensor  # [B + 1]
     timestamps: Tensor  # int64 [n]
 
-    def attend(self, queries: Tensor, offsets: Tensor, timestamps: Tensor, time_bias: TimeBias) -> Tensor:
-        """queries [Q, d] of the users by offsets [B + 1], each from its own time int64 [Q] → [Q, d].
+    def attend(
+        self,
+        queries: Tensor,
+        offsets: Tensor,
+        timestamps: Tensor,
+        time_bias: LearnedTimeBias | None,
+        position_bias: LearnedPositionBias | None = None,
+        causal: bool = False,
+    ) -> Tensor:
+        """queries [Q, heads, d/H] of the users by offsets [B + 1], each from its own time int64 [Q] → like queries.
 
-        A user without events in the source gives zeros.
+        heads: a multiple of H. causal: query i of a user sees its tokens up to i. A user without events gives zeros.
         """
-        heads = self.keys.shape[1]
-        found = jagged_attention(
-            queries.view(queries.shape[0], heads, -1),
+        return jagged_attention(
+            queries,
             self.keys,
             self.values,
             offsets,
             self.offsets,
-            q_timestamps=timestamps,
-            k_timestamps=self.timestamps,
-            time_bias=time_bias,
+            q_timestamps=timestamps if time_bias else None,
+            k_timestamps=self.timestamps if time_bias else None,
+            time_bias=time_bias and time_bias(),
+            position_bias=position_bias and position_bias(),
+            causal=causal,
         )
-        return found.reshape(queries.shape)
 
 
 class Tap(nn.Module):
-    """Attention pooling of one (layer, source): m learned seeds look at the tokens from the snapshot time T."""
+    """Attention pooling of one (layer, source): m learned seeds look at the tokens from the snapshot time T.
+
+    Every seed is H query heads of one query, so that all of them stand at the newest token and read its keys once.
+    """
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
@@ -146,7 +164,9 @@ class Tap(nn.Module):
         self.seeds = nn.Parameter(torch.randn(config.seeds, width))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
-        self.time_bias = LearnedTimeBias(config, heads, bidirectional=False)
+        queries = config.seeds * heads
+        self.time_bias = LearnedTimeBias(config, queries, bidirectional=False) if config.time_bias else None
+        self.position_bias = LearnedPositionBias(queries, bidirectional=False) if config.position_bias else None
         self.output = nn.Linear(width, width, bias=False)
 
     def context(self, x: Tensor, offsets: Tensor, timestamps: Tensor) -> SourceContext:
@@ -155,8 +175,17 @@ class Tap(nn.Module):
 
     def forward(self, context: SourceContext, reference_times: Tensor) -> Tensor:
         """reference_times int64 [B] → [B, m, d]; zeros for a user without events."""
-        batch, (seeds, width) = reference_times.shape[0], self.seeds.shape
-        queries = self.seeds.expand(batch, seeds, width).reshape(batch * seeds, width)
-        offsets = torch.arange(0, (batch + 1) * seeds, seeds, device=queries.device)
-        pooled = context.attend(queries, offsets, reference_times.repeat_interleave(seeds), self.time_bias())
-        return self.output(pooled).view(batch, seeds, width)
+        offsets = torch.arange(reference_times.shape[0] + 1, device=reference_times.device)
+        return self._pool(context, offsets, reference_times, causal=False)
+
+    def at_every_event(self, context: SourceContext, reference_times: Tensor) -> Tensor:
+        """What `forward` gives of the events up to each one, for reference_times int64 [n] an event → [n, m, d]."""
+        return self._pool(context, context.offsets, reference_times, causal=True)
+
+    def _pool(self, context: SourceContext, offsets: Tensor, times: Tensor, causal: bool) -> Tensor:
+        seeds, width = self.seeds.shape
+        queries = self.seeds.view(seeds, self.heads, -1).transpose(0, 1).reshape(seeds * self.heads, -1)  # [H · m, d/H]
+        queries = queries.expand(times.shape[0], *queries.shape)
+        pooled = context.attend(queries, offsets, times, self.time_bias, self.position_bias, causal)
+        pooled = pooled.view(-1, self.heads, seeds, width // self.heads).transpose(1, 2)
+        return self.output(pooled.reshape(-1, seeds, width))

@@ -53,14 +53,16 @@ class ContextQuery(nn.Module):
 
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
+        self.heads = heads
         self.query = nn.Linear(config.num_embeddings * config.width, config.width)
-        self.time_bias = LearnedTimeBias(config, heads, bidirectional=False)
+        self.time_bias = LearnedTimeBias(config, heads, bidirectional=False) if config.time_bias else None
         self.output = nn.Linear(config.width, config.width, bias=False)
 
     def forward(self, ads: Tensor, exposures: Exposures, context: SourceContext) -> Tensor:
         """ads [E, k·d] → [E, d]."""
-        found = context.attend(self.query(ads), exposures.offsets, exposures.timestamps, self.time_bias())
-        return self.output(found)
+        queries = self.query(ads).view(ads.shape[0], self.heads, -1)
+        found = context.attend(queries, exposures.offsets, exposures.timestamps, self.time_bias)
+        return self.output(found.flatten(1))
 
 
 class RankingHead(nn.Module):

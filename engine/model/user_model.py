@@ -85,9 +85,9 @@ def plan_together(streams: list[Stream], causal: bool) -> AttentionPlan:
     layer = streams[0].stack.layer(1)
     return AttentionPlan(
         torch.cat([*begins, end]),
-        q_timestamps=torch.cat([stream.sequence.timestamps for stream in streams]),
-        time_thresholds=layer.time_bias.thresholds,
-        position_thresholds=layer.position_bias.thresholds,
+        q_timestamps=torch.cat([stream.sequence.timestamps for stream in streams]) if layer.time_bias else None,
+        time_thresholds=layer.time_bias.thresholds if layer.time_bias else None,
+        position_thresholds=layer.position_bias.thresholds if layer.position_bias else None,
         causal=causal,
         window_size=[stream.stack.window for stream in streams],
         groups=groups.repeat_interleave(groups.new_tensor([len(begin) for begin in begins])),

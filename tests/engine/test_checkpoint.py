@@ -152,7 +152,7 @@ def a_tensor_less(folder: Path) -> None:
         (remove_tensors, "is missing"),
         (remove_config, "not a checkpoint"),
         (break_json, "is damaged"),
-        (lambda folder: edit_config(folder, format_version=9), "format version 9, expected 1"),
+        (lambda folder: edit_config(folder, format_version=9), "format version 9, expected 2"),
         (lambda folder: edit_config(folder, surprise=1), "surprise"),
         (not_safetensors, "not a safetensors file"),
         (another_shape, r"table: expected torch.float32 \[2048, 8\], got torch.float32 \[1024, 8\]"),

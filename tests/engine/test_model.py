@@ -8,6 +8,7 @@ import pytest
 import torch
 from support.model import DAY, START, LogParts, SourceRows, planted_log, tiny_model, write_log
 
+from alure.engine.config import ENCODERS
 from alure.engine.errors import InputError
 from alure.engine.events import EventBatch, Events
 from alure.engine.model import AlureModel, EventSchema, UserModel
@@ -115,6 +116,36 @@ def test_a_tap_of_a_user_without_events_is_zero(events: Events) -> None:
     pooled = tap(tap.context(tokens, offsets, s.timestamps[:keep]), batch.as_of)
     assert (pooled[3:] == 0).all()
     assert (pooled[:3].abs().sum((1, 2)) > 0).all()
+
+
+SWITCHES: list[dict[str, object]] = [
+    *({"encoders": [name for name in ENCODERS if name != off]} for off in ENCODERS),
+    {"encoders": []},
+    {"time_bias": False},
+    {"position_bias": False},
+    {"time_bias": False, "position_bias": False, "bias_periods": []},
+]
+
+
+@pytest.mark.parametrize("switches", SWITCHES, ids=str)
+def test_what_is_switched_off_has_no_say_and_nothing_to_learn(events: Events, switches: dict[str, object]) -> None:
+    model = make(events, **switches)
+    found = embed(model, events, range(4))
+    assert torch.isfinite(found).all()
+    names = {name.rsplit(".", 1)[-1] for name, _ in model.named_parameters()}
+    off = set(ENCODERS) - set(model.config.encoders)
+    assert ("position_table" in names) == ("position" not in off)
+    assert ("frequency_table" in names) == ("frequency" not in off)
+    assert any("time_bias" in name for name, _ in model.named_parameters()) == model.config.time_bias
+    assert any("position_bias" in name for name, _ in model.named_parameters()) == model.config.position_bias
+    rows = {"age": slice(0, 1), "gap": slice(1, 2), "cyclic": slice(2, None)}
+    for name, which in rows.items():
+        for stack in model.sources():
+            with torch.no_grad():
+                stack.encoder.time_weight[which] += 1.0
+        moved = embed(model, events, range(4))
+        assert torch.equal(moved, found) == (name in off)
+        found = moved
 
 
 def test_truncating_old_history_moves_nothing_in_the_position_encoding(events: Events) -> None:
