@@ -8,21 +8,18 @@ import json
 import re
 import subprocess
 import sys
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
-from pydantic import ValidationError
 
-from alure.engine.config import Config, EventsConfig, TrainingConfig, describe
+from alure.engine.config import Config, EventsConfig, TrainingConfig
 from alure.engine.errors import AlureError, InputError, Interrupted
+from alure.engine.options import AsOf, ConfigFile, Json, Out, Seed, finish, load_config, override, parse_time
 from alure.engine.progress import say
-from alure.engine.results import to_dict
 from alure.engine.signals import interruptible
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
-MOST_LINES = 20  # a longer list is only counted for a person
 
 app = typer.Typer(
     name="alure",
@@ -32,73 +29,6 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
-
-Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with what was done as the last line.")]
-Seed = Annotated[int, typer.Option(help="The same seed gives the same bits.")]
-Out = Annotated[Path, typer.Option("--out", help="Where the result goes.")]
-AsOf = Annotated[
-    str | None, typer.Option("--as-of", help="Snapshot time: unix seconds or 2026-11-22T03:00 (UTC). Default: newest.")
-]
-ConfigFile = Annotated[
-    Path | None, typer.Option("--config", help="YAML with the sections of `alure run`; options given here win.")
-]
-
-
-def finish(result: Any, as_json: bool) -> None:
-    """The command's result: readable lines to whoever watches, or one JSON object on stdout."""
-    data = to_dict(result)
-    if as_json:
-        print(json.dumps(data))  # noqa: T201
-    else:
-        for name, value in data.items():
-            lines = value if isinstance(value, list) else groups(name, value) or [value]
-            if len(lines) > MOST_LINES or (lines and isinstance(lines[0], list)):
-                lines = [f"{len(lines):,} entries; --json shows them"]
-            for number, line in enumerate(lines):
-                label = "" if number else name.replace("_", " ")
-                print(f"{label:>28}  {inline(name, line)}")  # noqa: T201
-
-
-def groups(name: str, value: Any) -> list[str]:
-    """A line a group, where `value` is nothing but groups of figures."""
-    if not isinstance(value, dict) or not all(isinstance(found, dict) for found in value.values()):
-        return []
-    return [f"{part}: {inline(name, found)}" for part, found in value.items()]
-
-
-def inline(name: str, value: Any) -> str:
-    """A figure, or the plain figures of a group on one line."""
-    if not isinstance(value, dict):
-        return shown(name, value)
-    plain = {
-        part: found for part, found in value.items() if found not in ("", None) and not isinstance(found, (dict, list))
-    }
-    return " · ".join(f"{part.replace('_', ' ')} {shown(part, found)}" for part, found in plain.items()) or "none"
-
-
-def shown(name: str, value: Any) -> str:
-    """A figure for a person: grouped digits, and dates for unix seconds."""
-    if isinstance(value, bool) or not isinstance(value, int):
-        if isinstance(value, float):
-            return f"{value:.2g}" if 0 < abs(value) < 0.1 else f"{value:,.2f}"
-        return str(value)
-    if name == "as_of" or name.endswith("timestamp"):
-        return f"{datetime.fromtimestamp(value, UTC):%Y-%m-%d %H:%M:%S} UTC ({value})"
-    return f"{value:,}"
-
-
-def parse_time(text: str | None, option: str = "--as-of") -> int | None:
-    if text is None:
-        return None
-    if re.fullmatch(r"-?\d+", text):
-        return int(text)
-    try:
-        moment = datetime.fromisoformat(text)
-    except ValueError:
-        raise InputError(
-            f"{option}: expected unix seconds or an ISO date such as 2026-11-22T03:00, got {text!r}"
-        ) from None
-    return int((moment if moment.tzinfo else moment.replace(tzinfo=UTC)).timestamp())
 
 
 def parse_map(pairs: list[str]) -> dict[str, str]:
@@ -119,19 +49,6 @@ def parse_quotas(pairs: list[str]) -> dict[str, int]:
             raise InputError(f"--quota: expected GRAPH=NUMBER such as alure=1200, got {pair!r}")
         quotas[graph] = int(most)
     return quotas
-
-
-def load_config(path: Path | None) -> Config:
-    return Config.load(path) if path else Config()
-
-
-def override(section: Any, **given: Any) -> Any:
-    """`section` with the options that were given on the command line, validated like the file."""
-    changes = {name: value for name, value in given.items() if value is not None}
-    try:
-        return type(section).model_validate({**section.model_dump(exclude_unset=True), **changes})
-    except ValidationError as error:
-        raise InputError(describe(error, "options")) from None
 
 
 @app.command()

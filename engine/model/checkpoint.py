@@ -6,7 +6,6 @@ checkpoint is told from a whole one.
 
 import hashlib
 import json
-import os
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from alure.engine.config import ModelConfig
 from alure.engine.errors import InputError
+from alure.engine.files import publish, sha256, write_json
 from alure.engine.model.schema import EventSchema
 
 FORMAT_VERSION = 2
@@ -60,10 +60,10 @@ def save_checkpoint(folder: Path, module: nn.Module, config: CheckpointConfig, m
     tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
     temporary = folder / f"{TENSORS}.tmp"
     save_file(tensors, temporary)
-    sha256 = _sha256(temporary)
-    _publish(temporary, folder / TENSORS)
-    _write_json(folder / METRICS, metrics)
-    _write_json(folder / CONFIG, config.model_copy(update={"sha256": sha256}).model_dump(mode="json"))
+    written = config.model_copy(update={"sha256": sha256(temporary)})
+    publish(temporary, folder / TENSORS)
+    write_json(folder / METRICS, metrics)
+    write_json(folder / CONFIG, written.model_dump(mode="json"))
 
 
 def read_checkpoint(
@@ -74,7 +74,7 @@ def read_checkpoint(
     path = folder / TENSORS
     if not path.is_file():
         raise InputError(f"model: {path} is missing; restore it or train the model again")
-    found = _sha256(path)
+    found = sha256(path)
     if found != config.sha256:
         raise InputError(
             f"model: {path} is damaged: expected SHA-256 {config.sha256[:16]}… as in {CONFIG}, got {found[:16]}…; "
@@ -119,26 +119,3 @@ def describe_differences(mine: BaseModel, theirs: BaseModel, what: str) -> list[
         for name in type(mine).model_fields
         if getattr(mine, name) != getattr(theirs, name)
     ]
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _write_json(path: Path, data: Any) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(data, indent=1) + "\n")
-    _publish(temporary, path)
-
-
-def _publish(temporary: Path, path: Path) -> None:
-    """Rename into place once the bytes, and then the name, are on disk."""
-    with temporary.open("rb+") as file:
-        os.fsync(file.fileno())
-    temporary.replace(path)
-    folder = os.open(path.parent, os.O_RDONLY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
