@@ -109,14 +109,43 @@ class TrainingConfig(Section):
     weight_decay: float = Field(0.01, ge=0)
     max_events: int = Field(128, ge=1, description="newest events a source that training reads")
     label_horizon: int = Field(7 * DAY, ge=1, description="seconds after the snapshot that hold its positives")
+    labels: Literal["all_action", "next_event", "dense_all_action"] = Field(
+        "all_action",
+        description="what a retrieval positive is. all_action: up to 4 engagements of the label horizon after one "
+        "snapshot a user; next_event, dense_all_action: after every event the next one, or one of the horizon's, which "
+        "needs a causal model of one source without the encoders position and age",
+    )
+    held_out: Literal["time", "last_event"] = Field(
+        "time", description="for validation: the newest validation_share of the targets, or every user's last event"
+    )
     exposures: int = Field(4, ge=0, description="candidate ads a user and snapshot for the binary tasks")
     tasks: dict[str, TaskConfig] | None = Field(None, description="default: ctr and cvr where the events allow")
     target_types: list[str] | None = Field(None, description="event types that are retrieval positives")
     retrieval_weight: float = Field(1.0, ge=0)
-    negatives: int = Field(256, ge=0, description="sampled items beside the in-batch negatives")
+    negatives: int = Field(
+        256,
+        ge=0,
+        description="sampled items beside the in-batch negatives; with labels after every event, as many as "
+        "there are items or more make the softmax exact",
+    )
+    in_batch_negatives: int = Field(
+        512, ge=0, description="with labels after every event: positives of the batch that are negatives to all others"
+    )
+    log_q: Literal["negatives", "tfrs", "none"] = Field(
+        "negatives", description="log-Q correction: of negatives alone, of the positive too (as TFRS does), or none"
+    )
+    view_weight: float = Field(
+        0.0, ge=0, description="of the user–user loss: two halves of a user's history are each other's positive"
+    )
     temperature: float = Field(0.07, ge=0.01, description="start of the learned temperature; its floor is 0.01")
     validation_share: float = Field(0.1, ge=0, lt=1, description="newest share of the targets, held out for metrics")
     threads: int | None = Field(None, ge=1, description="default: 1 up to width 64, else PyTorch's")
+
+    @model_validator(mode="after")
+    def check_held_out(self) -> "TrainingConfig":
+        if self.held_out == "last_event" and self.labels == "all_action":
+            raise ValueError("held_out: last_event needs labels next_event or dense_all_action, got all_action")
+        return self
 
 
 class RefreshConfig(Section):

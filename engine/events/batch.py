@@ -32,6 +32,13 @@ class EventSequence:
     def lengths(self) -> Tensor:
         return self.offsets[1:] - self.offsets[:-1]
 
+    def where(self, mask: Tensor) -> "EventSequence":
+        """The events of a mask, bool [n]."""
+        kept = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
+        columns = {f.name: getattr(self, f.name) for f in fields(self)}
+        chosen = {n: c[mask] for n, c in columns.items() if c is not None and n != "offsets"}
+        return replace(self, offsets=kept[self.offsets], **chosen)
+
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "EventSequence":
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
         moved = {n: c.to(device, non_blocking=non_blocking) for n, c in columns.items() if c is not None}
@@ -53,6 +60,21 @@ class EventBatch:
     def total(self) -> int:
         """Events of all sources: what a token budget counts."""
         return sum(sequence.total for sequence in self.sequences.values())
+
+    @property
+    def num_events(self) -> Tensor:
+        """int64 [B], events of each user in all sources."""
+        return torch.stack([s.lengths for s in self.sequences.values()]).sum(0)
+
+    def halves(self) -> tuple["EventBatch", "EventBatch"]:
+        """The older and the newer half of every user's events of each source; the newer has the odd one."""
+        older: dict[str, EventSequence] = {}
+        newer: dict[str, EventSequence] = {}
+        for name, s in self.sequences.items():
+            place = torch.arange(s.total, device=s.offsets.device) - s.offsets[segment_ids(s.offsets, s.total)]
+            first = place < (s.lengths // 2)[segment_ids(s.offsets, s.total)]
+            older[name], newer[name] = s.where(first), s.where(~first)
+        return replace(self, sequences=older), replace(self, sequences=newer)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "EventBatch":
         return EventBatch(

@@ -115,16 +115,30 @@ class Events:
             total += self._ends(columns, rows, limit) - columns.offsets[rows]
         return total
 
-    def batch(self, users: np.ndarray | range, as_of: int | np.ndarray, max_events: int | None = None) -> EventBatch:
-        """What `users` (indices, any order) did up to `as_of` (one, or one a user), newest `max_events` a source."""
+    def batch(
+        self,
+        users: np.ndarray | range,
+        as_of: int | np.ndarray,
+        max_events: int | None = None,
+        without_newest: int = 0,
+    ) -> EventBatch:
+        """What `users` (indices, any order) did up to `as_of` (one, or one a user), newest `max_events` a source.
+
+        without_newest: so many of the newest events of a source are left out first, as those that are held out.
+        """
         rows = self._rows(users)
         limit = np.asarray(as_of)
         if limit.dtype.kind not in "iu" or limit.shape not in ((), rows.shape):
             raise ValueError(f"as_of: expected integer seconds, one or [{len(rows)}], got {limit.dtype}{limit.shape}")
         if max_events is not None and max_events < 0:
             raise ValueError(f"max_events: expected at least 0, got {max_events}")
+        if without_newest < 0:
+            raise ValueError(f"without_newest: expected at least 0, got {without_newest}")
         limit = np.broadcast_to(limit.astype(np.int64), rows.shape)
-        sequences = {name: self._sequence(self.source(name), rows, limit, max_events) for name in self.manifest.sources}
+        sequences = {
+            name: self._sequence(self.source(name), rows, limit, max_events, without_newest)
+            for name in self.manifest.sources
+        }
         return EventBatch(torch.from_numpy(rows), torch.from_numpy(limit.copy()), sequences)
 
     def _rows(self, users: np.ndarray | range) -> np.ndarray:
@@ -153,9 +167,10 @@ class Events:
         return high
 
     def _sequence(
-        self, columns: SourceColumns, rows: np.ndarray, limit: np.ndarray, max_events: int | None
+        self, columns: SourceColumns, rows: np.ndarray, limit: np.ndarray, max_events: int | None, without_newest: int
     ) -> EventSequence:
         starts, ends = columns.offsets[rows], self._ends(columns, rows, limit)
+        ends = np.maximum(ends - without_newest, starts)
         if max_events is not None:
             starts = np.maximum(starts, ends - max_events)
         offsets = np.zeros(len(rows) + 1, np.int64)

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alure.engine.config import ModelConfig
+from alure.engine.errors import InputError
 from alure.engine.events import EventBatch, Events, EventSequence
 from alure.engine.model.catalog import Catalog
 from alure.engine.model.checkpoint import fill, read_checkpoint
@@ -57,13 +58,20 @@ class SourceStack(nn.Module):
 class Stream:
     """One source's tokens on their way through its stack. Users without events in the source cost nothing."""
 
-    def __init__(self, stack: SourceStack, tokens: Tensor, sequence: EventSequence, reference_times: Tensor) -> None:
-        self.stack, self.tokens, self.sequence = stack, tokens, sequence
+    def __init__(
+        self,
+        stack: SourceStack,
+        tokens: Tensor,
+        sequence: EventSequence,
+        reference_times: Tensor,
+        event_times: Tensor | None = None,
+    ) -> None:
+        self.stack, self.tokens, self.sequence, self.event_times = stack, tokens, sequence, event_times
         self.users = reference_times.shape[0]
         self.present = sequence.lengths.nonzero().squeeze(1)
         self.offsets = torch.cat([sequence.offsets[self.present], sequence.offsets[-1:]])
         self.snapshot_times = reference_times[self.present]
-        self.pooled: list[Tensor] = []  # [B, m, d] a tap
+        self.pooled: list[Tensor] = []  # [B, m, d] a tap; with event_times [n, m, d]
         self.context: SourceContext | None = None  # of the last tap
 
     def pool(self, depth: int) -> None:
@@ -72,6 +80,9 @@ class Stream:
         if tap is None:
             return
         context = tap.context(self.tokens, self.offsets, self.sequence.timestamps)
+        if self.event_times is not None:
+            self.pooled.append(tap.at_every_event(context, self.event_times))
+            return
         self.pooled.append(spread(tap(context, self.snapshot_times), self.present, self.users))
         self.context = context._replace(offsets=self.sequence.offsets)
 
@@ -147,18 +158,7 @@ class UserModel(nn.Module):
 
     def encode(self, batch: EventBatch, catalog: Catalog) -> UserState:
         """Embeddings, and the tokens that context queries attend to."""
-        sequences = {stack.source: batch.sequences[stack.source] for stack in self.sources()}
-        rows = {source: catalog.event_rows(source, s) for source, s in sequences.items() if s.total}
-        table, rows = gather_rows(self.table, rows)
-        streams: dict[str, Stream] = {}
-        for stack in self.sources():
-            source, sequence = stack.source, sequences[stack.source]
-            if sequence.total:
-                dense = catalog.event_dense(source, sequence)
-                tokens = stack.encoder(rows[source], table, dense, sequence, batch.as_of)
-                streams[source] = Stream(stack, tokens, sequence, batch.as_of)
-        self._run_layers(list(streams.values()))
-
+        streams = self._run(batch, catalog)
         pooled: list[Tensor] = []
         for stack in self.sources():
             if stack.source in streams:
@@ -168,6 +168,31 @@ class UserModel(nn.Module):
                 pooled += [self.table.new_zeros(shape) for _ in stack.taps]
         contexts = {source: stream.context for source, stream in streams.items() if stream.context is not None}
         return UserState(self.compression(torch.cat(pooled, dim=1)), contexts)
+
+    def encode_events(self, batch: EventBatch, catalog: Catalog, event_times: Tensor) -> Tensor:
+        """The embedding after every event: [n, k, d], what `forward` gives of the events up to it, in one pass.
+
+        event_times int64 [n]: the time T each of them is an embedding of, from its event's time to the next one's.
+        Only for models of which every event is encoded once for all later times: see `check_every_event`.
+        """
+        check_every_event(self.config, self.schema)
+        (stream,) = self._run(batch, catalog, event_times).values()
+        return self.compression(torch.cat(stream.pooled, dim=1))
+
+    def _run(self, batch: EventBatch, catalog: Catalog, event_times: Tensor | None = None) -> dict[str, Stream]:
+        """The batch's events through encoders, layers and taps, by source; sources without any are left out."""
+        sequences = {stack.source: batch.sequences[stack.source] for stack in self.sources()}
+        rows = {source: catalog.event_rows(source, s) for source, s in sequences.items() if s.total}
+        table, rows = gather_rows(self.table, rows)
+        streams: dict[str, Stream] = {}
+        for stack in self.sources():
+            source, sequence = stack.source, sequences[stack.source]
+            if sequence.total:
+                dense = catalog.event_dense(source, sequence)
+                tokens = stack.encoder(rows[source], table, dense, sequence, batch.as_of)
+                streams[source] = Stream(stack, tokens, sequence, batch.as_of, event_times)
+        self._run_layers(list(streams.values()))
+        return streams
 
     def _run_layers(self, streams: list[Stream]) -> None:
         """Layer by layer, the sources with the same number of heads together."""
@@ -183,6 +208,21 @@ class UserModel(nn.Module):
                 for stream, tokens in zip(together, found):
                     stream.tokens = tokens
                     stream.pool(depth)
+
+
+def check_every_event(config: ModelConfig, schema: EventSchema) -> None:
+    """Raise InputError unless a model can give an embedding after every event in one pass."""
+    problems = []
+    if not config.causal:
+        problems.append("model.causal: expected true, as an event must not see later ones")
+    late = [name for name in ("position", "age") if name in config.encoders]
+    if late:
+        problems.append(f"model.encoders: expected neither position nor age, which count from T; got {', '.join(late)}")
+    if len(schema.sources) != 1:
+        problems.append(f"events: expected one source, got {', '.join(schema.sources)}")
+    if problems:
+        listed = "\n  ".join(problems)
+        raise InputError(f"training.labels: an embedding after every event needs another model:\n  {listed}")
 
 
 def gather_rows(table: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, dict[str, Tensor]]:

@@ -1,6 +1,7 @@
 """Validation figures: Normalized Entropy of the binary tasks, Recall@K of the two-tower head."""
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from alure.engine.model.towers import two_tower_scores
 
+NAMES = ("hit_rate", "ndcg")
 SMOOTHING = 20.0  # exposures that the item-rate baseline mixes in at the base rate
 
 
@@ -50,3 +52,21 @@ def recall_at(top: np.ndarray, rows: np.ndarray, columns: np.ndarray, k: int) ->
     hit = (top[rows, :k] == columns[:, None]).any(axis=1)
     counts = np.bincount(rows, minlength=len(top))
     return float((np.bincount(rows, weights=hit, minlength=len(top)) / counts).mean())
+
+
+def hit_rate_and_ndcg(ranks: np.ndarray, ks: list[int], seed: int, resamples: int = 1_000) -> dict[str, dict[str, Any]]:
+    """HR@K and NDCG@K of one held-out item a user, from its rank (from 0) in the full list: int64 [n].
+
+    {"hit_rate" | "ndcg": {K: {"value", "low", "high"}}}, 95 % bootstrap intervals over users.
+    """
+    gains = 1.0 / np.log2(ranks.astype(np.float64) + 2.0)
+    columns = [(name, k, (ranks < k) * (1.0 if name == "hit_rate" else gains)) for name in NAMES for k in ks]
+    values = np.stack([column for _, _, column in columns], axis=1)
+    generator = np.random.default_rng(seed)
+    n = len(ranks)
+    samples = np.stack([values[generator.integers(0, n, n)].mean(0) for _ in range(resamples)]) if n else values
+    found: dict[str, dict[str, Any]] = {name: {} for name in NAMES}
+    for column, (name, k, each) in enumerate(columns):
+        low, high = np.percentile(samples[:, column], (2.5, 97.5)) if n else (0.0, 0.0)
+        found[name][str(k)] = {"value": float(each.mean()) if n else 0.0, "low": float(low), "high": float(high)}
+    return found

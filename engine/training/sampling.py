@@ -3,9 +3,12 @@
 from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from alure.engine.config import TrainingConfig
 from alure.engine.errors import InputError
+from alure.engine.events import EventSequence
 from alure.engine.training.targets import Exposures, Timeline
 
 POSITIVES = 4  # at most, a sample
@@ -37,6 +40,7 @@ class Sample:
     positives: Positives
     shown: list[Shown]  # one a task
     negatives: np.ndarray  # int64 [N], item index, drawn uniformly from the universe
+    without_newest: int = 0  # events of a user that are held out, and must not be read
 
 
 class Sampler:
@@ -70,7 +74,9 @@ class Sampler:
             )
         self.round = np.empty(0, np.int64)
         self.probability = self._probabilities()
-        self.universe = np.unique(targets.items[targets.timestamps <= until])
+        known = targets.items[targets.timestamps <= until]
+        self.universe = np.unique(known)
+        self.event_share = np.bincount(known, minlength=targets.items.max() + 1) / max(len(known), 1)
 
     def _probabilities(self) -> np.ndarray:
         """Q(item) that a drawn target is this item, float64 [largest item + 1]: exact, since draws are uniform."""
@@ -82,8 +88,16 @@ class Sampler:
         """Expected times each item is among a batch's candidates: in-batch positives and uniform negatives together."""
         return num_positives * self.probability[items] + num_negatives / len(self.universe)
 
+    def is_target(self, sequence: EventSequence) -> Tensor:
+        """Which events of an ad source are of the targets' types, bool [n]."""
+        if self.targets.types is None:
+            return torch.ones_like(sequence.event_types, dtype=torch.bool)
+        return torch.isin(sequence.event_types, torch.from_numpy(self.targets.types).to(sequence.event_types.device))
+
     def draw(self) -> Sample:
         users = self._next_users(min(self.config.batch_users, len(self.users)))
+        if self.config.labels != "all_action":
+            return self._histories(users)
         picked = self.begin[users] + (self.generator.random(len(users)) * self.count[users]).astype(np.int64)
         as_of = self.targets.timestamps[picked] - 1
         earlier = self.generator.random(len(users)) * self.config.label_horizon
@@ -95,6 +109,20 @@ class Sampler:
             positives=self._positives(users, as_of),
             shown=[self._exposures(task, users, as_of) for task in self.tasks],
             negatives=self.universe[self.generator.integers(0, len(self.universe), self.config.negatives)],
+        )
+
+    def _histories(self, users: np.ndarray) -> Sample:
+        """The users' events up to the end of training, in which later ones are labels of earlier ones."""
+        nothing = np.empty(0, np.int64)
+        exact = self.config.negatives >= len(self.universe)
+        drawn = self.generator.integers(0, len(self.universe), 0 if exact else self.config.negatives)
+        return Sample(
+            users=users,
+            as_of=np.full(len(users), self.until),
+            positives=Positives(nothing, nothing),
+            shown=[],
+            negatives=self.universe if exact else self.universe[drawn],
+            without_newest=int(self.config.held_out == "last_event"),
         )
 
     def _next_users(self, count: int) -> np.ndarray:

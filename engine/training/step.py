@@ -5,13 +5,17 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn import functional as F
 
 from alure.engine.config import TrainingConfig
 from alure.engine.events import EventBatch
 from alure.engine.model import AlureModel, Catalog, UserState
 from alure.engine.model.towers import Exposures, two_tower_scores
-from alure.engine.training.losses import CandidateItems, sampled_softmax, task_loss
+from alure.engine.training.every_event import every_event_loss
+from alure.engine.training.losses import CandidateItems, sampled_softmax, task_loss, view_loss
 from alure.engine.training.sampling import Sample, Sampler, Shown
+
+VIEW_TEMPERATURE = 0.1
 
 
 class Losses(NamedTuple):
@@ -22,12 +26,17 @@ class Losses(NamedTuple):
 def compute_losses(
     model: AlureModel, batch: EventBatch, sample: Sample, sampler: Sampler, config: TrainingConfig, catalog: Catalog
 ) -> Losses:
+    if config.labels != "all_action":
+        loss = every_event_loss(model, batch, sample, sampler, config, catalog)
+        return Losses(config.retrieval_weight * loss, {"retrieval": loss})
     device = batch.as_of.device
     state = model(batch, catalog)
     parts: dict[str, Tensor] = {}
     if config.retrieval_weight:
-        parts["retrieval"] = retrieval_loss(model, state, sample, sampler, catalog)
-    weights = {"retrieval": config.retrieval_weight}
+        parts["retrieval"] = retrieval_loss(model, state, sample, sampler, config, catalog)
+    weights = {"retrieval": config.retrieval_weight, "views": config.view_weight}
+    if config.view_weight:
+        parts["views"] = views_loss(model, batch, catalog)
     shown = [(task, exposed) for task, exposed in zip(sampler.tasks, sample.shown) if len(exposed.rows)]
     if shown:
         logits, task_index = task_logits(model, state, [exposed for _, exposed in shown], len(batch), catalog)
@@ -40,7 +49,19 @@ def compute_losses(
     return Losses(torch.stack([weights[name] * loss for name, loss in parts.items()]).sum(), parts)
 
 
-def retrieval_loss(model: AlureModel, state: UserState, sample: Sample, sampler: Sampler, catalog: Catalog) -> Tensor:
+def views_loss(model: AlureModel, batch: EventBatch, catalog: Catalog) -> Tensor:
+    """The older and the newer half of every user's history as two views of the user."""
+    older, newer = batch.halves()
+    users = (older.num_events > 0) & (newer.num_events > 0)
+    first, second = (F.normalize(model(half, catalog).embeddings.flatten(1)[users], dim=1) for half in (older, newer))
+    if not len(first):
+        return model.user.table.sum() * 0.0
+    return view_loss(first, second, VIEW_TEMPERATURE)
+
+
+def retrieval_loss(
+    model: AlureModel, state: UserState, sample: Sample, sampler: Sampler, config: TrainingConfig, catalog: Catalog
+) -> Tensor:
     """In-batch positives of other users and uniform items are the negatives; each distinct item is embedded once."""
     device = state.embeddings.device
     positives = sample.positives
@@ -54,7 +75,7 @@ def retrieval_loss(model: AlureModel, state: UserState, sample: Sample, sampler:
     )
     logits = two_tower_scores(state.embeddings, model.embed_ads(candidates.items, catalog)) / model.temperature
     rows, places = torch.from_numpy(positives.rows), torch.from_numpy(columns[: len(positives.items)])
-    return sampled_softmax(logits, candidates, rows.to(device), places.to(device))
+    return sampled_softmax(logits, candidates, rows.to(device), places.to(device), config.log_q)
 
 
 def task_logits(

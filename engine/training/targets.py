@@ -30,15 +30,23 @@ class Timeline:
     keys: np.ndarray  # int64 [n], increasing with (user, time)
     start: int  # earliest time a search may ask for
     span: int  # seconds from `start` to the latest, + 1
+    types: np.ndarray | None = None  # int64, event types (index) that its events have; None: any
 
     @classmethod
-    def of(cls, num_users: int, users: np.ndarray, items: np.ndarray, timestamps: np.ndarray) -> "Timeline":
+    def of(
+        cls,
+        num_users: int,
+        users: np.ndarray,
+        items: np.ndarray,
+        timestamps: np.ndarray,
+        types: np.ndarray | None = None,
+    ) -> "Timeline":
         """users must be sorted, and timestamps within a user."""
         offsets = np.zeros(num_users + 1, np.int64)
         np.cumsum(np.bincount(users, minlength=num_users), out=offsets[1:])
         start = int(timestamps.min()) - 1 if len(timestamps) else 0
         span = (int(timestamps.max()) if len(timestamps) else 0) - start + 2
-        return cls(offsets, users, items, timestamps, users * span + (timestamps - start), start, span)
+        return cls(offsets, users, items, timestamps, users * span + (timestamps - start), start, span, types)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -108,11 +116,13 @@ def find_targets(ads: AdEvents, config: TrainingConfig) -> Timeline:
     """
     if config.target_types is not None:
         found = ads.of_types(config.target_types, "training.target_types")
-    else:
-        view = ads.names.index("view") if "view" in ads.names else -2
-        others = ads.event_types != view
-        found = ads.where(others if others.any() else np.ones(len(others), bool))
-    return Timeline.of(ads.num_users, *found)
+        types = np.array([ads.names.index(name) for name in config.target_types])
+        return Timeline.of(ads.num_users, *found, types)
+    view = ads.names.index("view") if "view" in ads.names else -2
+    others = ads.event_types != view
+    if view < 0 or not others.any():
+        return Timeline.of(ads.num_users, *ads.where(np.ones(len(others), bool)))
+    return Timeline.of(ads.num_users, *ads.where(others), np.setdiff1d(np.arange(-1, len(ads.names)), [view]))
 
 
 def find_exposures(ads: AdEvents, config: TrainingConfig) -> list[Exposures]:
@@ -120,7 +130,7 @@ def find_exposures(ads: AdEvents, config: TrainingConfig) -> list[Exposures]:
     tasks = config.tasks
     if tasks is None:
         tasks = {name: t for name, t in DEFAULT_TASKS.items() if {*t.exposure, *t.positive} <= set(ads.names)}
-    if not config.exposures:
+    if not config.exposures or config.labels != "all_action":
         return []
     found = []
     for name, task in tasks.items():

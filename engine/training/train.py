@@ -16,7 +16,9 @@ from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
 from alure.engine.model import AlureModel, Catalog, EventSchema
 from alure.engine.model.checkpoint import CheckpointConfig, describe_differences, fill, read_checkpoint, save_checkpoint
+from alure.engine.model.user_model import check_every_event
 from alure.engine.progress import track
+from alure.engine.training.full_ranking import LeaveOneOut
 from alure.engine.training.optimizer import Optimization
 from alure.engine.training.sampling import Sampler
 from alure.engine.training.step import compute_losses
@@ -74,7 +76,8 @@ def train(
         torch.manual_seed(seed)
         ads = AdEvents.read(events, as_of)
         targets, tasks, first = find_targets(ads, config), find_exposures(ads, config), first_times(events)
-        split = split_time(targets.timestamps, config.validation_share, as_of)
+        last = config.held_out == "last_event"
+        split = as_of if last else split_time(targets.timestamps, config.validation_share, as_of)
         sampler = Sampler(targets, tasks, first, config, split, seed)
         names = tuple(task.name for task in tasks)
         model = AlureModel(model_config, EventSchema.of(events.manifest), names, config.temperature)
@@ -91,8 +94,12 @@ def train(
             parameters=sum(p.numel() for p in model.parameters()),
             warm_start=None if warm_start is None else str(warm_start),
         )
+        if config.labels != "all_action":
+            check_every_event(model_config, model.schema)
         fit(model, events, sampler, config, catalog, report)
-        if split < as_of:
+        if last:
+            report.validation = LeaveOneOut(events, as_of, config.max_events, seed).measure(model.eval(), catalog)
+        elif split < as_of:
             validation = Validation(events, sampler, config, split, as_of, seed)
             report.validation = validation.measure(model.eval(), catalog)
         save(model, report, report.steps)
@@ -113,7 +120,7 @@ def fit(
     with track("Training", steps, "steps") as bar:
         for step in range(steps):
             sample = sampler.draw()
-            batch = events.batch(sample.users, sample.as_of, config.max_events).to(device)
+            batch = events.batch(sample.users, sample.as_of, config.max_events, sample.without_newest).to(device)
             losses = compute_losses(model, batch, sample, sampler, config, catalog)
             losses.total.backward()
             values = {"loss": losses.total.item(), **{name: part.item() for name, part in losses.parts.items()}}

@@ -96,7 +96,8 @@ def jagged_attention(  # type: ignore[misc]  # `options` are those named here
         structure = (q_offsets, k_offsets, q_timestamps, k_timestamps, window_size, num_targets, num_contexts, groups)
         if causal or any(x is not None for x in structure):
             raise ValueError("plan: it holds the offsets, times, masks and groups; expected none of them beside it")
-        batch, num_windows = plan.batch, None
+        batch = plan.batch  # tables may be of more groups than a batch has; without any, the batch says how many
+        num_windows = plan.num_groups or None if time_bias is None and position_bias is None else None
         _check_plan(plan, q, k, time_bias, position_bias)
     bias, num_groups = _bias(q, k, batch, time_bias, position_bias, num_windows)
     if plan is not None and plan.num_groups > num_groups:

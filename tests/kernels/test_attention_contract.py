@@ -357,6 +357,14 @@ def test_refuses_what_is_not_of_the_plan(case: str) -> None:
         jagged_attention(**{"q": X, "k": X, "v": X, "plan": plan, **changes})
 
 
+def test_a_plan_of_groups_without_a_bias_is_attention_of_its_windows() -> None:
+    q = torch.randn(6, 2, 16)
+    plan = AttentionPlan(torch.tensor([0, 3, 6]), groups=torch.tensor([0, 1]), window_size=[None, (0, 0)])
+    out = jagged_attention(q, q, q, plan=plan)
+    assert torch.equal(out[:3], jagged_attention(q[:3], q[:3], q[:3], torch.tensor([0, 3])))
+    torch.testing.assert_close(out[3:], q[3:])  # each sees itself alone
+
+
 def test_a_plan_refuses_hostile_arguments() -> None:
     with pytest.raises(ValueError, match=re.escape("q_offsets[1] = 5 > q_offsets[2] = 4")):
         AttentionPlan(torch.tensor([0, 5, 4]))
