@@ -11,7 +11,7 @@ from torch import Tensor
 
 from alure.kernels import residual_quantize, train_residual_codebooks
 from alure.kernels.quantization import perplexity
-from alure.kernels.quantization.training import lloyd, start_codes
+from alure.kernels.quantization.training import lloyd, split_most_used, start_codes
 
 # n, d, levels, codes
 SHAPES = {
@@ -183,6 +183,29 @@ def test_dead_codes_are_set_to_points() -> None:
     x = torch.cat([torch.zeros(40, 5), others])
     book = lloyd(x, torch.zeros(9, 5), 60, torch.Generator().manual_seed(0))
     assert spread(x, book[None]) < 1e-9
+
+
+def test_held_out_vectors_use_every_code() -> None:
+    """Also the deep levels, where k-means alone leaves one code in the middle that wins most rows."""
+    generator = torch.Generator().manual_seed(3)
+    x = torch.randn(6_000, 48, generator=generator) * 0.8 ** torch.arange(48)
+    x[::200] *= 30  # outliers, which draw codes to themselves
+    trained = train_residual_codebooks(x[1_000:], 3, 64, seed=0)
+    codes, _ = residual_quantize(x[:1_000], trained.codebooks)
+    assert all(float(perplexity(codes[:, level], 64)) > 0.8 * 64 for level in range(3))
+
+
+def test_a_split_keeps_the_others_and_shares_evenly() -> None:
+    x = torch.cat([torch.randn(400, 7, generator=torch.Generator().manual_seed(0)), torch.full((60, 7), 50.0)])
+    book = torch.stack([torch.zeros(7), torch.full((7,), 50.0), torch.full((7,), 90.0)])
+    moved = split_most_used(book, torch.tensor([400, 60, 0]), torch.tensor([2_800.0, 0, 0]), torch.Generator())
+    assert torch.equal(moved[1], book[1])  # no error: not split
+    chosen = residual_quantize(x, moved[None])[0][:, 0]
+    counts = torch.bincount(chosen, minlength=3).tolist()
+    assert counts[1] == 60
+    assert min(counts[0], counts[2]) > 150
+    nothing_to_split = split_most_used(book, torch.tensor([0, 20, 0]), torch.zeros(3), torch.Generator())
+    assert torch.equal(nothing_to_split, book)
 
 
 def test_codes_start_apart() -> None:
