@@ -139,12 +139,22 @@ class TrainingConfig(Section):
     )
     temperature: float = Field(0.07, ge=0.01, description="start of the learned temperature; its floor is 0.01")
     validation_share: float = Field(0.1, ge=0, lt=1, description="newest share of the targets, held out for metrics")
+    validate_every: int | None = Field(
+        None, ge=1, description="steps between validations; the model with the best figure is kept (default: the last)"
+    )
+    patience: int | None = Field(
+        None, ge=1, description="validations in a row without a better figure that end the training (default: any)"
+    )
     threads: int | None = Field(None, ge=1, description="default: 1 up to width 64, else PyTorch's")
 
     @model_validator(mode="after")
-    def check_held_out(self) -> "TrainingConfig":
+    def check_validation(self) -> "TrainingConfig":
         if self.held_out == "last_event" and self.labels == "all_action":
             raise ValueError("held_out: last_event needs labels next_event or dense_all_action, got all_action")
+        if self.patience is not None and self.validate_every is None:
+            raise ValueError("patience: counts validations on the way; set validate_every too")
+        if self.validate_every is not None and self.held_out == "time" and not self.validation_share:
+            raise ValueError("validate_every: needs a validation_share above 0")
         return self
 
 

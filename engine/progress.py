@@ -23,14 +23,14 @@ def say(message: str) -> None:
 class Track:
     """Counts work done; `advance` from the loop that does it."""
 
-    def __init__(self, label: str, total: int, unit: str) -> None:
+    def __init__(self, label: str, total: int, unit: str, done: int = 0) -> None:
         self.label, self.total, self.unit = label, total, unit
-        self.done = 0
+        self.before = self.done = done
         self.started = self.spoke = time.monotonic()
 
     @property
     def rate(self) -> float:
-        return self.done / max(time.monotonic() - self.started, 1e-9)
+        return (self.done - self.before) / max(time.monotonic() - self.started, 1e-9)
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
@@ -44,10 +44,10 @@ class Track:
 
 
 class _TerminalTrack(Track):
-    def __init__(self, label: str, total: int, unit: str, bar: Progress) -> None:
-        super().__init__(label, total, unit)
+    def __init__(self, label: str, total: int, unit: str, done: int, bar: Progress) -> None:
+        super().__init__(label, total, unit, done)
         self.bar = bar
-        self.task = bar.add_task(label, total=total, rate="", note="")
+        self.task = bar.add_task(label, total=total, completed=done, rate="", note="")
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
@@ -55,14 +55,17 @@ class _TerminalTrack(Track):
 
 
 @contextmanager
-def track(label: str, total: int, unit: str) -> Iterator[Track]:
-    """`with track("Embedding users", n, "users") as bar: ... bar.advance(64, note="loss 0.31")`."""
+def track(label: str, total: int, unit: str, done: int = 0) -> Iterator[Track]:
+    """`with track("Embedding users", n, "users") as bar: ... bar.advance(64, note="loss 0.31")`.
+
+    done: work of an earlier run that this one goes on from; it counts as done, but not to the rate.
+    """
     if not console.is_terminal:
-        yield Track(label, total, unit)
+        yield Track(label, total, unit, done)
         return
     columns = (
         TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"),
         TimeElapsedColumn(), TimeRemainingColumn(), TextColumn("{task.fields[note]}"),
     )  # fmt: skip
     with Progress(*columns, console=console, transient=True) as bar:
-        yield _TerminalTrack(label, total, unit, bar)
+        yield _TerminalTrack(label, total, unit, done, bar)

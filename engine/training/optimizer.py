@@ -42,7 +42,8 @@ class Optimization:
     """Both optimizers and their schedule: linear warm-up, then a cosine."""
 
     def __init__(self, model: nn.Module, table: nn.Parameter, learning_rate: float, weight_decay: float, steps: int):
-        dense = {name: p for name, p in model.named_parameters() if p is not table}
+        self.parameters = dict(model.named_parameters())
+        dense = {name: p for name, p in self.parameters.items() if p is not table}
         decayed = [p for name, p in dense.items() if name.endswith(".weight") and p.dim() == 2]
         decayed_ids = {id(p) for p in decayed}
         others = [p for p in dense.values() if id(p) not in decayed_ids]
@@ -69,6 +70,20 @@ class Optimization:
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         return finite
+
+    def state(self) -> dict[str, Tensor]:
+        """What the optimizers remember, `parameter.key`; load_state takes it back."""
+        return {
+            f"{name}.{key}": value
+            for name, p in self.parameters.items()
+            for key, value in self.optimizers[p is self.table].state[p].items()
+        }
+
+    def load_state(self, tensors: dict[str, Tensor]) -> None:
+        for name, tensor in tensors.items():
+            owner, _, key = name.rpartition(".")
+            p = self.parameters[owner]
+            self.optimizers[p is self.table].state[p][key] = tensor.to(p.device)
 
 
 def schedule(step: int, steps: int) -> float:

@@ -1,6 +1,7 @@
 """Training samples: a user, a snapshot time T, what the user engaged with after T, and items it did not."""
 
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -124,6 +125,14 @@ class Sampler:
             negatives=self.universe if exact else self.universe[drawn],
             without_newest=int(self.config.held_out == "last_event"),
         )
+
+    def state(self) -> dict[str, Any]:
+        """What the next draw depends on beside the log and the configuration; load_state takes it back."""
+        return {"generator": self.generator.bit_generator.state, "round": self.round}
+
+    def load_state(self, state: dict[str, Any]) -> None:
+        self.generator.bit_generator.state = state["generator"]
+        self.round = np.asarray(state["round"], np.int64)
 
     def _next_users(self, count: int) -> np.ndarray:
         while len(self.round) < count:

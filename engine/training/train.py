@@ -1,10 +1,9 @@
 """`train`: samples in, a checkpoint and its figures out."""
 
+import hashlib
 import math
-import time
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -12,43 +11,20 @@ import numpy as np
 import torch
 
 from alure.engine.config import ModelConfig, TrainingConfig
-from alure.engine.errors import AlureError, InputError
+from alure.engine.errors import InputError
 from alure.engine.events import Events
-from alure.engine.model import AlureModel, Catalog, EventSchema
-from alure.engine.model.checkpoint import CheckpointConfig, describe_differences, fill, read_checkpoint, save_checkpoint
+from alure.engine.model import AlureModel, EventSchema, model_digest
+from alure.engine.model.checkpoint import describe_differences, fill, read_checkpoint
 from alure.engine.model.user_model import check_every_event
-from alure.engine.progress import track
 from alure.engine.training.full_ranking import LeaveOneOut
-from alure.engine.training.optimizer import Optimization
+from alure.engine.training.loop import Figures, Loop, Material, TrainReport, save_model
 from alure.engine.training.sampling import Sampler
-from alure.engine.training.step import compute_losses
+from alure.engine.training.state import TrainingState
 from alure.engine.training.targets import AdEvents, find_exposures, find_targets, first_times
 from alure.engine.training.validation import Validation
 
-SAVES = 4  # checkpoints on the way, beside the last
-CURVE_POINTS = 100
 PASSES, FEWEST_STEPS, MOST_STEPS = 4, 120, 600  # over the users, where the configuration gives no number of steps
 NARROW = 64  # width
-
-
-@dataclass
-class TrainReport:
-    """What a training did; metrics.json holds the same."""
-
-    model: str  # the checkpoint's folder
-    as_of: int
-    steps: int
-    seconds: float = 0.0
-    steps_per_second: float = 0.0
-    users: int = 0  # that have a target to learn from
-    targets: int = 0
-    parameters: int = 0
-    temperature: float = 0.0
-    warm_start: str | None = None
-    curve: list[dict[str, float]] = field(
-        default_factory=list
-    )  # step, loss and its parts, means since the point before
-    validation: dict[str, Any] | None = None
 
 
 def train(
@@ -64,27 +40,44 @@ def train(
 ) -> TrainReport:
     """Train on the events up to `as_of` (default: all) and write a checkpoint to the folder `out`.
 
-    The same seed gives the same checkpoint, bit for bit, on one CPU with one number of threads. InputError where the
-    log, the configuration or the checkpoint to start from do not fit; AlureError where the loss stops being finite,
-    with the last good checkpoint left in `out`. device: the GPU by default, where there is one.
+    The same seed gives the same checkpoint, bit for bit, on one CPU with one number of threads. A training that was
+    killed goes on when it is called again with the same arguments, to the same checkpoint; with others it starts anew.
+    InputError where the log, the configuration or the checkpoint to start from do not fit; AlureError where the loss
+    stops being finite, with the last good checkpoint left in `out`; Interrupted after SIGTERM or SIGINT.
+    device: the GPU by default, where there is one.
     """
     if out.is_file():
         raise InputError(f"model: {out} is a file, expected a folder to write the checkpoint into")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     as_of = events.manifest.last_timestamp if as_of is None else as_of
-    with threads(config.threads or default_threads(model_config)), torch.random.fork_rng(devices=[]):
+    devices = [device] if device.type == "cuda" else []
+    with threads(config.threads or default_threads(model_config)), torch.random.fork_rng(devices=devices):
         torch.manual_seed(seed)
         ads = AdEvents.read(events, as_of)
         targets, tasks, first = find_targets(ads, config), find_exposures(ads, config), first_times(events)
+        if not tasks and not config.retrieval_weight and not config.view_weight:
+            raise InputError(
+                "training: nothing to learn: retrieval_weight is 0 and there is no binary task, as the log lacks the "
+                "event types of training.tasks or training.exposures is 0; raise retrieval_weight or name tasks"
+            )
         last = config.held_out == "last_event"
         split = as_of if last else split_time(targets.timestamps, config.validation_share, as_of)
         sampler = Sampler(targets, tasks, first, config, split, seed)
         names = tuple(task.name for task in tasks)
         model = AlureModel(model_config, EventSchema.of(events.manifest), names, config.temperature)
-        if warm_start is not None:
+        if config.labels != "all_action":
+            check_every_event(model_config, model.schema)
+        state = TrainingState(out, made_from(events, model_config, config, as_of, seed, warm_start, out))
+        saved = state.load()
+        if warm_start is not None and saved is None:
             continue_from(warm_start, model)
         model.to(device)
         catalog = model.user.catalog(events)
+        validation: Figures | None = None
+        if last:
+            validation = LeaveOneOut(events, as_of, config.max_events, seed)
+        elif split < as_of:
+            validation = Validation(events, sampler, config, split, as_of, seed)
         report = TrainReport(
             model=str(out),
             as_of=as_of,
@@ -94,75 +87,44 @@ def train(
             parameters=sum(p.numel() for p in model.parameters()),
             warm_start=None if warm_start is None else str(warm_start),
         )
-        if config.labels != "all_action":
-            check_every_event(model_config, model.schema)
-        fit(model, events, sampler, config, catalog, report)
-        if last:
-            report.validation = LeaveOneOut(events, as_of, config.max_events, seed).measure(model.eval(), catalog)
-        elif split < as_of:
-            validation = Validation(events, sampler, config, split, as_of, seed)
-            report.validation = validation.measure(model.eval(), catalog)
-        save(model, report, report.steps)
+        loop = Loop(model, Material(events, sampler, catalog, config, validation, seed), report, state)
+        if saved is not None:
+            loop.resume(saved)
+        loop.run()
+        save_model(model, report, loop.step)
+        state.remove()
     return report
 
 
-def fit(
-    model: AlureModel, events: Events, sampler: Sampler, config: TrainingConfig, catalog: Catalog, report: TrainReport
-) -> None:
-    """Run report.steps steps; fills in the report's curve, rate and temperature."""
-    device, steps = catalog.items.device, report.steps
-    optimization = Optimization(model, model.user.table, config.learning_rate, config.weight_decay, steps)
-    curve = Curve(steps)
-    save_every = math.ceil(steps / (SAVES + 1))
-    saved = None
-    started = time.monotonic()
-    model.train()
-    with track("Training", steps, "steps") as bar:
-        for step in range(steps):
-            sample = sampler.draw()
-            batch = events.batch(sample.users, sample.as_of, config.max_events, sample.without_newest).to(device)
-            losses = compute_losses(model, batch, sample, sampler, config, catalog)
-            losses.total.backward()
-            values = {"loss": losses.total.item(), **{name: part.item() for name, part in losses.parts.items()}}
-            if not (math.isfinite(values["loss"]) and optimization.step(step)):
-                left = f"the checkpoint of step {saved} is in {report.model}" if saved else "no checkpoint was written"
-                raise AlureError(
-                    f"training: the loss or its gradient stopped being finite at step {step + 1} of {steps} "
-                    f"({', '.join(f'{name} {value:.4g}' for name, value in values.items())}); {left}; "
-                    f"try a training.learning_rate below {config.learning_rate:g}"
-                )
-            curve.add(step + 1, values)
-            if (step + 1) % save_every == 0 and step + 1 < steps:
-                save(model, report, saved := step + 1)
-            bar.advance(note=f"loss {curve.recent:.3f}")
-    report.seconds = time.monotonic() - started
-    report.steps_per_second = steps / max(report.seconds, 1e-9)
-    report.curve = curve.points
-    report.temperature = float(model.temperature.detach())
+def made_from(
+    events: Events,
+    model: ModelConfig,
+    config: TrainingConfig,
+    as_of: int,
+    seed: int,
+    warm_start: Path | None,
+    out: Path,
+) -> dict[str, Any]:
+    """What tells one training from another. Threads are left out: they change how fast it is."""
+    log = hashlib.sha256(events.manifest.model_dump_json().encode()).hexdigest()
+    start = None
+    if warm_start is not None:
+        # a training that starts from the folder it writes into replaces that checkpoint on the way
+        start = "the model's own folder" if warm_start.resolve() == out.resolve() else model_digest(warm_start)
+    return {
+        "log": log,
+        "model": model.model_dump(mode="json"),
+        "training": config.model_dump(mode="json", exclude={"threads"}),
+        "as_of": as_of,
+        "seed": seed,
+        "warm_start": start,
+    }
 
 
 def number_of_steps(config: TrainingConfig, num_users: int) -> int:
     if config.steps is not None:
         return config.steps
     return min(max(math.ceil(PASSES * num_users / config.batch_users), FEWEST_STEPS), MOST_STEPS)
-
-
-class Curve:
-    """Means of the losses over stretches of steps, CURVE_POINTS of them or fewer."""
-
-    def __init__(self, steps: int) -> None:
-        self.steps, self.every = steps, math.ceil(steps / CURVE_POINTS)
-        self.points: list[dict[str, float]] = []
-        self.pending: dict[str, list[float]] = {}
-        self.recent = math.nan
-
-    def add(self, step: int, values: dict[str, float]) -> None:
-        for name, value in values.items():
-            self.pending.setdefault(name, []).append(value)
-        self.recent = values["loss"] if math.isnan(self.recent) else 0.95 * self.recent + 0.05 * values["loss"]
-        if step % self.every == 0 or step == self.steps:
-            self.points.append({"step": step, **{name: sum(v) / len(v) for name, v in self.pending.items()}})
-            self.pending = {}
 
 
 def split_time(target_times: np.ndarray, validation_share: float, as_of: int) -> int:
@@ -190,11 +152,6 @@ def continue_from(folder: Path, model: AlureModel) -> None:
             + "\nuse the checkpoint's configuration and event types, or train without a warm start"
         )
     fill(model, tensors, f"warm start: {folder}")
-
-
-def save(model: AlureModel, report: TrainReport, step: int) -> None:
-    config = CheckpointConfig(model=model.config, events=model.schema, tasks=model.tasks, step=step, sha256="")
-    save_checkpoint(Path(report.model), model, config, asdict(report))
 
 
 def default_threads(config: ModelConfig) -> int:

@@ -16,10 +16,11 @@ from alure.engine.events import Events
 from alure.engine.model import UserModel, model_digest
 from alure.engine.model.checkpoint import METRICS, TENSORS, CheckpointConfig
 from alure.engine.training import TrainReport, train
+from alure.engine.training.curve import Curve
 from alure.engine.training.losses import CandidateItems, sampled_softmax
 from alure.engine.training.metrics import item_rates, normalized_entropy, recall_at, top_columns
 from alure.engine.training.optimizer import RowwiseAdagrad, schedule
-from alure.engine.training.train import Curve, number_of_steps, split_time
+from alure.engine.training.train import number_of_steps, split_time
 
 
 def test_log_q_on_the_negatives_only_gives_the_gradient_of_the_full_softmax() -> None:
@@ -244,7 +245,6 @@ def test_a_loss_that_is_not_finite_stops_and_keeps_the_last_good_checkpoint(even
 
 
 def test_checkpoints_on_the_way_are_usable(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from alure.engine.training import train as module
     from alure.engine.training.step import compute_losses
 
     calls = []
@@ -254,7 +254,7 @@ def test_checkpoints_on_the_way_are_usable(events: Events, tmp_path: Path, monke
         losses = compute_losses(*arguments)  # type: ignore[arg-type]
         return losses._replace(total=losses.total * math.nan) if len(calls) == 6 else losses
 
-    monkeypatch.setitem(module.__globals__, "compute_losses", fails_at_six)
+    monkeypatch.setattr("alure.engine.training.loop.compute_losses", fails_at_six)
     with pytest.raises(AlureError, match=rf"at step 6 of 8 .*the checkpoint of step 4 is in {tmp_path}"):
         run(events, tmp_path)
     assert CheckpointConfig.read(tmp_path).step == 4

@@ -18,7 +18,8 @@ import deltalake  # noqa: F401 (imported once, for all)
 import torch
 
 import alure.engine.refresh
-import alure.engine.store.upkeep  # noqa: F401
+import alure.engine.store.upkeep
+import alure.engine.training  # noqa: F401
 from alure.engine import cli, progress
 
 SHARED_BYTES = 256
@@ -79,7 +80,10 @@ class Fork:
 
 def serve(faults: ctypes.CDLL) -> None:
     for line in sys.stdin:
-        forks = [Fork(faults, run) for run in json.loads(line)["runs"]]
+        runs = json.loads(line)["runs"]
+        if any(run["words"][0] == "train" for run in runs):
+            import torch._dynamo  # noqa: F401 (2.5 s, which an optimizer's first use would take in every fork)
+        forks = [Fork(faults, run) for run in runs]
         for fork in sorted(forks, key=lambda fork: fork.run["after_s"]):
             fork.signal_when_due()
         answer(json.dumps([fork.result() for fork in forks]))
