@@ -139,9 +139,15 @@ def train(
 ) -> None:
     """Train the user model on the events up to a snapshot time.
 
+    A training that was stopped or killed goes on when the same command is given again. Under torchrun the processes
+    share every batch, and the first one writes.
+
     Example: `alure train events --out model --preset small`
+
+    Example: `torchrun --nproc-per-node 8 -m alure.engine.cli train events --out model --preset base`
     """
     from alure.engine.events import Events
+    from alure.engine.training import leads
     from alure.engine.training import train as train_model
 
     settings = load_config(config)
@@ -155,7 +161,8 @@ def train(
         seed=seed,
         warm_start=warm_start,
     )
-    finish(report, as_json)
+    if leads():
+        finish(report, as_json)
 
 
 @app.command()
@@ -525,3 +532,7 @@ def main() -> None:
         if as_json:
             print(json.dumps({"error": message, "exit_code": code}))  # noqa: T201
         sys.exit(code)
+
+
+if __name__ == "__main__":  # torchrun -m alure.engine.cli
+    main()

@@ -10,10 +10,24 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 console = Console(stderr=True)  # stdout belongs to results
 LOG_EVERY_S = 10.0
+silent = False  # in a process that works beside the one that speaks
+
+
+@contextmanager
+def muted(mute: bool) -> Iterator[None]:
+    """Inside the block neither lines nor bars appear, where `mute`."""
+    global silent
+    before, silent = silent, mute
+    try:
+        yield
+    finally:
+        silent = before
 
 
 def say(message: str) -> None:
     """One line for whoever watches: styled on a terminal, plain elsewhere."""
+    if silent:
+        return
     if console.is_terminal:
         console.print(message, highlight=False, markup=False)
     else:
@@ -39,8 +53,12 @@ class Track:
             self.spoke = now
             left = (self.total - self.done) / max(self.rate, 1e-9)
             tail = f" · {note}" if note else ""
-            counts = f"{self.done:,}/{self.total:,} {self.unit} · {self.rate:,.0f}/s"
+            counts = f"{self.done:,}/{self.total:,} {self.unit} · {figure(self.rate)}/s"
             say(f"{self.label}: {counts} · {left:,.0f} s left{tail}")
+
+
+def figure(rate: float) -> str:
+    return f"{rate:,.0f}" if rate >= 10 else f"{rate:.2g}"
 
 
 class _TerminalTrack(Track):
@@ -51,7 +69,7 @@ class _TerminalTrack(Track):
 
     def advance(self, count: int = 1, note: str = "") -> None:
         self.done += count
-        self.bar.update(self.task, advance=count, rate=f"{self.rate:,.0f} {self.unit}/s", note=note)
+        self.bar.update(self.task, advance=count, rate=f"{figure(self.rate)} {self.unit}/s", note=note)
 
 
 @contextmanager
@@ -60,7 +78,7 @@ def track(label: str, total: int, unit: str, done: int = 0) -> Iterator[Track]:
 
     done: work of an earlier run that this one goes on from; it counts as done, but not to the rate.
     """
-    if not console.is_terminal:
+    if silent or not console.is_terminal:
         yield Track(label, total, unit, done)
         return
     columns = (

@@ -20,8 +20,8 @@ AT_THE_EVENT = 0.5  # share of the embeddings that are of their event's own time
 
 def every_event_loss(
     model: AlureModel, batch: EventBatch, sample: Sample, sampler: Sampler, config: TrainingConfig, catalog: Catalog
-) -> Tensor:
-    """Softmax over the candidates, for each event of the batch that has a label."""
+) -> tuple[Tensor, int]:
+    """Mean softmax over the candidates, for each event of the batch that has a label; and how many have one."""
     (sequence,) = batch.sequences.values()
     times = embedding_times(sequence)
     labels = label_rows(sequence, times, None if config.labels == "next_event" else config.label_horizon)
@@ -29,7 +29,7 @@ def every_event_loss(
     labels = torch.where(targets[labels.clamp_min(0)], labels, -1)
     labelled = (labels >= 0).nonzero().squeeze(1)
     if not len(labelled):
-        return model.user.table.sum() * 0.0
+        return torch.zeros(()), 0
     users = model.user.encode_events(batch, catalog, times)[labelled].flatten(1)
     positives = sequence.items[labels[labelled]]
     candidates = draw_candidates(positives, sample, sampler, config)
@@ -45,7 +45,7 @@ def every_event_loss(
     if config.log_q == "tfrs":
         positive = positive - expected_draws(positives, sample, sampler, config).log()
     loss: Tensor = RowSoftmax.apply(users, ads[among], candidates.correction(config.log_q), positive, column[own])
-    return loss
+    return loss, len(labelled)
 
 
 def embedding_times(sequence: EventSequence) -> Tensor:

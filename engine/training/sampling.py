@@ -1,6 +1,6 @@
 """Training samples: a user, a snapshot time T, what the user engaged with after T, and items it did not."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import numpy as np
@@ -12,6 +12,7 @@ from alure.engine.errors import InputError
 from alure.engine.events import EventSequence
 from alure.engine.training.targets import Exposures, Timeline
 
+NOTHING = np.empty(0, np.int64)
 POSITIVES = 4  # at most, a sample
 EARLIER_SHARE = 0.5  # of the samples have T up to the label horizon before the target, as a scheduled refresh would
 
@@ -42,6 +43,26 @@ class Sample:
     shown: list[Shown]  # one a task
     negatives: np.ndarray  # int64 [N], item index, drawn uniformly from the universe
     without_newest: int = 0  # events of a user that are held out, and must not be read
+    # int64, positives of the batch's users that are with other processes
+    other_positives: np.ndarray = field(default_factory=lambda: NOTHING)
+
+    def share(self, rank: int, size: int) -> "Sample":
+        """The rows of one of `size` processes. Its candidates are those of the whole batch."""
+        if size == 1:
+            return self
+        mine = np.arange(rank, len(self.users), size)
+        row = np.full(len(self.users), -1)
+        row[mine] = np.arange(len(mine))
+        own = row[self.positives.rows] >= 0
+        parts = [(shown, row[shown.rows] >= 0) for shown in self.shown]
+        return replace(
+            self,
+            users=self.users[mine],
+            as_of=self.as_of[mine],
+            positives=Positives(row[self.positives.rows[own]], self.positives.items[own]),
+            shown=[Shown(row[s.rows[m]], s.items[m], s.timestamps[m], s.labels[m]) for s, m in parts],
+            other_positives=self.positives.items[~own],
+        )
 
 
 class Sampler:
@@ -114,13 +135,12 @@ class Sampler:
 
     def _histories(self, users: np.ndarray) -> Sample:
         """The users' events up to the end of training, in which later ones are labels of earlier ones."""
-        nothing = np.empty(0, np.int64)
         exact = self.config.negatives >= len(self.universe)
         drawn = self.generator.integers(0, len(self.universe), 0 if exact else self.config.negatives)
         return Sample(
             users=users,
             as_of=np.full(len(users), self.until),
-            positives=Positives(nothing, nothing),
+            positives=Positives(NOTHING, NOTHING),
             shown=[],
             negatives=self.universe if exact else self.universe[drawn],
             without_newest=int(self.config.held_out == "last_event"),

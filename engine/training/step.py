@@ -1,6 +1,6 @@
 """One training step's loss: users of a sample forward, candidates forward, sampled softmax plus binary tasks."""
 
-from typing import NamedTuple
+from dataclasses import dataclass
 
 import numpy as np
 import torch
@@ -18,45 +18,49 @@ from alure.engine.training.sampling import Sample, Sampler, Shown
 VIEW_TEMPERATURE = 0.1
 
 
-class Losses(NamedTuple):
-    total: Tensor
-    parts: dict[str, Tensor]  # "retrieval" and one a task that had exposures, unweighted
+@dataclass(frozen=True)
+class Part:
+    """A part of the loss."""
+
+    mean: Tensor
+    count: int  # of what it is the mean
+
+
+def part_weights(sampler: Sampler, config: TrainingConfig) -> dict[str, float]:
+    """Weight of every part that a batch can have."""
+    weights = {"retrieval": config.retrieval_weight, "views": config.view_weight}
+    return weights | {task.name: task.weight for task in sampler.tasks}
 
 
 def compute_losses(
     model: AlureModel, batch: EventBatch, sample: Sample, sampler: Sampler, config: TrainingConfig, catalog: Catalog
-) -> Losses:
+) -> dict[str, Part]:
+    """The parts of the loss that this batch has: "retrieval", "views" and one a task that has exposures."""
     if config.labels != "all_action":
-        loss = every_event_loss(model, batch, sample, sampler, config, catalog)
-        return Losses(config.retrieval_weight * loss, {"retrieval": loss})
-    device = batch.as_of.device
+        parts = {"retrieval": Part(*every_event_loss(model, batch, sample, sampler, config, catalog))}
+        return {name: part for name, part in parts.items() if part.count}
     state = model(batch, catalog)
-    parts: dict[str, Tensor] = {}
-    if config.retrieval_weight:
-        parts["retrieval"] = retrieval_loss(model, state, sample, sampler, config, catalog)
-    weights = {"retrieval": config.retrieval_weight, "views": config.view_weight}
+    parts = {}
+    if config.retrieval_weight and len(sample.positives.items):
+        loss = retrieval_loss(model, state, sample, sampler, config, catalog)
+        parts["retrieval"] = Part(loss, len(np.unique(sample.positives.rows)))
     if config.view_weight:
-        parts["views"] = views_loss(model, batch, catalog)
+        parts["views"] = Part(*views_loss(model, batch, catalog))
     shown = [(task, exposed) for task, exposed in zip(sampler.tasks, sample.shown) if len(exposed.rows)]
     if shown:
         logits, task_index = task_logits(model, state, [exposed for _, exposed in shown], len(batch), catalog)
         for (task, exposed), rows in zip(shown, task_index):
-            labels = torch.from_numpy(exposed.labels).to(device)
-            parts[task.name] = task_loss(logits[rows, model.tasks.index(task.name)], labels)
-            weights[task.name] = task.weight
-    if not parts:
-        return Losses(state.embeddings.sum() * 0.0, parts)
-    return Losses(torch.stack([weights[name] * loss for name, loss in parts.items()]).sum(), parts)
+            labels = torch.from_numpy(exposed.labels).to(batch.as_of.device)
+            parts[task.name] = Part(task_loss(logits[rows, model.tasks.index(task.name)], labels), len(rows))
+    return {name: part for name, part in parts.items() if part.count}
 
 
-def views_loss(model: AlureModel, batch: EventBatch, catalog: Catalog) -> Tensor:
-    """The older and the newer half of every user's history as two views of the user."""
+def views_loss(model: AlureModel, batch: EventBatch, catalog: Catalog) -> tuple[Tensor, int]:
+    """The older and the newer half of every user's history as two views of the user; and of how many users."""
     older, newer = batch.halves()
     users = (older.num_events > 0) & (newer.num_events > 0)
     first, second = (F.normalize(model(half, catalog).embeddings.flatten(1)[users], dim=1) for half in (older, newer))
-    if not len(first):
-        return model.user.table.sum() * 0.0
-    return view_loss(first, second, VIEW_TEMPERATURE)
+    return (view_loss(first, second, VIEW_TEMPERATURE) if len(first) else first.sum()), len(first)
 
 
 def retrieval_loss(
@@ -65,9 +69,10 @@ def retrieval_loss(
     """In-batch positives of other users and uniform items are the negatives; each distinct item is embedded once."""
     device = state.embeddings.device
     positives = sample.positives
-    drawn = np.concatenate([positives.items, sample.negatives])
+    drawn = np.concatenate([positives.items, sample.other_positives, sample.negatives])
     items, columns, draws = np.unique(drawn, return_inverse=True, return_counts=True)
-    expected = sampler.expected_draws(items, len(positives.items), len(sample.negatives))
+    num_positives = len(positives.items) + len(sample.other_positives)
+    expected = sampler.expected_draws(items, num_positives, len(sample.negatives))
     candidates = CandidateItems(
         torch.from_numpy(items).to(device),
         torch.from_numpy(draws).to(device, torch.float32),

@@ -18,6 +18,7 @@ from alure.engine.model.checkpoint import describe_differences, fill, read_check
 from alure.engine.model.user_model import check_every_event
 from alure.engine.training.full_ranking import LeaveOneOut
 from alure.engine.training.loop import Figures, Loop, Material, TrainReport, save_model
+from alure.engine.training.processes import processes
 from alure.engine.training.sampling import Sampler
 from alure.engine.training.state import TrainingState
 from alure.engine.training.targets import AdEvents, find_exposures, find_targets, first_times
@@ -44,15 +45,13 @@ def train(
     killed goes on when it is called again with the same arguments, to the same checkpoint; with others it starts anew.
     InputError where the log, the configuration or the checkpoint to start from do not fit; AlureError where the loss
     stops being finite, with the last good checkpoint left in `out`; Interrupted after SIGTERM or SIGINT.
-    device: the GPU by default, where there is one.
+    device: the GPU by default, where there is one. Under torchrun the processes share every batch, and the first one
+    writes.
     """
     if out.is_file():
         raise InputError(f"model: {out} is a file, expected a folder to write the checkpoint into")
-    device = torch.device(device or ("cuda" if torch.cuda.is_available() else "cpu"))
     as_of = events.manifest.last_timestamp if as_of is None else as_of
-    devices = [device] if device.type == "cuda" else []
-    with threads(config.threads or default_threads(model_config)), torch.random.fork_rng(devices=devices):
-        torch.manual_seed(seed)
+    with processes(device) as group, reproducible(group.device, seed, config.threads or default_threads(model_config)):
         ads = AdEvents.read(events, as_of)
         targets, tasks, first = find_targets(ads, config), find_exposures(ads, config), first_times(events)
         if not tasks and not config.retrieval_weight and not config.view_weight:
@@ -65,13 +64,19 @@ def train(
         sampler = Sampler(targets, tasks, first, config, split, seed)
         names = tuple(task.name for task in tasks)
         model = AlureModel(model_config, EventSchema.of(events.manifest), names, config.temperature)
+        if min(config.batch_users, len(sampler.users)) < group.size:
+            raise InputError(
+                f"training: {group.size} processes share batches of {min(config.batch_users, len(sampler.users))} "
+                "users; raise training.batch_users, or start fewer processes"
+            )
         if config.labels != "all_action":
             check_every_event(model_config, model.schema)
         state = TrainingState(out, made_from(events, model_config, config, as_of, seed, warm_start, out))
         saved = state.load()
+        group.check_equal(saved.step if saved else 0, "the step to go on from")
         if warm_start is not None and saved is None:
             continue_from(warm_start, model)
-        model.to(device)
+        model.to(group.device)
         catalog = model.user.catalog(events)
         validation: Figures | None = None
         if last:
@@ -85,14 +90,16 @@ def train(
             users=len(sampler.users),
             targets=int(sampler.count.sum()),
             parameters=sum(p.numel() for p in model.parameters()),
+            processes=group.size,
             warm_start=None if warm_start is None else str(warm_start),
         )
-        loop = Loop(model, Material(events, sampler, catalog, config, validation, seed), report, state)
+        loop = Loop(model, Material(events, sampler, catalog, config, validation, seed, group), report, state)
         if saved is not None:
             loop.resume(saved)
         loop.run()
-        save_model(model, report, loop.step)
-        state.remove()
+        if group.leads:
+            save_model(model, report, loop.step)
+            state.remove()
     return report
 
 
@@ -164,11 +171,13 @@ def default_threads(config: ModelConfig) -> int:
 
 
 @contextmanager
-def threads(count: int) -> Iterator[None]:
-    """PyTorch's CPU threads inside the block."""
+def reproducible(device: torch.device, seed: int, num_threads: int) -> Iterator[None]:
+    """PyTorch's generators from `seed` on, and its CPU threads, inside the block."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(num_threads)
     try:
-        yield
+        with torch.random.fork_rng(devices=[device] if device.type == "cuda" else []):
+            torch.manual_seed(seed)
+            yield
     finally:
         torch.set_num_threads(before)

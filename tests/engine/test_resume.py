@@ -5,6 +5,7 @@ import os
 import shutil
 import signal
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -19,16 +20,16 @@ from alure.engine.files import sha256
 from alure.engine.model.checkpoint import TENSORS, CheckpointConfig
 from alure.engine.training import TrainReport, train
 from alure.engine.training.state import FOLDER, STATE
-from alure.engine.training.step import Losses, compute_losses
+from alure.engine.training.step import Part, compute_losses
 
 QUICK = {"steps": 9, "batch_users": 16, "negatives": 8, "max_events": 6, "exposures": 2, "threads": 1}
 STEP = "alure.engine.training.loop.compute_losses"
 
 
-def noisy(*arguments: object) -> Losses:
+def noisy(*arguments: object) -> dict[str, Part]:
     """A loss that draws from torch's generator, as dropout does."""
-    losses = compute_losses(*arguments)  # type: ignore[arg-type]
-    return losses._replace(total=losses.total * (1 + torch.rand(())))
+    parts = compute_losses(*arguments)  # type: ignore[arg-type]
+    return {name: replace(part, mean=part.mean * (1 + torch.rand(()))) for name, part in parts.items()}
 
 
 def run(events: Events, out: Path, **changes: object) -> TrainReport:
@@ -41,7 +42,7 @@ def die_in_step(patch: pytest.MonkeyPatch, step: int, work: Callable[[], object]
     if not child:
         taken = iter(range(step - 1, -1, -1))
 
-        def deadly(*arguments: object) -> Losses:
+        def deadly(*arguments: object) -> dict[str, Part]:
             if not next(taken):
                 os.kill(os.getpid(), signal.SIGKILL)
             return noisy(*arguments)
@@ -90,7 +91,7 @@ def test_killed_at_any_step_it_goes_on_to_the_same_curve(
 
 
 def test_a_signal_loses_no_step(events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def signalled(*arguments: object) -> Losses:
+    def signalled(*arguments: object) -> dict[str, Part]:
         os.kill(os.getpid(), signal.SIGTERM)
         return noisy(*arguments)
 
