@@ -20,7 +20,7 @@ class DotLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, d] → [B, k, d], each embedding of length 1."""
-        return compress(x, DotLinearCompression(**self.tensors))
+        return compress(x.to(self.tensors["linear"].dtype), DotLinearCompression(**self.tensors))
 
 
 class Interaction(nn.Module):
@@ -39,7 +39,7 @@ class Interaction(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, d] → [B, k, d], each embedding of length 1."""
         layers = tuple(InteractionLayer(**dict(layer.items())) for layer in self.layers)  # type: ignore[operator]
-        return compress(x, InteractionCompression(self.seeds, layers, self.heads))
+        return compress(x.to(self.seeds.dtype), InteractionCompression(self.seeds, layers, self.heads))
 
 
 def make_compression(config: ModelConfig, n: int) -> DotLinear | Interaction:

@@ -138,7 +138,7 @@ class SourceContext(NamedTuple):
         heads: a multiple of H. causal: query i of a user sees its tokens up to i. A user without events gives zeros.
         """
         return jagged_attention(
-            queries,
+            queries.to(self.keys.dtype),  # under autocast the keys are of its type
             self.keys,
             self.values,
             offsets,

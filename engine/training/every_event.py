@@ -30,14 +30,14 @@ def every_event_loss(
     labelled = (labels >= 0).nonzero().squeeze(1)
     if not len(labelled):
         return torch.zeros(()), 0
-    users = model.user.encode_events(batch, catalog, times)[labelled].flatten(1)
+    users = model.user.encode_events(batch, catalog, times)[labelled].flatten(1).float()
     positives = sequence.items[labels[labelled]]
     candidates = draw_candidates(positives, sample, sampler, config)
 
     embedded, places = torch.unique(torch.cat([candidates.items, positives]), return_inverse=True)
     ads = model.embed_ads(embedded, catalog)
     users = users / (ads.shape[1] * model.temperature)
-    ads = ads.flatten(1)
+    ads = ads.flatten(1).float()
     among, own = places[: len(candidates.items)], places[len(candidates.items) :]
     column = torch.full_like(embedded, -1)
     column[among] = torch.arange(len(among), device=among.device)

@@ -50,30 +50,35 @@ class RowSoftmax(torch.autograd.Function):
     The [n, C] logits are never held: a block's gradients are made while it is in the cache, as in fused linear cross
     entropy. users [n, D], ads [C, D]: their products are logits. correction float32 [C]: added to a candidate's logit
     where it is a negative. positive [n]: the positives' logits. hits int64 [n]: the column that a row's positive
-    itself has among the candidates, masked there; −1 where it has none.
+    itself has among the candidates, masked there; −1 where it has none. Under autocast the products are of its type.
     """
 
     BLOCK = 1_024
 
     @staticmethod
     def forward(ctx: Any, users: Tensor, ads: Tensor, correction: Tensor, positive: Tensor, hits: Tensor) -> Tensor:
-        total = users.new_zeros((), dtype=torch.float64)
-        d_users, d_ads, d_positive = torch.empty_like(users), torch.zeros_like(ads), torch.empty_like(positive)
-        for begin in range(0, len(users), RowSoftmax.BLOCK):
-            block = slice(begin, begin + RowSoftmax.BLOCK)
-            logits = torch.addmm(correction, users[block], ads.T)
-            rows = (hits[block] >= 0).nonzero().squeeze(1)
-            logits[rows, hits[block][rows]] = MASKED
-            highest = logits.amax(dim=1, keepdim=True)
-            weights = logits.sub_(highest).exp_()
-            sums = weights.sum(dim=1, keepdim=True)
-            behind = (highest + sums.log()).squeeze(1) - positive[block]
-            total += F.softplus(behind).sum()
-            missing = torch.sigmoid(behind)  # probability of the negatives together
-            weights *= missing[:, None] / sums
-            torch.mm(weights, ads, out=d_users[block])
-            d_ads.addmm_(weights.T, users[block])
-            d_positive[block] = -missing
+        low = torch.get_autocast_dtype(users.device.type)
+        low = low if torch.is_autocast_enabled(users.device.type) else users.dtype
+        with torch.autocast(users.device.type, enabled=False):
+            total = users.new_zeros((), dtype=torch.float64)
+            d_users, d_ads, d_positive = torch.empty_like(users), torch.zeros_like(ads), torch.empty_like(positive)
+            low_ads = ads.to(low)
+            for begin in range(0, len(users), RowSoftmax.BLOCK):
+                block = slice(begin, begin + RowSoftmax.BLOCK)
+                low_users = users[block].to(low)
+                logits = (low_users @ low_ads.T).to(users.dtype).add_(correction)
+                rows = (hits[block] >= 0).nonzero().squeeze(1)
+                logits[rows, hits[block][rows]] = MASKED
+                highest = logits.amax(dim=1, keepdim=True)
+                weights = logits.sub_(highest).exp_()
+                sums = weights.sum(dim=1, keepdim=True)
+                behind = (highest + sums.log()).squeeze(1) - positive[block]
+                total += F.softplus(behind).sum()
+                missing = torch.sigmoid(behind)  # probability of the negatives together
+                low_weights = weights.mul_(missing[:, None] / sums).to(low)
+                d_users[block] = low_weights @ low_ads
+                d_ads += low_weights.T @ low_users
+                d_positive[block] = -missing
         ctx.save_for_backward(d_users, d_ads, d_positive)
         ctx.rows = max(len(users), 1)
         return (total / ctx.rows).to(users.dtype)
