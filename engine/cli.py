@@ -132,6 +132,14 @@ def train(
     warm_start: Annotated[Path | None, typer.Option(help="Go on from this model's weights.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, base or large.")] = None,
     steps: Annotated[int | None, typer.Option(min=0)] = None,
+    validate_every: Annotated[
+        int | None, typer.Option(min=1, help="Steps between validations; the best model is kept (default: the last).")
+    ] = None,
+    patience: Annotated[
+        int | None, typer.Option(min=1, help="Validations in a row without a better figure that end the training.")
+    ] = None,
+    precision: Annotated[str | None, typer.Option(help="float32, or bfloat16 over float32 weights.")] = None,
+    tensorboard: Annotated[Path | None, typer.Option(help="Folder for TensorBoard's event files.")] = None,
     as_of: AsOf = None,
     seed: Seed = 0,
     config: ConfigFile = None,
@@ -144,6 +152,8 @@ def train(
 
     Example: `alure train events --out model --preset small`
 
+    Example: `alure train events --out model --steps 5000 --validate-every 100 --patience 5 --tensorboard runs/today`
+
     Example: `torchrun --nproc-per-node 8 -m alure.engine.cli train events --out model --preset base`
     """
     from alure.engine.events import Events
@@ -155,7 +165,14 @@ def train(
     report = train_model(
         Events.open(events),
         model,
-        override(settings.training, steps=steps),
+        override(
+            settings.training,
+            steps=steps,
+            validate_every=validate_every,
+            patience=patience,
+            precision=precision,
+            tensorboard=tensorboard,
+        ),
         out,
         as_of=parse_time(as_of),
         seed=seed,

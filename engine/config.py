@@ -145,6 +145,10 @@ class TrainingConfig(Section):
     patience: int | None = Field(
         None, ge=1, description="validations in a row without a better figure that end the training (default: any)"
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        "float32", description="of activations and products; weights, their gradients and losses stay float32"
+    )
+    tensorboard: Path | None = Field(None, description="folder for TensorBoard's event files")
     threads: int | None = Field(None, ge=1, description="default: 1 up to width 64, else PyTorch's")
 
     @model_validator(mode="after")
@@ -268,6 +272,7 @@ class Config(Section):
         home = path.resolve().parent
         inputs = home if data is None else data.resolve()
         events, truth, eligible = config.events, config.evaluation.truth, config.retrieval.eligible
+        board = config.training.tensorboard
         found = {
             "inputs": [inputs / file for file in events.inputs],
             "items": events.items and inputs / events.items,
@@ -277,6 +282,7 @@ class Config(Section):
             update={
                 "output": home / config.output,
                 "events": events.model_copy(update=found),
+                "training": config.training.model_copy(update={"tensorboard": board and home / board}),
                 "retrieval": config.retrieval.model_copy(update={"eligible": eligible and inputs / eligible}),
                 "evaluation": config.evaluation.model_copy(update={"truth": truth and inputs / truth}),
             }

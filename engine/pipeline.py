@@ -81,7 +81,13 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
     as_of = snapshot_time(config, events)
     chain.stage(
         "train",
-        [chain.key("ingest"), as_of, config.model, config.training, config.seed],
+        [
+            chain.key("ingest"),
+            as_of,
+            config.model,
+            config.training.model_copy(update={"tensorboard": None}),
+            config.seed,
+        ],
         lambda: train(events, config.model, config.training, model, as_of=as_of, seed=config.seed),
     )
     chain.stage(

@@ -26,13 +26,16 @@ class operator:
 
 
 class RegisteredOperator:
-    """A callable that goes through torch's dispatcher."""
+    """A callable that goes through torch's dispatcher. Under autocast it computes in the dtypes it is given."""
 
     def __init__(self, name: str) -> None:
         self._qualified_name = f"alure::{name}"
         self._overload = getattr(torch.ops.alure, name).default
 
     def __call__(self, *arguments: Any) -> Any:
+        if torch._C._is_any_autocast_enabled():
+            with torch._C._DisableAutocast():
+                return self._overload(*arguments)
         return self._overload(*arguments)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:

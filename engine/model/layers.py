@@ -137,7 +137,7 @@ class SourceContext(NamedTuple):
 
         heads: a multiple of H. causal: query i of a user sees its tokens up to i. A user without events gives zeros.
         """
-        return jagged_attention(
+        found = jagged_attention(
             queries.to(self.keys.dtype),  # under autocast the keys are of its type
             self.keys,
             self.values,
@@ -149,6 +149,7 @@ class SourceContext(NamedTuple):
             position_bias=position_bias and position_bias(),
             causal=causal,
         )
+        return found.to(queries.dtype)
 
 
 class Tap(nn.Module):

@@ -116,6 +116,7 @@ class UserModel(nn.Module):
     def __init__(self, config: ModelConfig, schema: EventSchema) -> None:
         super().__init__()
         self.config, self.schema = config, schema
+        self.mixed_precision = False  # layers and taps in bfloat16 under autocast, over float32 weights
         self.table = nn.Parameter(torch.randn(config.hash_rows, config.attribute_width) * config.attribute_width**-0.5)
         plan = module_plan(config, schema)
         self.stacks = nn.ModuleList(SourceStack(config, schema, source, tapped) for source, tapped in plan.items())
@@ -141,6 +142,9 @@ class UserModel(nn.Module):
     @property
     def dtype(self) -> torch.dtype:
         return self.table.dtype
+
+    def autocast(self) -> torch.autocast:
+        return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision)
 
     def catalog(self, events: Events) -> Catalog:
         """What `forward` needs of a log's items; InputError where the log does not fit the model."""
@@ -191,7 +195,8 @@ class UserModel(nn.Module):
                 dense = catalog.event_dense(source, sequence)
                 tokens = stack.encoder(rows[source], table, dense, sequence, batch.as_of)
                 streams[source] = Stream(stack, tokens, sequence, batch.as_of, event_times)
-        self._run_layers(list(streams.values()))
+        with self.autocast():
+            self._run_layers(list(streams.values()))
         return streams
 
     def _run_layers(self, streams: list[Stream]) -> None:

@@ -44,7 +44,8 @@ def every_event_loss(
     positive = (users * ads[own]).sum(1)
     if config.log_q == "tfrs":
         positive = positive - expected_draws(positives, sample, sampler, config).log()
-    loss: Tensor = RowSoftmax.apply(users, ads[among], candidates.correction(config.log_q), positive, column[own])
+    with model.user.autocast():
+        loss: Tensor = RowSoftmax.apply(users, ads[among], candidates.correction(config.log_q), positive, column[own])
     return loss, len(labelled)
 
 

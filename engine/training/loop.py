@@ -16,8 +16,9 @@ from alure.engine.model import AlureModel, Catalog
 from alure.engine.model.checkpoint import CheckpointConfig, fill, save_checkpoint
 from alure.engine.progress import say, track
 from alure.engine.signals import StopFlag, stop_flag
+from alure.engine.training.board import Board
 from alure.engine.training.curve import Curve
-from alure.engine.training.optimizer import Optimization
+from alure.engine.training.optimizer import Optimization, schedule
 from alure.engine.training.processes import Processes
 from alure.engine.training.sampling import Sample, Sampler
 from alure.engine.training.selection import Selection, watched
@@ -80,6 +81,7 @@ class Loop:
     def __init__(self, model: AlureModel, material: Material, report: TrainReport, state: TrainingState) -> None:
         self.model, self.material, self.report, self.state = model, material, report, state
         self.config, self.group = material.config, material.group
+        model.user.mixed_precision = self.config.precision == "bfloat16"
         self.weights = part_weights(material.sampler, self.config)
         self.optimization = Optimization(
             model, model.user.table, self.config.learning_rate, self.config.weight_decay, report.steps
@@ -90,6 +92,7 @@ class Loop:
         self.step = 0  # that are done
         self.kept: int | None = None  # step of the checkpoint in the model's folder
         self.seconds = 0.0  # of earlier runs
+        self.board = Board(None)
         self.stopping = False  # a signal came, to this process or another
 
     def resume(self, saved: Saved) -> None:
@@ -104,34 +107,38 @@ class Loop:
         say(f"training: goes on after step {saved.step:,} of {self.report.steps:,}")
 
     def run(self) -> None:
-        steps, first = self.report.steps, self.step
-        started = self.saved_at = time.monotonic()
-        self.report.seconds = self.seconds
+        first, started = self.step, time.monotonic()
+        self.report.seconds, self.saved_at = self.seconds, started
         self.report.curve, self.report.validations = self.curve.points, self.selection.points
         self.model.train()
-        with track("Training", steps, "steps", done=first) as bar, stop_flag("training") as stop:
-            while self.step < steps and not self.selection.exhausted:
-                self.curve.add(self.step + 1, self._take(stop))
-                self.step += 1
-                bar.advance(note=f"loss {self.curve.recent:.3f}")
-                self.report.seconds = self.seconds + time.monotonic() - started
-                fifth = self.step % self.save_every == 0 and self.step < steps
-                if fifth:
-                    self.group.check_in_step(self.model)
-                if self._validate_if_due() or (fifth and not self.config.validate_every):
-                    self._save_checkpoint()
-                elif fifth or self.stopping or time.monotonic() - self.saved_at > SAVE_EVERY_S:
-                    self._save_state()
-                if self.stopping:
-                    raise Interrupted(
-                        f"training: stopped by {stop.signal_name or 'a signal to another process'}; {AGAIN}"
-                    )
-        self.report.steps_per_second = (self.step - first) / max(time.monotonic() - started, 1e-9)
-        self.report.stopped_at = self.step if self.step < steps else None
-        self.group.check_in_step(self.model)
-        self._save_state()  # once more: whatever happens to the last checkpoint, it can be written again
-        self._conclude()
+        with Board(self.config.tensorboard if self.group.leads else None, first) as self.board:
+            with track("Training", self.report.steps, "steps", done=first) as bar, stop_flag("training") as stop:
+                while self.step < self.report.steps and not self.selection.exhausted:
+                    self._advance(stop)
+                    self.report.seconds = self.seconds + time.monotonic() - started
+                    bar.advance(note=f"loss {self.curve.recent:.3f}")
+            self.report.steps_per_second = (self.step - first) / max(time.monotonic() - started, 1e-9)
+            self.report.stopped_at = self.step if self.step < self.report.steps else None
+            self.group.check_in_step(self.model)
+            self._save_state()  # once more: whatever happens to the last checkpoint, it can be written again
+            self._conclude()
         self.report.temperature = float(self.model.temperature.detach())
+
+    def _advance(self, stop: StopFlag) -> None:
+        """A step, and what is due after it. Raises Interrupted where a signal came, once the step is saved."""
+        values = self._take(stop)
+        self.step += 1
+        self.curve.add(self.step, values)
+        self.board.add(self.step, self._shown(values))
+        fifth = self.step % self.save_every == 0 and self.step < self.report.steps
+        if fifth:
+            self.group.check_in_step(self.model)
+        if self._validate_if_due() or (fifth and not self.config.validate_every):
+            self._save_checkpoint()
+        elif fifth or self.stopping or time.monotonic() - self.saved_at > SAVE_EVERY_S:
+            self._save_state()
+        if self.stopping:
+            raise Interrupted(f"training: stopped by {stop.signal_name or 'a signal to another process'}; {AGAIN}")
 
     def _take(self, stop: StopFlag) -> dict[str, float]:
         """One step; the losses."""
@@ -162,6 +169,11 @@ class Loop:
             raise AlureError(self._failure(sample, values))
         return values
 
+    def _shown(self, values: dict[str, float]) -> dict[str, float]:
+        losses = {f"loss/{'total' if name == 'loss' else name}": value for name, value in values.items()}
+        rate = self.config.learning_rate * schedule(self.step - 1, self.report.steps)
+        return {**losses, "learning_rate": rate, "temperature": self.model.temperature.item()}
+
     def _numbers(self, by_part: dict[str, float]) -> list[float]:
         return [by_part.get(name, 0) for name in self.weights]
 
@@ -189,6 +201,7 @@ class Loop:
         if self.group.leads:
             figures = self._measure()
             name, value, score = watched(figures)
+            self.board.add(self.step, {f"validation/{name}": value})
         (score,) = self.group.sum([score])
         return self.selection.add({"step": self.step, name: value}, score, figures, self.model)
 
@@ -228,6 +241,7 @@ class Loop:
             "kept": self.kept,
             "seconds": self.report.seconds,
         }
+        self.board.flush()
         self.state.save(Saved(self.step, facts, tensors))
         self.saved_at = time.monotonic()
 

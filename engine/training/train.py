@@ -16,6 +16,7 @@ from alure.engine.events import Events
 from alure.engine.model import AlureModel, EventSchema, model_digest
 from alure.engine.model.checkpoint import describe_differences, fill, read_checkpoint
 from alure.engine.model.user_model import check_every_event
+from alure.engine.training.board import check_installed
 from alure.engine.training.full_ranking import LeaveOneOut
 from alure.engine.training.loop import Figures, Loop, Material, TrainReport, save_model
 from alure.engine.training.processes import processes
@@ -50,6 +51,8 @@ def train(
     """
     if out.is_file():
         raise InputError(f"model: {out} is a file, expected a folder to write the checkpoint into")
+    if config.tensorboard is not None:
+        check_installed()
     as_of = events.manifest.last_timestamp if as_of is None else as_of
     with processes(device) as group, reproducible(group.device, seed, config.threads or default_threads(model_config)):
         ads = AdEvents.read(events, as_of)
@@ -112,7 +115,7 @@ def made_from(
     warm_start: Path | None,
     out: Path,
 ) -> dict[str, Any]:
-    """What tells one training from another. Threads are left out: they change how fast it is."""
+    """What tells one training from another. Threads are left out: they change how fast it is, not what it is."""
     log = hashlib.sha256(events.manifest.model_dump_json().encode()).hexdigest()
     start = None
     if warm_start is not None:
@@ -121,7 +124,7 @@ def made_from(
     return {
         "log": log,
         "model": model.model_dump(mode="json"),
-        "training": config.model_dump(mode="json", exclude={"threads"}),
+        "training": config.model_dump(mode="json", exclude={"threads", "tensorboard"}),
         "as_of": as_of,
         "seed": seed,
         "warm_start": start,

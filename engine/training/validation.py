@@ -127,6 +127,9 @@ class Validation:
         labels = task.labels(asked.places, window)
         known = np.flatnonzero(line.timestamps <= self.split - window)
         rates = item_rates(line.items[known], task.labels(known, window), self.events.manifest.num_items)
+        if labels.min() == labels.max():
+            which = "positive" if labels[0] else "negative"
+            figures["note"] = f"all labels are {which}, so their rate has no entropy to divide by"
         return {
             **figures,
             "base_rate": float(labels.mean()),
