@@ -33,6 +33,7 @@ PACKAGES = (
     "faiss-gpu",
     "cupy-cuda13x",
     "ray",
+    "tensorboard",
 )
 
 

@@ -112,6 +112,8 @@ class Loop:
         self.report.curve, self.report.validations = self.curve.points, self.selection.points
         self.model.train()
         with Board(self.config.tensorboard if self.group.leads else None, first) as self.board:
+            if self.config.validate_every and self.report.warm_start and not first:
+                self._validate()  # no step need make the model that it starts from better
             with track("Training", self.report.steps, "steps", done=first) as bar, stop_flag("training") as stop:
                 while self.step < self.report.steps and not self.selection.exhausted:
                     self._advance(stop)

@@ -7,6 +7,7 @@ and hold the same weights. The first process alone writes.
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from alure.engine.errors import AlureError
 from alure.engine.progress import muted
+
+LONGEST_WAIT = timedelta(hours=2)  # of the others, while the first one validates
 
 
 class Processes:
@@ -96,7 +99,7 @@ def processes(device: torch.device | str | None) -> Iterator[Processes]:
             kind = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         if kind.type == "cuda":
             torch.cuda.set_device(kind)
-        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo")
+        dist.init_process_group("nccl" if kind.type == "cuda" else "gloo", timeout=LONGEST_WAIT)
     try:
         if dist.is_available() and dist.is_initialized():
             with muted(dist.get_rank() > 0):

@@ -59,6 +59,17 @@ def test_the_best_model_is_kept_and_patience_ends_the_training(
         assert torch.equal(tensor, checkpoints[1][name]), name
 
 
+def test_a_warm_start_that_gets_worse_keeps_the_model_it_started_from(events: Events, tmp_path: Path) -> None:
+    run(events, tmp_path / "first")
+    report = run(
+        events, tmp_path / "second", tmp_path / "first", steps=8, validate_every=2, patience=2, learning_rate=0.5
+    )
+    assert (report.best_step, report.stopped_at) == (0, 4)
+    assert [point["step"] for point in report.validations] == [0, 2, 4]
+    first, second = (read_checkpoint(tmp_path / name)[1] for name in ("first", "second"))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+
+
 def test_validation_on_the_way_changes_no_step(events: Events, tmp_path: Path) -> None:
     plain = run(events, tmp_path / "plain")
     watched = run(events, tmp_path / "watched", validate_every=1)
@@ -201,6 +212,13 @@ def test_warm_starts_day_after_day_go_on_improving(tmp_path: Path) -> None:
     assert warm[0] == cold[0]
     assert min(w - c for w, c in zip(warm[1:], cold[1:])) > 0
     assert np.mean(warm[1:]) > np.mean(cold[1:]) + 0.05
+
+
+def test_a_warm_start_with_other_dropout(events: Events, tmp_path: Path) -> None:
+    run(events, tmp_path / "first", steps=1)
+    config = TrainingConfig.model_validate({**QUICK, "steps": 1})
+    train(events, tiny_model(dropout=0.3), config, tmp_path / "second", warm_start=tmp_path / "first")
+    assert CheckpointConfig.read(tmp_path / "second").model.dropout == 0.3
 
 
 def recall(report: TrainReport) -> float:
