@@ -174,12 +174,19 @@ def compress_dot_linear_backward(
 def compress_dot_linear_int8(
     given: DotLinear, codes: _Int8, scales: _Float32, instruction_set: str, num_threads: int
 ) -> None: ...
-def cluster_sums(
+
+class ClusterPoints:
+    """Points x [n, d], packed to be assigned to ever new centroids."""
+
+    def __init__(self, x: _Float32, metric: str, instruction_set: str, num_threads: int) -> None: ...
+    def assign(self, centroids: _Float32, nearest: _Int64, num_threads: int) -> None: ...
+    def reassign(self, centroids: _Float32, nearest: _Int64, num_threads: int) -> bool: ...
+
+def add_to_clusters(
     x: _Float32,
-    row_errors: _Float32,
+    before: _Int64 | None,
     nearest: _Int64,
     sums: NDArray[np.float64],
-    errors: NDArray[np.float64],
     instruction_set: str,
     num_threads: int,
 ) -> bool: ...

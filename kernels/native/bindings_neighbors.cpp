@@ -1,5 +1,6 @@
-// alure.kernels._native.search_neighbors, assign_clusters and cluster_sums.
+// alure.kernels._native.search_neighbors, assign_clusters, ClusterPoints and add_to_clusters.
 #include "bindings.h"
+#include "clustering.h"
 #include "neighbors.h"
 
 namespace alure {
@@ -49,15 +50,47 @@ void bound_assign(Array<float, 2> x, Array<float, 2> centroids, Output<float, 2>
     assign(in, scores.data(), index.data(), set, num_threads);
 }
 
-bool bound_sums(Array<float, 2> x, Vector<float> row_errors, Vector<std::int64_t> nearest, Output<double, 2> sums,
-                Output<double, 1> errors, const std::string& instruction_set, int num_threads) {
-    require(row_errors.size() == x.shape(0) && nearest.size() == x.shape(0), "errors, nearest: expected one a row");
-    require(sums.shape(1) == x.shape(1) && errors.size() == sums.shape(0), "sums, errors: expected [nlist, d], [nlist]");
-    const Clustering in{x.data(),         row_errors.data(), nearest.data(), size(x.shape(0)),
-                        size(x.shape(1)), size(sums.shape(0))};
+// Holds the points' memory.
+class BoundPoints {
+public:
+    BoundPoints(Array<float, 2> x, const std::string& metric, const std::string& instruction_set, int num_threads)
+        : x_(x),
+          points_(x.data(), size(x.shape(0)), size(x.shape(1)), metric_named(metric), chosen(instruction_set),
+                  num_threads) {}
+
+    void assign(Array<float, 2> centroids, Output<std::int64_t, 1> nearest, int num_threads) const {
+        check(centroids, nearest);
+        const nb::gil_scoped_release release;
+        points_.assign(centroids.data(), size(centroids.shape(0)), nearest.data(), num_threads);
+    }
+
+    bool reassign(Array<float, 2> centroids, Output<std::int64_t, 1> nearest, int num_threads) const {
+        check(centroids, nearest);
+        const nb::gil_scoped_release release;
+        return points_.reassign(centroids.data(), size(centroids.shape(0)), nearest.data(), num_threads);
+    }
+
+private:
+    void check(const Array<float, 2>& centroids, const Output<std::int64_t, 1>& nearest) const {
+        require(size(centroids.shape(1)) == points_.d(), "centroids: expected the columns of x");
+        require(centroids.shape(0) > 0 && centroids.shape(0) < std::size_t{1} << 31, "centroids: expected 1 … 2^31 − 1");
+        require(size(nearest.size()) == points_.num_rows(), "nearest: expected one a row of x");
+    }
+
+    Array<float, 2> x_;
+    ClusterPoints points_;
+};
+
+bool bound_moves(Array<float, 2> x, std::optional<Vector<std::int64_t>> before, Vector<std::int64_t> nearest,
+                 Output<double, 2> sums, const std::string& instruction_set, int num_threads) {
+    require(nearest.size() == x.shape(0) && (!before || before->size() == x.shape(0)),
+            "before, nearest: expected one a row");
+    require(sums.shape(1) == x.shape(1), "sums: expected [nlist, d]");
+    const Moves moves{x.data(),          or_null(before),  nearest.data(), size(x.shape(0)),
+                      size(x.shape(1)), size(sums.shape(0))};
     const InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;
-    return cluster_sums(in, sums.data(), errors.data(), set, num_threads);
+    return add_to_clusters(moves, sums.data(), set, num_threads);
 }
 
 }  // namespace
@@ -68,9 +101,16 @@ void bind_neighbors(nb::module_& m) {
           "num_threads"_a, "Fills `keys` [nq, k]; False where an offset, a probe or a rank is out of range.");
     m.def("assign_clusters", &bound_assign, exact("x"), exact("centroids"), exact("scores"), exact("index"),
           "metric"_a, "instruction_set"_a, "num_threads"_a, "Fills `scores` and `index` [n, nprobe].");
-    m.def("cluster_sums", &bound_sums, exact("x"), exact("row_errors"), exact("nearest"), exact("sums"),
-          exact("errors"), "instruction_set"_a, "num_threads"_a,
-          "Fills `sums` [nlist, d] and `errors` [nlist] of the rows of each cluster; False where one is out of range.");
+    nb::class_<BoundPoints>(m, "ClusterPoints")
+        .def(nb::init<Array<float, 2>, const std::string&, const std::string&, int>(), exact("x"), "metric"_a,
+             "instruction_set"_a, "num_threads"_a)
+        .def("assign", &BoundPoints::assign, exact("centroids"), exact("nearest"), "num_threads"_a,
+             "Fills `nearest` [n].")
+        .def("reassign", &BoundPoints::reassign, exact("centroids"), exact("nearest"), "num_threads"_a,
+             "The same, faster, where `nearest` mostly holds it already; False where one is out of range.");
+    m.def("add_to_clusters", &bound_moves, exact("x"), exact("before").none(), exact("nearest"), exact("sums"),
+          "instruction_set"_a, "num_threads"_a,
+          "Rows leave the `sums` [nlist, d] of `before` and join those of `nearest`; False where one is out of range.");
 }
 
 }  // namespace alure

@@ -11,9 +11,7 @@
 #include <utility>
 #include <vector>
 
-#include "aligned.h"
-#include "neighbors_kernels.h"
-#include "parallel.h"
+#include "neighbors_lists.h"
 
 namespace alure {
 namespace {
@@ -29,102 +27,6 @@ constexpr std::int64_t kQueryBlockBytes = 24 << 10;    // packed queries, beside
 constexpr std::int64_t kHits = 1 << 14;
 constexpr std::int64_t kAhead = 4;                     // rows whose vectors are on their way
 constexpr std::int64_t kWaves[] = {0, 1, 4, 12};       // probes come nearest first: these give the thresholds
-constexpr std::int64_t kAssignFloats = 1 << 15;        // scores of a block of rows: 128 KiB
-
-const NeighborKernels& kernels_of(InstructionSet set) {
-#if defined(__x86_64__)
-#if defined(ALURE_HAS_AMX)
-    if (set == InstructionSet::kAmx) return amx::neighbor_kernels;
-#endif
-    if (set == InstructionSet::kAvx512 && __builtin_cpu_supports("avx512vnni")) return avx512_vnni::neighbor_kernels;
-    if (set == InstructionSet::kAvx512 || set == InstructionSet::kAvx2) return avx2::neighbor_kernels;
-#endif
-    if (set == InstructionSet::kEmulatedAmx) return emulated_amx::neighbor_kernels;
-    return portable::neighbor_kernels;
-}
-
-std::int64_t round_up(std::int64_t x, std::int64_t step) { return (x + step - 1) / step * step; }
-
-double squared_norm(const float* x, std::int64_t d) {
-    double sum = 0.0;
-    for (std::int64_t i = 0; i < d; ++i) sum += double{x[i]} * x[i];
-    return sum;
-}
-
-// Kernels halve squared distances.
-float factor(Metric metric) { return metric == Metric::kInnerProduct ? 1.0f : 2.0f; }
-
-auto exact_score(const NeighborKernels& kernels, Metric metric) {
-    return metric == Metric::kInnerProduct ? kernels.inner_product : kernels.negated_distance;
-}
-
-// Rows of lists as panels; every list begins with a panel of its own.
-class PackedLists {
-public:
-    PackedLists(const Filter& filter, const float* x, std::int64_t d, std::span<const std::int64_t> offsets,
-                Metric metric, int num_threads)
-        : filter_(filter),
-          d_(d),
-          metric_(metric),
-          begins_(offsets.size()),
-          norms_(offsets.size() - 1),
-          center_norms_(offsets.size() - 1),
-          bounds_(offsets.size() - 1) {
-        const std::int64_t nlist = static_cast<std::int64_t>(bounds_.size());
-        for (std::int64_t list = 0; list < nlist; ++list)
-            begins_[list + 1] = begins_[list] + round_up(offsets[list + 1] - offsets[list], filter.panel_rows);
-        centers_ = std::make_unique_for_overwrite<float[]>(nlist * d);
-        panels_.emplace(begins_.back() * filter.row_bytes(d));
-        bias_ = std::make_unique_for_overwrite<float[]>(begins_.back());
-        scale_ = std::make_unique_for_overwrite<float[]>(begins_.back());
-        zero_ = std::make_unique_for_overwrite<std::int32_t[]>(begins_.back());
-        parallel_for(nlist, num_threads, [&] { return std::vector<double>(d); },
-            [&](std::vector<double>& mean, std::int64_t list) {
-                const std::int64_t rows = offsets[list + 1] - offsets[list];
-                const float* first = x + offsets[list] * d;
-                std::fill(mean.begin(), mean.end(), 0.0);
-                double largest = 0.0;
-                for (std::int64_t i = 0; i < rows; ++i) {
-                    largest = std::max(largest, squared_norm(first + i * d, d));
-                    for (std::int64_t c = 0; c < d; ++c) mean[c] += double{first[i * d + c]};
-                }
-                const double share = 1.0 / static_cast<double>(std::max<std::int64_t>(rows, 1));
-                for (std::int64_t c = 0; c < d; ++c) centers_[list * d + c] = static_cast<float>(mean[c] * share);
-                norms_[list] = static_cast<float>(std::sqrt(largest));
-                center_norms_[list] = static_cast<float>(std::sqrt(squared_norm(centers_.get() + list * d, d)));
-                bounds_[list] = filter.pack_rows(first, rows, d, metric, this->rows(list, 0));
-            });
-    }
-
-    [[nodiscard]] PackedRows rows(std::int64_t list, std::int64_t first) const {
-        const std::int64_t at = begins_[list] + first;
-        return {centers_.get() + list * d_, static_cast<char*>(panels_->get()) + at * filter_.row_bytes(d_),
-                bias_.get() + at, scale_.get() + at, zero_.get() + at};
-    }
-    [[nodiscard]] std::int64_t columns(std::int64_t list) const { return begins_[list + 1] - begins_[list]; }
-
-    // How far exact scores of a list's rows may be from factor(metric) · (kernel's score + shift).
-    [[nodiscard]] float margin(std::int64_t list, const PackedQuery& q) const {
-        // Twice the bound d·2⁻²⁴·|q||x| on a float32 product's rounding, and some for the roundings around it.
-        const float error = static_cast<float>(d_ + 16) * 0x1p-23f;
-        const float reach = q.norm + center_norms_[list] + norms_[list];
-        const float exactly = error * reach * (metric_ == Metric::kInnerProduct ? norms_[list] : reach);
-        return exactly +
-               factor(metric_) * 1.0001f * (q.norm * bounds_[list].residual + q.residual * bounds_[list].norm);
-    }
-
-private:
-    const Filter& filter_;
-    std::int64_t d_;
-    Metric metric_;
-    std::vector<std::int64_t> begins_;  // columns
-    std::optional<AlignedBytes> panels_;
-    std::unique_ptr<float[]> centers_, bias_, scale_;
-    std::unique_ptr<std::int32_t[]> zero_;
-    std::vector<float> norms_;  // the largest of each list
-    std::vector<float> center_norms_;
-    std::vector<RowsBound> bounds_;
-};
 
 std::int64_t encode(float score, std::int64_t rank) {
     const std::int32_t bits = std::bit_cast<std::int32_t>(score == 0.0f ? 0.0f : score);  // −0 and 0 are one score
@@ -354,56 +256,6 @@ bool sound(const SearchInputs& in) {
            within({in.rank, size(in.num_rows)}, 0, std::int64_t{1} << 31);
 }
 
-// The nearest centroid of every row: products nominate, exact scores decide.
-void assign_nearest(const AssignInputs& in, float* scores, std::int64_t* index, const NeighborKernels& kernels,
-                    int num_threads) {
-    const Filter& filter = in.d <= kernels.filter.most_channels ? kernels.filter : kernels.exact;
-    const std::int64_t offsets[] = {0, in.num_centroids};
-    const PackedLists centroids(filter, in.centroids, in.d, offsets, in.metric, 1);
-    const std::int64_t columns = centroids.columns(0), size = filter.query_bytes(in.d);
-    const std::int64_t block = filter.query_rows * std::clamp<std::int64_t>(
-        std::min(kAssignFloats / columns, kQueryBlockBytes / size) / filter.query_rows, 1, 64);
-    const auto exact = exact_score(kernels, in.metric);
-    struct Scratch {
-        AlignedBytes queries;
-        std::vector<float> scales, margins, scores;
-        std::vector<std::int32_t> nominees;
-    };
-    parallel_for((in.num_rows + block - 1) / block, num_threads,
-        [&] {
-            Scratch s{AlignedBytes(block * size), std::vector<float>(block), std::vector<float>(block),
-                      std::vector<float>(block * columns), std::vector<std::int32_t>(columns)};
-            std::fill_n(static_cast<char*>(s.queries.get()), block * size, char{0});
-            return s;
-        },
-        [&](Scratch& s, std::int64_t b) {
-            const std::int64_t begin = b * block, end = std::min(begin + block, in.num_rows);
-            char* packed = static_cast<char*>(s.queries.get());
-            const ScoreTile tile{packed, s.scales.data(), end - begin, in.d, centroids.rows(0, 0), columns};
-            for (std::int64_t row = begin; row < end; ++row) {
-                const PackedQuery q = filter.pack_query(in.x + row * in.d, tile.rows.center, in.d, in.metric,
-                                                        packed + (row - begin) * size);
-                s.scales[row - begin] = q.scale;
-                s.margins[row - begin] = centroids.margin(0, q);
-            }
-            filter.scores(tile, s.scores.data());
-            for (std::int64_t row = begin; row < end; ++row) {
-                const float width = 2.0f * s.margins[row - begin] / factor(in.metric);
-                const std::int64_t found = kernels.near_largest(s.scores.data() + (row - begin) * columns, columns,
-                                                                width, s.nominees.data());
-                float best = -kInfinity;
-                for (std::int64_t n = 0; n < found; ++n) {
-                    const std::int64_t centroid = s.nominees[n];
-                    const float score = exact(in.x + row * in.d, in.centroids + centroid * in.d, in.d);
-                    if (n > 0 && score <= best) continue;
-                    best = score;
-                    index[row] = centroid;
-                }
-                scores[row] = in.metric == Metric::kInnerProduct ? best : -best;
-            }
-        });
-}
-
 }  // namespace
 
 bool search(const SearchInputs& in, std::int64_t* keys, InstructionSet set, int num_threads) {
@@ -420,66 +272,6 @@ bool search(const SearchInputs& in, std::int64_t* keys, InstructionSet set, int 
         [&](ChunkSearch& search, std::int64_t c) {
             search.run(c * chunk, std::min((c + 1) * chunk, in.num_queries), keys);
         });
-    return true;
-}
-
-void assign(const AssignInputs& in, float* scores, std::int64_t* index, InstructionSet set, int num_threads) {
-    const NeighborKernels& kernels = kernels_of(set);
-    if (in.nprobe == 1) return assign_nearest(in, scores, index, kernels, num_threads);
-    const Filter& exact = kernels.exact;
-    const std::int64_t offsets[] = {0, in.num_centroids};
-    const PackedLists centroids(exact, in.centroids, in.d, offsets, in.metric, 1);
-    const std::int64_t columns = centroids.columns(0), size = exact.query_bytes(in.d);
-    const std::int64_t block = exact.query_rows * std::clamp<std::int64_t>(
-        std::min(kAssignFloats / columns, kQueryBlockBytes / size) / exact.query_rows, 1, 64);
-    struct Scratch {
-        std::vector<char> queries, selection;
-        std::vector<float> scales, scores, best;
-        std::vector<std::int32_t> index;
-    };
-    parallel_for((in.num_rows + block - 1) / block, num_threads,
-        [&] {
-            return Scratch{std::vector<char>(block * size), std::vector<char>(8 * (in.nprobe + exact.panel_rows)),
-                           std::vector<float>(block, 1.0f), std::vector<float>(block * columns),
-                           std::vector<float>(in.nprobe), std::vector<std::int32_t>(in.nprobe)};
-        },
-        [&](Scratch& s, std::int64_t b) {
-            const std::int64_t begin = b * block, end = std::min(begin + block, in.num_rows);
-            const ScoreTile tile{s.queries.data(), s.scales.data(), end - begin, in.d, centroids.rows(0, 0), columns};
-            for (std::int64_t row = begin; row < end; ++row)
-                exact.pack_query(in.x + row * in.d, nullptr, in.d, in.metric, s.queries.data() + (row - begin) * size);
-            exact.scores(tile, s.scores.data());
-            for (std::int64_t i = 0; i < tile.num_queries; ++i) {
-                kernels.largest(s.scores.data() + i * columns, columns, in.nprobe, s.selection.data(),
-                                s.best.data(), s.index.data());
-                float* out = scores + (begin + i) * in.nprobe;
-                std::copy(s.index.begin(), s.index.end(), index + (begin + i) * in.nprobe);
-                if (in.metric == Metric::kInnerProduct) {
-                    std::copy(s.best.begin(), s.best.end(), out);
-                } else {
-                    const float shift = static_cast<float>(squared_norm(in.x + (begin + i) * in.d, in.d));
-                    for (std::int64_t p = 0; p < in.nprobe; ++p) out[p] = std::max(shift - 2.0f * s.best[p], 0.0f);
-                }
-            }
-        });
-}
-
-bool cluster_sums(const Clustering& in, double* sums, double* errors, InstructionSet set, int num_threads) {
-    const NeighborKernels& kernels = kernels_of(set);
-    const auto within = [&](std::int64_t cluster) { return cluster >= 0 && cluster < in.nlist; };
-    if (!std::all_of(in.nearest, in.nearest + in.num_rows, within)) return false;
-    const std::int64_t shares = std::clamp<std::int64_t>(in.nlist, 1, std::max(num_threads, 1));
-    parallel_for(shares, num_threads, [] { return 0; }, [&](int, std::int64_t share) {
-        const std::int64_t first = share * in.nlist / shares, last = (share + 1) * in.nlist / shares;
-        std::fill(sums + first * in.d, sums + last * in.d, 0.0);
-        std::fill(errors + first, errors + last, 0.0);
-        for (std::int64_t row = 0; row < in.num_rows; ++row) {
-            const std::int64_t cluster = in.nearest[row];
-            if (cluster < first || cluster >= last) continue;
-            errors[cluster] += double{in.errors[row]};
-            kernels.add(in.x + row * in.d, in.d, sums + cluster * in.d);
-        }
-    });
     return true;
 }
 

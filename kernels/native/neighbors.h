@@ -26,27 +26,4 @@ struct SearchInputs {
 // query and the database alone. Returns false where offsets, probes or ranks are out of range.
 bool search(const SearchInputs& in, std::int64_t* keys, InstructionSet set, int num_threads);
 
-struct AssignInputs {
-    const float* x;          // [num_rows, d]
-    const float* centroids;  // [num_centroids, d]
-    std::int64_t num_rows, num_centroids, d;
-    std::int64_t nprobe;
-    Metric metric;
-};
-
-// scores and index [num_rows, nprobe]: inner products or squared distances of the nprobe best centroids, best first.
-// Of one they are exact, of more those of one float32 matrix product.
-void assign(const AssignInputs& in, float* scores, std::int64_t* index, InstructionSet set, int num_threads);
-
-struct Clustering {
-    const float* x;               // [num_rows, d]
-    const float* errors;          // [num_rows]
-    const std::int64_t* nearest;  // [num_rows], the cluster of each
-    std::int64_t num_rows, d, nlist;
-};
-
-// sums [nlist, d] and errors [nlist] of each cluster's rows, added in their order whatever the threads, in float64.
-// Returns false where `nearest` is out of range.
-bool cluster_sums(const Clustering& in, double* sums, double* errors, InstructionSet set, int num_threads);
-
 }  // namespace alure

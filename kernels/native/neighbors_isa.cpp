@@ -23,11 +23,11 @@ inline Doubles widened(const float* p) {
 #endif
 }
 
-void add(const float* x, std::int64_t d, double* sums) {
+void add(const float* x, std::int64_t d, double sign, double* sums) {
     typedef double UnalignedDoubles __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(8), may_alias));
     std::int64_t i = 0;
-    for (; i + kDoubles <= d; i += kDoubles) *reinterpret_cast<UnalignedDoubles*>(sums + i) += widened(x + i);
-    for (; i < d; ++i) sums[i] += double{x[i]};
+    for (; i + kDoubles <= d; i += kDoubles) *reinterpret_cast<UnalignedDoubles*>(sums + i) += sign * widened(x + i);
+    for (; i < d; ++i) sums[i] += sign * double{x[i]};
 }
 
 // add(a, b, c) is c + a term of a and b, of vectors or of doubles.

@@ -72,8 +72,8 @@ struct NeighborKernels {
                     std::int32_t* index);
     // Places of the values within `width` of the largest, in order; returns their number.
     std::int64_t (*near_largest)(const float* values, std::int64_t count, float width, std::int32_t* places);
-    // sums [d] += x.
-    void (*add)(const float* x, std::int64_t d, double* sums);
+    // sums [d] += sign · x.
+    void (*add)(const float* x, std::int64_t d, double sign, double* sums);
     // Σ x·y, or −Σ (x − y)², in float64 in an order of its own, the same for every instruction set, rounded once.
     float (*inner_product)(const float* x, const float* y, std::int64_t d);
     float (*negated_distance)(const float* x, const float* y, std::int64_t d);

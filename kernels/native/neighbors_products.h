@@ -105,7 +105,7 @@ void scores(const ScoreTile& t, float* out) {
         });
 }
 
-// The hits of kLanes scores that reach a threshold; returns the end. Apart, since they are rare.
+// The hits of kPair scores that reach a threshold; returns the end. Apart, since they are rare.
 [[gnu::noinline]] Hit* add_hits(unsigned reach, std::int64_t query, std::int64_t column, Hit* end) {
     for (; reach != 0; reach &= reach - 1)
         *end++ = {static_cast<std::int32_t>(query), static_cast<std::int32_t>(column + __builtin_ctz(reach))};
@@ -128,10 +128,12 @@ std::int64_t hits(const ScoreTile& t, const float* thresholds, std::int64_t firs
                 above = larger_lanes(above, best - threshold[row]);
             }
             if (mask_at_least(above, Floats{}) == 0) [[likely]] return;
-            for (int row = 0; row < Rows; ++row)
-                for (int v = 0; v < Vectors; ++v)
-                    end = add_hits(mask_at_least(sums[row][v], splat(threshold[row])), query + row, column + v * kLanes,
-                                   end);
+#pragma GCC unroll 16
+            for (int row = 0; row < Rows; ++row) {
+                unsigned reach = mask_at_least(sums[row][0], splat(threshold[row]));
+                if constexpr (Vectors == 2) reach |= mask_at_least(sums[row][1], splat(threshold[row])) << kLanes;
+                if (reach != 0) end = add_hits(reach, query + row, column, end);
+            }
         });
     *count = end - out;
     return first;

@@ -119,12 +119,22 @@ inline void sort_by_rank(float* values, const std::int32_t* index, std::int64_t 
 }
 
 std::int64_t near_largest(const float* values, std::int64_t count, float width, std::int32_t* places) {
+    constexpr std::int64_t kBits = 64;  // values that are looked at together: few of them are near, so few branches
     const Floats least = splat(maximum(values, count) - width);
-    std::int64_t found = 0;
-    for (std::int64_t i = 0; i < count; i += kLanes)
-        for (unsigned mask = mask_at_least(load(values + i), least); mask != 0; mask &= mask - 1)
-            places[found++] = static_cast<std::int32_t>(i) + __builtin_ctz(mask);
-    return found;
+    std::int32_t* end = places;
+    const auto add = [&](std::int64_t first, std::uint64_t near) ALURE_INLINE {
+        for (; near != 0; near &= near - 1) *end++ = static_cast<std::int32_t>(first) + __builtin_ctzll(near);
+    };
+    std::int64_t i = 0;
+    for (; i + kBits <= count; i += kBits) {
+        std::uint64_t near = 0;
+#pragma GCC unroll 16
+        for (std::int64_t j = 0; j < kBits; j += kLanes)
+            near |= std::uint64_t{mask_at_least(load(values + i + j), least)} << j;
+        add(i, near);
+    }
+    for (; i < count; i += kLanes) add(i, mask_at_least(load(values + i), least));
+    return end - places;
 }
 
 void largest(const float* values, std::int64_t count, std::int64_t k, void* scratch, float* best,

@@ -557,22 +557,103 @@ def test_kmeans_refuses_what_it_cannot_cluster() -> None:
 
 
 @needs_native
-def test_cluster_sums_do_not_depend_on_threads() -> None:
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+@pytest.mark.parametrize("spherical", [True, False])
+def test_kmeans_is_the_same_for_any_threads_and_instruction_set(
+    init: Any, spherical: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    x = clustered(1200, 20, 15)[0]
     native = importlib.import_module("alure.kernels.neighbors.native")
-    x, errors = random(1000, 9), random(1000, seed=1)
-    nearest = torch.randint(0, 20, (1000,), generator=torch.Generator().manual_seed(2))
-    expected = torch.zeros(21, 9, dtype=torch.float64).index_add_(0, nearest, x.double())
-    before = torch.get_num_threads()
+
+    def trained() -> Tensor:
+        return train_kmeans(x, 40, niter=5, init=init, spherical=spherical)
+
+    expected, before = trained(), torch.get_num_threads()
     try:
-        for threads in (1, 2, 5):
-            torch.set_num_threads(threads)
-            sums, totals = native.cluster_sums(x, errors, nearest, 21)
-            assert torch.equal(sums, expected)
-            assert torch.equal(totals, torch.bincount(nearest, errors.double(), 21))
+        torch.set_num_threads(3)
+        assert torch.equal(trained(), expected)
     finally:
         torch.set_num_threads(before)
-    with pytest.raises(ValueError, match="nearest: expected clusters 0 … 19"):
-        native.cluster_sums(x, errors, nearest + 1, 20)
+    for instruction_set in instruction_sets():
+        monkeypatch.setattr(native, "INSTRUCTION_SET", instruction_set)
+        assert torch.equal(trained(), expected)
+    torch.testing.assert_close(train_kmeans(x.double(), 40, niter=5, init=init, spherical=spherical), expected.double())
+
+
+@needs_native
+def test_kmeans_ends_where_no_point_moves(monkeypatch: pytest.MonkeyPatch) -> None:
+    native = importlib.import_module("alure.kernels.neighbors.native")
+    calls = []
+    assign = native.ClusterPoints.assign
+    monkeypatch.setattr(native.ClusterPoints, "assign", lambda *args: calls.append(1) or assign(*args))
+    x = random(400, 3)
+    long = train_kmeans(x, 4, niter=1000, spherical=False)
+    assert len(calls) < 1000
+    nearest = assign_clusters(x, long, metric="l2")[1].squeeze(1)
+    means = torch.stack([x[nearest == cluster].double().mean(dim=0) for cluster in range(4)])
+    torch.testing.assert_close(long, means.float())
+
+
+def test_kmeans_plus_plus_starts_far_apart() -> None:
+    """Of 40 heaps, a few of them much larger, nearly each gets a first centroid; points at random miss many."""
+    centres = 100 * random(40, 8)
+    heaps = torch.cat([torch.arange(40).repeat(10), torch.arange(4).repeat(250)])
+    x = centres[heaps] + random(len(heaps), 8, seed=1)
+    starts = {init: train_kmeans(x, 40, niter=0, init=init, spherical=False) for init in ("random", "k-means++")}
+    missed = {init: 40 - len(torch.cdist(start, centres).argmin(1).unique()) for init, start in starts.items()}
+    assert missed["k-means++"] <= 4 < missed["random"]
+    with pytest.raises(ValueError, match="init: expected 'random' or 'k-means"):
+        train_kmeans(x, 2, init="far")  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("n", [40, 41])
+def test_kmeans_plus_plus_of_copies(n: int) -> None:
+    """More centroids than different points: every row is drawn once, at distances of zero as well."""
+    x = torch.ones(n, 3)
+    assert torch.equal(train_kmeans(x, 40, niter=0, init="k-means++", spherical=False), torch.ones(40, 3))
+
+
+@needs_native
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize(("n", "c", "d", "scale"), [(500, 90, 64, 1.0), (77, 1, 5, 1e-30), (300, 33, 130, 1e6)])
+def test_a_second_assignment_equals_a_fresh_one(
+    instruction_set: str, metric: Any, n: int, c: int, d: int, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever was nearest before: what is, or the worst there is."""
+    native = importlib.import_module("alure.kernels.neighbors.native")
+    monkeypatch.setattr(native, "INSTRUCTION_SET", instruction_set)
+    x, centroids = scale * random(n, d), scale * random(c, d, seed=1)
+    x[: n // 4] = x[0].clone()
+    centroids[c // 2] = centroids[c // 3]
+    expected = native.assign(x, centroids, 1, metric)[1].squeeze(1)
+    points = native.ClusterPoints(x, metric)
+    for start in (scale * random(c, d, seed=2), -centroids, centroids):
+        points.assign(start)
+        nearest, sums = points.assign(centroids)
+        assert torch.equal(nearest, expected)
+        exact = torch.zeros(c, d, dtype=torch.float64).index_add_(0, nearest, x.double())
+        torch.testing.assert_close(sums, exact, rtol=1e-9, atol=1e-9 * scale)
+
+
+@needs_native
+def test_cluster_sums_do_not_depend_on_threads() -> None:
+    native = importlib.import_module("alure.kernels._native")
+    x = random(1000, 9)
+    before, nearest = (torch.randint(0, 20, (1000,), generator=torch.Generator().manual_seed(s)) for s in (2, 3))
+    first = torch.zeros(21, 9, dtype=torch.float64).index_add_(0, before, x.double())
+    moved = []
+    for threads in (1, 2, 5):
+        sums = torch.zeros(21, 9, dtype=torch.float64)
+        assert native.add_to_clusters(x.numpy(), None, before.numpy(), sums.numpy(), "portable", threads)
+        assert torch.equal(sums, first)
+        assert native.add_to_clusters(x.numpy(), before.numpy(), nearest.numpy(), sums.numpy(), "portable", threads)
+        moved.append(sums)
+    assert all(torch.equal(sums, moved[0]) for sums in moved)
+    torch.testing.assert_close(moved[0], torch.zeros_like(first).index_add_(0, nearest, x.double()))
+    sums = torch.zeros(19, 9, dtype=torch.float64)
+    assert not native.add_to_clusters(x.numpy(), None, nearest.numpy(), sums.numpy(), "portable", 1)
+    assert not native.ClusterPoints(x.numpy(), "ip", "portable", 1).reassign(x[:19].numpy(), nearest.numpy(), 1)
 
 
 # ---- parts
