@@ -106,6 +106,9 @@ class TrainingConfig(Section):
     steps: int | None = Field(None, ge=0, description="default: 4 passes over the users, 120 to 600 steps")
     batch_users: int = Field(128, ge=1)
     learning_rate: float = Field(5e-3, gt=0)
+    table_learning_rate: float | None = Field(
+        None, gt=0, description="of the hashed table's row-wise Adagrad (default: 50 times learning_rate)"
+    )
     weight_decay: float = Field(0.01, ge=0)
     max_events: int = Field(128, ge=1, description="newest events a source that training reads")
     label_horizon: int = Field(7 * DAY, ge=1, description="seconds after the snapshot that hold its positives")

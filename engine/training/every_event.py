@@ -45,7 +45,9 @@ def every_event_loss(
     if config.log_q == "tfrs":
         positive = positive - expected_draws(positives, sample, sampler, config).log()
     with model.user.autocast():
-        loss: Tensor = RowSoftmax.apply(users, ads[among], candidates.correction(config.log_q), positive, column[own])
+        low = torch.bfloat16 if config.precision == "bfloat16" else users.dtype
+    correction = candidates.correction(config.log_q)
+    loss: Tensor = RowSoftmax.apply(users, ads[among], correction, positive, column[own], low)
     return loss, len(labelled)
 
 

@@ -3,7 +3,7 @@
 Full ranking: no sampled candidates. Items that the user has engaged with already are left out, the held-out one aside.
 """
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -47,8 +47,9 @@ def held_out_ranks(
 ) -> np.ndarray:
     """Rank from 0 of held_out [n] (item index) among all items of the ad sources, for each of users [n]: int64 [n].
 
-    The users are embedded from their newest `max_events` events up to `as_of`, less the newest `without_newest`. Ties
-    count against the held-out item, so that a model that tells nothing apart ranks it last.
+    The users are embedded from their newest `max_events` events up to `as_of`, less the newest `without_newest`, at the
+    time of the last event read: the held-out events of such data sets follow at once, and may have no time. Ties count
+    against the held-out item, so that a model that tells nothing apart ranks it last.
     """
     history = events.engagements(as_of)
     known = torch.from_numpy(np.unique(history.items).astype(np.int64)).to(catalog.items.device)
@@ -60,7 +61,9 @@ def held_out_ranks(
     with track("Ranking", len(users), "users") as bar:
         for begin in range(0, len(users), BATCH):
             some, wanted = users[begin : begin + BATCH], torch.from_numpy(held_out[begin : begin + BATCH])
-            batch = events.batch(some, as_of, max_events, without_newest).to(known.device)
+            last = history.offsets[some + 1] - 1 - without_newest
+            batch = events.batch(some, as_of, max_events, without_newest)
+            batch = replace(batch, as_of=torch.from_numpy(history.timestamps[last])).to(known.device)
             scores = two_tower_scores(model(batch, catalog).embeddings, ads)
             rows = torch.arange(len(some), device=known.device)
             own = scores[rows, column[wanted.to(known.device)]].clone()

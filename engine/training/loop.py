@@ -84,7 +84,12 @@ class Loop:
         model.user.mixed_precision = self.config.precision == "bfloat16"
         self.weights = part_weights(material.sampler, self.config)
         self.optimization = Optimization(
-            model, model.user.table, self.config.learning_rate, self.config.weight_decay, report.steps
+            model,
+            model.user.table,
+            self.config.learning_rate,
+            self.config.weight_decay,
+            report.steps,
+            self.config.table_learning_rate,
         )
         self.curve = Curve(report.steps)
         self.selection = Selection(self.config.patience)

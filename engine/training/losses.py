@@ -50,35 +50,34 @@ class RowSoftmax(torch.autograd.Function):
     The [n, C] logits are never held: a block's gradients are made while it is in the cache, as in fused linear cross
     entropy. users [n, D], ads [C, D]: their products are logits. correction float32 [C]: added to a candidate's logit
     where it is a negative. positive [n]: the positives' logits. hits int64 [n]: the column that a row's positive
-    itself has among the candidates, masked there; −1 where it has none. Under autocast the products are of its type.
+    itself has among the candidates, masked there; −1 where it has none. The products are made in the type `low`.
     """
 
     BLOCK = 1_024
 
     @staticmethod
-    def forward(ctx: Any, users: Tensor, ads: Tensor, correction: Tensor, positive: Tensor, hits: Tensor) -> Tensor:
-        low = torch.get_autocast_dtype(users.device.type)
-        low = low if torch.is_autocast_enabled(users.device.type) else users.dtype
-        with torch.autocast(users.device.type, enabled=False):
-            total = users.new_zeros((), dtype=torch.float64)
-            d_users, d_ads, d_positive = torch.empty_like(users), torch.zeros_like(ads), torch.empty_like(positive)
-            low_ads = ads.to(low)
-            for begin in range(0, len(users), RowSoftmax.BLOCK):
-                block = slice(begin, begin + RowSoftmax.BLOCK)
-                low_users = users[block].to(low)
-                logits = (low_users @ low_ads.T).to(users.dtype).add_(correction)
-                rows = (hits[block] >= 0).nonzero().squeeze(1)
-                logits[rows, hits[block][rows]] = MASKED
-                highest = logits.amax(dim=1, keepdim=True)
-                weights = logits.sub_(highest).exp_()
-                sums = weights.sum(dim=1, keepdim=True)
-                behind = (highest + sums.log()).squeeze(1) - positive[block]
-                total += F.softplus(behind).sum()
-                missing = torch.sigmoid(behind)  # probability of the negatives together
-                low_weights = weights.mul_(missing[:, None] / sums).to(low)
-                d_users[block] = low_weights @ low_ads
-                d_ads += low_weights.T @ low_users
-                d_positive[block] = -missing
+    def forward(
+        ctx: Any, users: Tensor, ads: Tensor, correction: Tensor, positive: Tensor, hits: Tensor, low: torch.dtype
+    ) -> Tensor:
+        total = users.new_zeros((), dtype=torch.float64)
+        d_users, d_ads, d_positive = torch.empty_like(users), torch.zeros_like(ads), torch.empty_like(positive)
+        low_ads = ads.to(low)
+        for begin in range(0, len(users), RowSoftmax.BLOCK):
+            block = slice(begin, begin + RowSoftmax.BLOCK)
+            low_users = users[block].to(low)
+            logits = (low_users @ low_ads.T).to(users.dtype).add_(correction)
+            rows = (hits[block] >= 0).nonzero().squeeze(1)
+            logits[rows, hits[block][rows]] = MASKED
+            highest = logits.amax(dim=1, keepdim=True)
+            weights = logits.sub_(highest).exp_()
+            sums = weights.sum(dim=1, keepdim=True)
+            behind = (highest + sums.log()).squeeze(1) - positive[block]
+            total += F.softplus(behind).sum()
+            missing = torch.sigmoid(behind)  # probability of the negatives together
+            low_weights = weights.mul_(missing[:, None] / sums).to(low)
+            d_users[block] = low_weights @ low_ads
+            d_ads += low_weights.T @ low_users
+            d_positive[block] = -missing
         ctx.save_for_backward(d_users, d_ads, d_positive)
         ctx.rows = max(len(users), 1)
         return (total / ctx.rows).to(users.dtype)
@@ -87,7 +86,7 @@ class RowSoftmax(torch.autograd.Function):
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         scale = grad / ctx.rows
         d_users, d_ads, d_positive = ctx.saved_tensors
-        return d_users * scale, d_ads * scale, None, d_positive * scale, None
+        return d_users * scale, d_ads * scale, None, d_positive * scale, None, None
 
 
 def view_loss(first: Tensor, second: Tensor, temperature: float) -> Tensor:
