@@ -3,8 +3,15 @@
 import hashlib
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import save_file
+from torch import Tensor
+
+from alure.engine.errors import AlureError
 
 
 def sha256(path: Path) -> str:
@@ -29,3 +36,22 @@ def publish(temporary: Path, path: Path) -> None:
         os.fsync(folder)
     finally:
         os.close(folder)
+
+
+def write_tensors(path: Path, tensors: Mapping[str, Tensor]) -> str:
+    """A safetensors file of `tensors`; its SHA-256. AlureError where it cannot be written.
+
+    safetensors writes to .tmp…, which it renames; what a killed writer left of that is deleted.
+    """
+    temporary = path.with_suffix(".tmp")
+    try:
+        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in tensors.items()}, temporary)
+    except SafetensorError as error:
+        raise AlureError(
+            f"{path}: cannot be written ({error}); free space or mend permissions, and run again"
+        ) from None
+    digest = sha256(temporary)
+    publish(temporary, path)
+    for left in path.parent.glob(".tmp*"):
+        left.unlink()
+    return digest

@@ -11,12 +11,11 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from alure.engine.config import ModelConfig
 from alure.engine.errors import InputError
-from alure.engine.files import publish, sha256, write_json
+from alure.engine.files import sha256, write_json, write_tensors
 from alure.engine.model.schema import EventSchema
 
 FORMAT_VERSION = 2
@@ -57,11 +56,7 @@ class CheckpointConfig(BaseModel):
 def save_checkpoint(folder: Path, module: nn.Module, config: CheckpointConfig, metrics: dict[str, Any]) -> None:
     """Write `module`'s state; `config.sha256` is filled in. Every file is replaced whole, config.json last."""
     folder.mkdir(parents=True, exist_ok=True)
-    tensors = {name: tensor.detach().contiguous().cpu() for name, tensor in module.state_dict().items()}
-    temporary = folder / f"{TENSORS}.tmp"
-    save_file(tensors, temporary)
-    written = config.model_copy(update={"sha256": sha256(temporary)})
-    publish(temporary, folder / TENSORS)
+    written = config.model_copy(update={"sha256": write_tensors(folder / TENSORS, module.state_dict())})
     write_json(folder / METRICS, metrics)
     write_json(folder / CONFIG, written.model_dump(mode="json"))
 

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file
 from torch import Tensor
 
 from alure.engine.errors import InputError
-from alure.engine.files import publish, sha256, write_json
+from alure.engine.files import sha256, write_json, write_tensors
 from alure.engine.progress import say
 
 FORMAT_VERSION = 1
@@ -38,10 +38,7 @@ class TrainingState:
     def save(self, saved: Saved) -> None:
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"step-{saved.step}.safetensors"
-        temporary = path.with_suffix(".tmp")
-        save_file({name: tensor.detach().contiguous().cpu() for name, tensor in saved.tensors.items()}, temporary)
-        digest = sha256(temporary)
-        publish(temporary, path)
+        digest = write_tensors(path, saved.tensors)
         state = {"made_from": self.made_from, "step": saved.step, "file": path.name, "file_sha256": digest}
         state["facts"] = saved.facts
         write_json(self.folder / STATE, {**state, "sha256": _digest(state)})
@@ -84,7 +81,7 @@ class TrainingState:
         if not self.folder.is_dir():
             return
         (self.folder / STATE).unlink(missing_ok=True)
-        for pattern in ("step-*", "*.tmp"):
+        for pattern in ("step-*", "*.tmp", ".tmp*"):
             for path in self.folder.glob(pattern):
                 path.unlink()
         if not any(self.folder.iterdir()):

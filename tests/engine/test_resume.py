@@ -1,5 +1,6 @@
 """A training that dies goes on, run again, to the bits of an undisturbed one; what it left behind is checked."""
 
+import errno
 import json
 import os
 import shutil
@@ -17,7 +18,7 @@ from alure.engine.config import TrainingConfig
 from alure.engine.errors import InputError, Interrupted
 from alure.engine.events import Events
 from alure.engine.files import sha256
-from alure.engine.model.checkpoint import TENSORS, CheckpointConfig
+from alure.engine.model.checkpoint import CONFIG, METRICS, TENSORS, CheckpointConfig
 from alure.engine.training import TrainReport, train
 from alure.engine.training.state import FOLDER, STATE
 from alure.engine.training.step import Part, compute_losses
@@ -249,7 +250,7 @@ class Lab:
         again = self.train(name)
         assert again.code == 0, again.error
         assert self.tensors(name) == self.tensors("undisturbed"), name
-        assert not (self.folder / name / "model" / FOLDER).exists()
+        assert {path.name for path in (self.folder / name / "model").iterdir()} == {CONFIG, METRICS, TENSORS}
         shutil.rmtree(self.folder / name)
 
 
@@ -268,6 +269,18 @@ def test_killed_at_file_operations(lab: Lab) -> None:
     last = lab.undisturbed.operations
     for number, at in enumerate([*range(2, last, last // 5), last]):
         lab.survives(Fault(at, DEADLY[number % len(DEADLY)]))
+
+
+@pytest.mark.parametrize("at", [7, 13, 32])
+def test_a_disk_that_is_full_is_named_and_loses_nothing(lab: Lab, at: int) -> None:
+    """In the write of a state's tensors, of its JSON, of a checkpoint's."""
+    full = lab.train(f"full-{at}", Fault(at, Mode.FAIL, errno.ENOSPC))
+    assert full.code == 1, full.error
+    assert "alure: " in full.error
+    assert "Traceback" not in full.error
+    assert "No space left" in full.error
+    assert lab.train(f"full-{at}").code == 0
+    assert lab.tensors(f"full-{at}") == lab.tensors("undisturbed")
 
 
 @pytest.mark.slow
