@@ -2,6 +2,7 @@
 
 import math
 import time
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
@@ -136,7 +137,8 @@ class Loop:
         values = self._take(stop)
         self.step += 1
         self.curve.add(self.step, values)
-        self.board.add(self.step, self._shown(values))
+        if self.board.writer is not None:
+            self.board.add(self.step, self._shown(values))
         fifth = self.step % self.save_every == 0 and self.step < self.report.steps
         if fifth:
             self.group.check_in_step(self.model)
@@ -159,30 +161,29 @@ class Loop:
         batch = material.events.batch(own.users, own.as_of, self.config.max_events, own.without_newest)
         batch = batch.to(group.device)
         parts = compute_losses(self.model, batch, own, material.sampler, self.config, material.catalog)
-        *counts, signals = group.sum(
-            [*self._numbers({name: p.count for name, p in parts.items()}), bool(stop.signal_name)]
-        )
+        *counts, signals = group.sum([*self._by_part({n: p.count for n, p in parts.items()}), bool(stop.signal_name)])
         self.stopping = signals > 0
-        shares = {name: parts[name].count / count for name, count in zip(self.weights, counts) if name in parts}
-        if parts:
-            torch.stack(
-                [self.weights[name] * shares[name] * part.mean for name, part in parts.items()]
-            ).sum().backward()
-        means = group.sum(self._numbers({name: shares[name] * part.mean.item() for name, part in parts.items()}))
-        found = {name: mean for name, mean, count in zip(self.weights, means, counts) if count}
+        whole = dict(zip(self.weights, counts))
+        # a mean over this process's share, times that share of the batch: their sum is the mean over the batch
+        means = {name: part.mean * (part.count / whole[name]) for name, part in parts.items()}
+        read = {}
+        if means:
+            torch.stack([self.weights[name] * mean for name, mean in means.items()]).sum().backward()
+            read = dict(zip(means, torch.stack([mean.detach() for mean in means.values()]).tolist()))
+        found = {name: mean for name, mean in zip(whole, group.sum(self._by_part(read))) if whole[name]}
         values = {"loss": sum(self.weights[name] * mean for name, mean in found.items()), **found}
         group.sum_gradients(self.optimization.dense, self.optimization.table)
         if not (math.isfinite(values["loss"]) and self.optimization.step(step)):
             raise AlureError(self._failure(sample, values))
         return values
 
+    def _by_part(self, values: Mapping[str, float]) -> list[float]:
+        return [values.get(name, 0) for name in self.weights]
+
     def _shown(self, values: dict[str, float]) -> dict[str, float]:
         losses = {f"loss/{'total' if name == 'loss' else name}": value for name, value in values.items()}
         rate = self.config.learning_rate * schedule(self.step - 1, self.report.steps)
         return {**losses, "learning_rate": rate, "temperature": self.model.temperature.item()}
-
-    def _numbers(self, by_part: dict[str, float]) -> list[float]:
-        return [by_part.get(name, 0) for name in self.weights]
 
     def _failure(self, sample: Sample, values: dict[str, float]) -> str:
         left = f"the checkpoint of step {self.kept} is in {self.report.model}"

@@ -1,6 +1,8 @@
 """Options of a training: early stopping, precision, TensorBoard, daily warm starts; and input that is of little use."""
 
 import math
+import os
+import signal
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +13,7 @@ import torch
 from support.model import DAY, START, LogParts, SourceRows, planted_log, tiny_model, write_log
 
 from alure.engine.config import TrainingConfig
-from alure.engine.errors import AlureError, InputError
+from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.events import Events
 from alure.engine.model import AlureModel, Catalog
 from alure.engine.model.checkpoint import CheckpointConfig, read_checkpoint
@@ -224,3 +226,27 @@ def test_a_warm_start_with_other_dropout(events: Events, tmp_path: Path) -> None
 def recall(report: TrainReport) -> float:
     assert report.validation is not None
     return float(report.validation["retrieval"]["recall"]["10"])
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize(("precision", "tolerance"), [("float32", 5e-3), ("bfloat16", 3e-2)])
+def test_a_gpu_learns_as_a_cpu_does_and_goes_on(
+    events: Events, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, precision: str, tolerance: float
+) -> None:
+    from alure.engine.training.step import compute_losses
+
+    config = TrainingConfig.model_validate({**QUICK, "precision": precision})
+    on_cpu = train(events, tiny_model(), config, tmp_path / "cpu", device="cpu")
+
+    def signalled(*arguments: object) -> object:
+        os.kill(os.getpid(), signal.SIGTERM)
+        return compute_losses(*arguments)  # type: ignore[arg-type]
+
+    monkeypatch.setattr("alure.engine.training.loop.compute_losses", signalled)
+    with pytest.raises(Interrupted):
+        train(events, tiny_model(), config, tmp_path / "gpu", device="cuda")
+    monkeypatch.setattr("alure.engine.training.loop.compute_losses", compute_losses)
+    on_gpu = train(events, tiny_model(), config, tmp_path / "gpu", device="cuda")
+    assert on_gpu.resumed_at == 1
+    for a, b in zip(on_cpu.curve, on_gpu.curve):
+        assert b["loss"] == pytest.approx(a["loss"], rel=tolerance)
