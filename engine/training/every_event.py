@@ -44,8 +44,7 @@ def every_event_loss(
     positive = (users * ads[own]).sum(1)
     if config.log_q == "tfrs":
         positive = positive - expected_draws(positives, sample, sampler, config).log()
-    with model.user.autocast():
-        low = torch.bfloat16 if config.precision == "bfloat16" else users.dtype
+    low = torch.bfloat16 if config.precision == "bfloat16" else users.dtype
     correction = candidates.correction(config.log_q)
     loss: Tensor = RowSoftmax.apply(users, ads[among], correction, positive, column[own], low)
     return loss, len(labelled)

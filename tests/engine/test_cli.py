@@ -220,6 +220,7 @@ def test_a_signal_while_training_exits_with_75(world: Path, tmp_path: Path) -> N
     assert training.returncode == 75, err
     assert json.loads(out.splitlines()[-1])["exit_code"] == 75
     assert not (tmp_path / "model" / "model.safetensors").exists()
+    assert json.loads((tmp_path / "model" / "training" / "state.json").read_text())["step"] > 0
 
 
 def test_schema_is_json(alure: CommandLine) -> None:

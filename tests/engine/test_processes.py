@@ -14,7 +14,7 @@ import pytest
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file, save_file
-from support.model import planted_log, tiny_model
+from support.model import DAY, START, LogParts, SourceRows, planted_log, tiny_model, write_log
 
 from alure.engine.config import TrainingConfig
 from alure.engine.errors import AlureError, InputError, Interrupted
@@ -105,6 +105,23 @@ def test_three_processes_are_the_same_to_the_bit_every_time(events: Events, tmp_
     for name in ("first", "second"):
         together(tmp_path, 3, lambda rank: run(events, tmp_path / name))  # noqa: B023 (called at once)
     assert sha256(tmp_path / "first" / TENSORS) == sha256(tmp_path / "second" / TENSORS)
+
+
+@pytest.mark.parametrize("changes", [{"view_weight": 0.5}, {"labels": "next_event", "held_out": "last_event"}])
+def test_losses_that_draw_leave_the_processes_in_step(tmp_path: Path, changes: dict) -> None:
+    """Dropout, times and in-batch negatives are each process's own; the weights are compared on the way."""
+    generator = np.random.default_rng(0)
+    users = np.repeat(np.arange(40), 8)
+    rows = SourceRows(users, START + generator.integers(0, 30 * DAY, len(users)), generator.integers(0, 30, len(users)))
+    events = write_log(tmp_path / "events", LogParts(40, 30, {"click": rows}))
+    model = tiny_model(layers=1, causal=True, dropout=0.2, encoders=["frequency", "gap", "cyclic"])
+    config = TrainingConfig.model_validate({**QUICK, **changes, "learning_rate": 0.01})
+    together(tmp_path, 2, lambda rank: train(events, model, config, tmp_path / "both"))
+    both = json.loads((tmp_path / "both" / METRICS).read_text())
+    alone = train(events, model, config, tmp_path / "alone")
+    assert both["processes"] == 2
+    for expected, got in zip(alone.curve, both["curve"]):
+        assert got["loss"] == pytest.approx(expected["loss"], rel=0.25)
 
 
 def test_a_signal_to_one_stops_all_and_one_goes_on_for_two(
