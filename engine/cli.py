@@ -13,6 +13,7 @@ from typing import Annotated
 
 import typer
 
+from alure.engine.cli_quantize import quantize
 from alure.engine.config import Config, EventsConfig, TrainingConfig
 from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.options import AsOf, ConfigFile, Json, Out, Seed, finish, load_config, override, parse_time
@@ -29,6 +30,9 @@ app = typer.Typer(
     rich_markup_mode="markdown",
     context_settings={"help_option_names": ["-h", "--help"]},
 )
+
+
+app.add_typer(quantize)
 
 
 def parse_map(pairs: list[str]) -> dict[str, str]:

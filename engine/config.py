@@ -248,6 +248,26 @@ class EvaluationConfig(Section):
     bootstrap: int = Field(500, ge=10)
 
 
+class SemanticsConfig(Section):
+    """Codebooks of semantic ids: `alure quantize train`. TIGER (Rajput et al. 2023) has 3 levels of 256 codes."""
+
+    method: Literal["rqvae", "kmeans"] = Field("rqvae", description="kmeans: residual k-means, without a network")
+    levels: int = Field(3, ge=1, le=16)
+    codebook: int | None = Field(
+        None, ge=2, le=65_536, description="codes a level (default: about a 48th of the items, a power of 2, 8 to 256)"
+    )
+    hidden: tuple[Annotated[int, Field(ge=1)], ...] = Field((256, 128), description="rqvae: widths of the encoder")
+    latent: int = Field(32, ge=1, description="rqvae: width of what is quantised")
+    beta: float = Field(0.25, ge=0, description="rqvae: weight of the commitment loss")
+    steps: int = Field(1_000, ge=1, description="rqvae: training steps")
+    batch_size: int = Field(512, ge=1)
+    learning_rate: float = Field(3e-3, gt=0)
+    weight_decay: float = Field(1e-4, ge=0)
+    holdout_share: float = Field(0.1, gt=0, lt=1, description="of the vectors: only measured, not learned from")
+    max_vectors: int = Field(200_000, ge=2, description="vectors drawn for training; more of the items are left out")
+    threads: int = Field(1, ge=1, description="of the CPU; one number of them gives one result, and small steps want 1")
+
+
 class Config(Section):
     """A whole run: `alure run CONFIG.yaml`."""
 
