@@ -118,6 +118,11 @@ class TrainingConfig(Section):
         "snapshot a user; next_event, dense_all_action: after every event the next one, or one of the horizon's, which "
         "needs a causal model of one source without the encoders position and age",
     )
+    embedding_times: Literal["event", "between"] = Field(
+        "between",
+        description="with labels after every event, T of the embedding after one: the event's own time, or "
+        "for half of them a time before the next one, as a scheduled refresh sees",
+    )
     held_out: Literal["time", "last_event"] = Field(
         "time", description="for validation: the newest validation_share of the targets, or every user's last event"
     )

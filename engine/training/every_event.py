@@ -23,7 +23,7 @@ def every_event_loss(
 ) -> tuple[Tensor, int]:
     """Mean softmax over the candidates, for each event of the batch that has a label; and how many have one."""
     (sequence,) = batch.sequences.values()
-    times = embedding_times(sequence)
+    times = embedding_times(sequence) if config.embedding_times == "between" else sequence.timestamps
     labels = label_rows(sequence, times, None if config.labels == "next_event" else config.label_horizon)
     targets = sampler.is_target(sequence)
     labels = torch.where(targets[labels.clamp_min(0)], labels, -1)
