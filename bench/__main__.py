@@ -1,6 +1,7 @@
 """Runs suites under pytest-benchmark, prints the race, appends JSON lines, draws the plot."""
 
 import argparse
+import importlib
 import json
 import sys
 import tempfile
@@ -8,6 +9,8 @@ from pathlib import Path
 
 from alure.bench import SUITES
 from alure.bench.report import append_lines, read_rows, render, results_path
+
+PLOTS = {"attention": "alure.bench.plot", "neighbors": "alure.bench.plot_neighbors"}  # of all suites, the first
 
 
 def main() -> int:
@@ -17,7 +20,7 @@ def main() -> int:
     parser.add_argument("--case", help='only the cases whose name contains this, such as "equal 1024" or "backward"')
     parser.add_argument("--minutes", type=float, help="time for all: less for each case, and none for the last ones")
     parser.add_argument("--out", type=Path, help="append the results as JSON lines: a .jsonl file, or a folder")
-    parser.add_argument("--plot", type=Path, help="draw the attention race into this SVG file")
+    parser.add_argument("--plot", type=Path, help="draw the race of attention or neighbors into this SVG file")
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     try:
@@ -29,8 +32,9 @@ def main() -> int:
 
     home = Path(__file__).resolve().parent
     chosen = SUITES if options.suite == "all" else (options.suite,)
-    if options.plot and "attention" not in chosen:
-        print("alure bench: --plot draws the attention race; run the suite attention or all", file=sys.stderr)
+    plotted = next((suite for suite in PLOTS if suite in chosen), None)
+    if options.plot and plotted is None:
+        print(f"alure bench: --plot draws the race of {' or '.join(PLOTS)}; run that suite", file=sys.stderr)
         return 2
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
@@ -54,10 +58,8 @@ def main() -> int:
     print(render(rows))
     if options.out:
         append_lines(rows, results_path(options.out))
-    if options.plot and rows:
-        from alure.bench.plot import draw
-
-        draw(rows, options.plot)
+    if plotted and options.plot and rows:
+        importlib.import_module(PLOTS[plotted]).draw(rows, options.plot)
     if options.json:
         print(json.dumps({"suites": list(chosen), "passed": code == 0, "results": rows}))
     return 1 if code else 0

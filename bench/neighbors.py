@@ -9,6 +9,7 @@ import torch
 
 from alure.bench.race import Contest, Entry
 from alure.kernels import assign_clusters, grouped_topk, train_kmeans
+from alure.kernels.neighbors.kmeans import Init
 
 faiss = pytest.importorskip("faiss")  # without it the other suites still run
 K = 15
@@ -66,17 +67,21 @@ class Case:
     def faiss_exact(self) -> np.ndarray:
         return without_self(faiss.knn(self.x, self.x, K + 1, metric=faiss.METRIC_INNER_PRODUCT)[1])
 
-    def faiss_kmeans(self) -> np.ndarray:
-        kmeans = faiss.Kmeans(self.d, self.nlist, niter=NITER, spherical=True, seed=0)
+    def faiss_kmeans(self, niter: int) -> torch.Tensor:
+        kmeans = faiss.Kmeans(self.d, self.nlist, niter=niter, spherical=True, seed=0)
         kmeans.train(self.x)
-        return kmeans.centroids
+        return torch.from_numpy(kmeans.centroids).to(self.vectors.device)
 
-    def our_kmeans(self) -> np.ndarray:
-        return train_kmeans(self.vectors, self.nlist, niter=NITER, seed=0).cpu().numpy()
+    def our_kmeans(self, niter: int, init: Init = "random") -> torch.Tensor:
+        return train_kmeans(self.vectors, self.nlist, niter=niter, seed=0, init=init)
 
-    def objective(self, centroids: np.ndarray) -> float:
+    def objective(self, centroids: torch.Tensor) -> float:
         """The mean inner product of a point and its nearest centroid."""
-        return float(assign_clusters(self.vectors, torch.from_numpy(centroids).to(self.vectors.device))[0].mean())
+        return float(assign_clusters(self.vectors, centroids)[0].mean())
+
+    @property
+    def size(self) -> dict[str, int]:
+        return {"users": self.n, "channels": self.d, "nlist": self.nlist}
 
 
 def without_self(found: np.ndarray) -> np.ndarray:
@@ -99,7 +104,7 @@ def large_case(quick: bool, device: torch.device) -> Case:
     return Case(200_000, 64, 400, device)
 
 
-@pytest.mark.parametrize("share", [32, 16, 8])
+@pytest.mark.parametrize("share", [64, 32, 16, 8, 4])
 def bench_all_pairs(race: Callable[[Contest], None], case: Case, share: int) -> None:
     """A point of the recall-time curve: assignment, grouping and search of one in `share` lists."""
     race(all_pairs(case, case.nlist // share))
@@ -124,7 +129,7 @@ def all_pairs(case: Case, nprobe: int) -> Contest:
     ]
     flops = 2.0 * case.d * case.n * case.n * nprobe / case.nlist
     name = f"{case.n:,} × {case.d}, {case.nlist}/{nprobe}/{K}"
-    return Contest("neighbors", name, entries, flops, facts={"nprobe": nprobe, "recall": round(recall, 4)})
+    return Contest("neighbors", name, entries, flops, facts=case.size | {"nprobe": nprobe, "recall": round(recall, 4)})
 
 
 def bench_exact(race: Callable[[Contest], None], case: Case) -> None:
@@ -138,25 +143,32 @@ def bench_exact(race: Callable[[Contest], None], case: Case) -> None:
     race(Contest("neighbors", f"{case.n:,} × {case.d}, exact, {K}", entries, 2.0 * case.d * case.n * case.n))
 
 
-def bench_kmeans(race: Callable[[Contest], None], case: Case) -> None:
-    race(clustering(case))
+@pytest.mark.parametrize("niter", [5, 10, 20])
+def bench_kmeans(race: Callable[[Contest], None], case: Case, niter: int) -> None:
+    """A point of the curve of objective and time."""
+    race(clustering(case, niter))
 
 
 def bench_kmeans_of_many(race: Callable[[Contest], None], large_case: Case) -> None:
-    race(clustering(large_case))
+    race(clustering(large_case, NITER))
 
 
-def clustering(case: Case) -> Contest:
-    objectives = {"alure": case.objective(case.our_kmeans()), "faiss": case.objective(case.faiss_kmeans())}
+def clustering(case: Case, niter: int) -> Contest:
+    runs: dict[str, Callable[[], torch.Tensor]] = {
+        "alure train_kmeans": lambda: case.our_kmeans(niter),
+        "alure train_kmeans, k-means++": lambda: case.our_kmeans(niter, "k-means++"),
+        "faiss.Kmeans": lambda: case.faiss_kmeans(niter),
+    }
+    objectives = {name: round(case.objective(run()), 5) for name, run in runs.items()}
 
-    def fits(centroids: np.ndarray) -> str:
+    def fits(centroids: torch.Tensor) -> str:
         reached = case.objective(centroids)
         return "" if reached > 0.99 * max(objectives.values()) else f"an objective of {reached:.4f}: {objectives}"
 
     entries = [
-        Entry("alure train_kmeans", lambda: (case.our_kmeans, fits)),
-        Entry("faiss.Kmeans", lambda: (case.faiss_kmeans, fits)),
+        Entry(name, lambda run=run: (run, fits), {"objective": objectives[name]})  # type: ignore[misc]
+        for name, run in runs.items()
     ]
-    flops = 2.0 * case.d * case.nlist * min(case.n, 256 * case.nlist) * NITER
-    facts = {f"objective_{name}": round(reached, 4) for name, reached in objectives.items()}
-    return Contest("neighbors", f"k-means {case.n:,} × {case.d}, {case.nlist} centroids", entries, flops, facts=facts)
+    flops = 2.0 * case.d * case.nlist * min(case.n, 256 * case.nlist) * niter
+    name = f"k-means {case.n:,} × {case.d}, {case.nlist} centroids, {niter} iterations"
+    return Contest("neighbors", name, entries, flops, facts=case.size | {"niter": niter})

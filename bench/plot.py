@@ -1,18 +1,15 @@
 """The attention race as a figure: rate against length, and how many times as long as ours on lengths that differ."""
 
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-import matplotlib
-
-matplotlib.use("svg")
-from matplotlib import pyplot as plt
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
 
-INK, MUTED, GRID = "#1f2328", "#59636e", "#d8dee4"
+from alure.bench.figure import INK, MUTED, OURS, apart, conditions, name_at_end, quiet, saved_figure
+
 COLOURS = {
-    "alure": "#0a58ca",
+    "alure": OURS,
     "Flex": "#bc4c00",
     "SDPA": "#57606a",
     "HSTU": "#8250df",
@@ -32,23 +29,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     dtype = max(dict.fromkeys(dtypes), key=dtypes.count)
     rows = [row for row in rows if row["dtype"] == dtype]
     jagged = list(dict.fromkeys(row["shape"] for row in rows if not row["shape"].startswith("equal")))
-    style: Any = {"font.family": "sans-serif", "font.size": 9, "svg.fonttype": "none", "svg.hashsalt": "alure"}
-    with plt.rc_context(style | {"text.color": INK, "xtick.color": MUTED, "ytick.color": MUTED}):
-        figure = plt.figure(figsize=(8.4, 7.6 if jagged else 4.2))
+    with saved_figure(path, (8.4, 7.6 if jagged else 4.2)) as figure:
         below = 0.5 if jagged else 0.0  # the bars' part of the height
         _rates(figure.add_axes((0.045, below + 0.12 * (1 - below), 0.6, (1 - below) * 0.76)), rows)
         for index, shape in enumerate(jagged):
             place = (0.02 + index / len(jagged), 0.085, 0.92 / len(jagged), below - 0.175)
             _ratios(figure.add_axes(place), [row for row in rows if row["shape"] == shape])
-        first = rows[0]
-        where = f"{first['device']}, {first['threads']} thread{'s' if first['threads'] > 1 else ''}, {first['clock']}"
-        conditions = (
-            f"Forward, {first['heads']} heads of {first['head_dim']}, {dtype}. {where}. PyTorch {first['torch']}."
-        )
-        figure.text(0.02, 0.015, f"{conditions} Dashed: without a bias.", color=MUTED, fontsize=8)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        figure.savefig(path, format="svg", facecolor="white", metadata={"Date": None})
-        plt.close(figure)
+        case = f"Forward, {rows[0]['heads']} heads of {rows[0]['head_dim']}, {dtype}."
+        figure.text(0.02, 0.015, f"{case} {conditions(rows[0])} Dashed: without a bias.", color=MUTED, fontsize=8)
 
 
 def _rates(axis: Axes, rows: list[dict[str, Any]]) -> None:
@@ -67,21 +55,12 @@ def _rates(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.set_ylim(bottom=0)
     axis.set_title(f"Sequences of equal length: {unit}", loc="left", color=INK, fontsize=9)
     axis.set_xlabel("events in a sequence", color=MUTED)
-    _quiet(axis, "y")
+    quiet(axis, "y")
     if not lengths:
         return
     axis.set_xlim(lengths[0] * 0.85, lengths[-1] * 1.15)
-    for name, (x, y), place in zip(ends, ends.values(), _apart([y for _, y in ends.values()], axis.get_ylim()[1] / 17)):
-        axis.annotate(
-            name,
-            (x, y),
-            (1.03, place),
-            textcoords=axis.get_yaxis_transform(),
-            va="center",
-            color=_colour(name),
-            fontweight="bold" if name.startswith("alure") else "normal",
-            arrowprops={"arrowstyle": "-", "color": GRID, "lw": 0.8, "shrinkA": 1, "shrinkB": 2},
-        )
+    for (name, end), place in zip(ends.items(), apart([y for _, y in ends.values()], axis.get_ylim()[1] / 17)):
+        name_at_end(axis, name, end, place, _colour(name))
 
 
 def _ratios(axis: Axes, rows: list[dict[str, Any]]) -> None:
@@ -102,15 +81,7 @@ def _ratios(axis: Axes, rows: list[dict[str, Any]]) -> None:
     axis.set_title(
         f"{rows[0]['shape'].capitalize()} lengths: time, ours = 1\n{users}", loc="left", color=INK, fontsize=9
     )
-    _quiet(axis, "x")
-
-
-def _apart(values: list[float], gap: float) -> list[float]:
-    """The values moved up just as far as keeps `gap` between any two."""
-    places, last = list(values), -float("inf")
-    for index in sorted(range(len(values)), key=lambda i: values[i]):
-        last = places[index] = max(values[index], last + gap)
-    return places
+    quiet(axis, "x")
 
 
 def _style(name: str) -> dict[str, Any]:
@@ -128,10 +99,3 @@ def _style(name: str) -> dict[str, Any]:
 
 def _colour(name: str) -> str:
     return next((colour for word, colour in COLOURS.items() if word in name), MUTED)
-
-
-def _quiet(axis: Axes, grid: Literal["x", "y"]) -> None:
-    axis.spines[["top", "right", "left" if grid == "y" else "bottom"]].set_visible(False)
-    axis.tick_params(length=0)
-    axis.grid(axis=grid, color=GRID, lw=0.8)
-    axis.set_axisbelow(True)

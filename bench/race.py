@@ -26,11 +26,13 @@ class LeftOut(Exception):
 @dataclass(frozen=True)
 class Entry:
     """One implementation. `prepare` does what is not timed and returns (run, check): the call that is timed, and what
-    is wrong with its result, "" for nothing. It raises LeftOut where the implementation cannot take part.
+    is wrong with its result, "" for nothing. It raises LeftOut where the implementation cannot take part. `facts` go
+    into its row of the report, beside the contest's.
     """
 
     name: str
     prepare: Callable[[], tuple[Callable[[], Any], Callable[[Any], str]]]
+    facts: dict[str, Any] = field(default_factory=dict)
 
     @property
     def ours(self) -> bool:
@@ -115,9 +117,15 @@ class Race:
         self._rounds_done += 1
 
     def results(self) -> list[dict[str, Any]]:
-        ours = {entry.name: entry.ours for entry in self.contest.entries}
+        entries = {entry.name: entry for entry in self.contest.entries}
         return [
-            {"implementation": name, "ours": ours[name], "laps_s": laps, "peak_bytes": self.peaks[name]}
+            {
+                "implementation": name,
+                "ours": entries[name].ours,
+                "laps_s": laps,
+                "peak_bytes": self.peaks[name],
+                "facts": entries[name].facts,
+            }
             for name, laps in self.laps.items()
         ]
 

@@ -32,6 +32,7 @@ def read_rows(results: Path) -> list[dict[str, Any]]:
         ours = [times[result["implementation"]] for result in info["results"] if result["ours"]]
         for result in info["results"]:
             row = case | {name: result[name] for name in ("implementation", "ours", "peak_bytes")}
+            row |= result["facts"]
             row |= _spread(result["laps_s"]) | _rates(info | limits, times[result["implementation"]])
             if ours:
                 row["ours_is_faster_by"] = times[result["implementation"]] / ours[0]

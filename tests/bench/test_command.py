@@ -17,7 +17,8 @@ def bench(*words: str) -> subprocess.CompletedProcess[str]:
 
 
 def test_one_case_end_to_end(tmp_path: Path) -> None:
-    done = bench("neighbors", "--quick", "--case", "all_pairs[8]", "--minutes", "30", "--out", str(tmp_path), "--json")
+    words = ("--quick", "--case", "all_pairs[8]", "--minutes", "30", "--out", str(tmp_path), "--json")
+    done = bench("neighbors", *words, "--plot", str(tmp_path / "pairs.svg"))
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(done.stdout.strip().splitlines()[-1])
     assert found["passed"]
@@ -27,6 +28,7 @@ def test_one_case_end_to_end(tmp_path: Path) -> None:
     (written,) = tmp_path.glob("*.jsonl")
     assert len(written.read_text().splitlines()) == len(found["results"])
     assert "FAISS IVFFlat" in done.stdout
+    assert "FAISS IVFFlat" in (tmp_path / "pairs.svg").read_text()
 
 
 @pytest.mark.slow
@@ -45,7 +47,7 @@ def test_attention_is_raced_and_drawn(tmp_path: Path) -> None:
     ("words", "message"),
     [
         (("attention", "--case", "nothing like it"), "no case contains"),
-        (("encoding", "--plot", "x.svg"), "--plot draws the attention race"),
+        (("encoding", "--plot", "x.svg"), "--plot draws the race of attention or neighbors"),
     ],
 )
 def test_mistakes_are_told(words: tuple[str, ...], message: str) -> None:

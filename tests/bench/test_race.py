@@ -13,6 +13,7 @@ from torch import Tensor
 from alure.bench.clock import Clock
 from alure.bench.conftest import Schedule
 from alure.bench.plot import draw
+from alure.bench.plot_neighbors import draw as draw_neighbors
 from alure.bench.race import Contest, Entry, LeftOut, Race, difference, forward_entry
 from alure.bench.report import append_lines, read_rows, render, results_path
 
@@ -106,8 +107,9 @@ def results_of(folder: Path, entries: list[dict[str, Any]], left_out: dict[str, 
     return path
 
 
-def lap_times(name: str, *laps: float) -> dict[str, Any]:
-    return {"implementation": name, "ours": name.startswith("alure"), "laps_s": list(laps), "peak_bytes": 5_000_000}
+def lap_times(name: str, *laps: float, **facts: Any) -> dict[str, Any]:
+    ours = name.startswith("alure")
+    return {"implementation": name, "ours": ours, "laps_s": list(laps), "peak_bytes": 5_000_000, "facts": facts}
 
 
 def test_rows_hold_medians_ratios_and_shares(tmp_path: Path) -> None:
@@ -150,6 +152,29 @@ def test_the_plot_names_every_implementation(tmp_path: Path) -> None:
         assert label in svg
     with pytest.raises(ValueError, match="expected timed rows"):
         draw([], tmp_path / "empty.svg")
+
+
+def test_the_plot_of_neighbors_has_a_curve_of_each_implementation(tmp_path: Path) -> None:
+    def rows_of(case: str, facts: dict[str, Any], *entries: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = read_rows(results_of(tmp_path, list(entries), {}, case))
+        return [row | {"suite": "neighbors", "channels": 64, "nlist": 400} | facts for row in rows]
+
+    rows = []
+    for nprobe, recall in ((10, 0.5), (40, 0.8)):
+        laps = [lap_times("alure grouped", 0.01 * nprobe), lap_times("FAISS IVFFlat", 0.1 * nprobe)]
+        rows += rows_of(f"{nprobe}", {"users": 5000, "nprobe": nprobe, "recall": recall}, *laps)
+    rows += rows_of("larger", {"users": 90_000, "nprobe": 50, "recall": 0.9}, lap_times("alure grouped", 3.0))
+    laps = [lap_times("alure train_kmeans", 0.1, objective=0.49), lap_times("faiss.Kmeans", 0.4, objective=0.48)]
+    rows += rows_of("k-means", {"users": 5000, "niter": 17}, *laps)
+    draw_neighbors(rows, tmp_path / "neighbors.svg")
+    svg = (tmp_path / "neighbors.svg").read_text()
+    for label in ("alure grouped", "FAISS IVFFlat", "All pairs, 5,000 × 64, 400 lists", "10", "40", "faiss.Kmeans"):
+        assert f">{label}" in svg
+    assert "90,000" not in svg
+    draw_neighbors(rows, tmp_path / "again.svg")
+    assert (tmp_path / "again.svg").read_text() == svg
+    with pytest.raises(ValueError, match="expected timed rows of the neighbors suite"):
+        draw_neighbors([row | {"suite": "attention"} for row in rows], tmp_path / "empty.svg")
 
 
 def test_a_forward_entry_checks_what_it_times() -> None:
