@@ -54,8 +54,10 @@ def _curves(axis: Axes, rows: list[dict[str, Any]], x: str, label: str, title: s
         axis.plot(across, seconds, color=_colour(name), lw=2.4 if ours else 1.5, marker="o", ms=4, zorder=2 + ours)
         ends[name] = (across[-1], seconds[-1])
         if _colour(name) == OURS and len(points) > 1:
-            for number, *place in points:
-                axis.annotate(f"{number}", place, (0, -11), textcoords="offset points", ha="center", fontsize=7)
+            for number, place, seconds_of in points:
+                axis.annotate(
+                    f"{number}", (place, seconds_of), (0, -11), textcoords="offset points", ha="center", fontsize=7
+                )
     axis.set_yscale("log")
     axis.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
     axis.yaxis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
