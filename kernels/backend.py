@@ -5,11 +5,15 @@ from collections.abc import Sequence
 
 import torch
 
-BACKENDS = ("auto", "triton", "native", "reference")
+BACKENDS = ("auto", "triton", "native", "reference", "cupy")
 
 
 def has_triton() -> bool:
     return importlib.util.find_spec("triton") is not None
+
+
+def has_cupy() -> bool:
+    return importlib.util.find_spec("cupy") is not None
 
 
 def has_native() -> bool:
@@ -62,4 +66,9 @@ def resolve_backend(backend: str, device: torch.device, supported: Sequence[str]
             raise ValueError(f"backend: 'native' needs CPU tensors, got tensors on {device}; use backend='triton'")
         if not has_native():
             raise ValueError("backend: 'native' needs the compiled module alure.kernels._native; reinstall alure")
+    if backend == "cupy":
+        if not has_cupy():
+            raise ValueError("backend: 'cupy' needs the package CuPy; install it (pip install alure[gpu])")
+        if not torch.cuda.is_available():
+            raise ValueError("backend: 'cupy' needs a CUDA device, and there is none; use backend='native'")
     return backend

@@ -24,17 +24,17 @@ def join_candidates(
     num_items: int,
 ) -> tuple[NDArray[np.int64], NDArray[np.int32], NDArray[np.float32], NDArray[np.uint8]]:
     """(offsets [rows + 1], items, scores, reasons); see `alure.kernels.join_candidates`."""
-    _check_offsets(neighbor_offsets, neighbor_ids.size, "neighbors.offsets")
-    _check_offsets(engagement_offsets, items.size, "engagements.offsets")
-    num_lists = engagement_offsets.size - 1
-    _check_range(neighbor_ids, num_lists, "neighbors.ids", "rows of engagements")
-    _check_finite(similarities, "neighbors.similarities")
-    _check_range(items, num_items, "engagements.items", "item ids")
-    _check_finite(weights, "engagements.weights")
-    if exclude_offsets is not None and exclude_items is not None:
-        _check_offsets(exclude_offsets, exclude_items.size, "exclude_offsets")
-        _check_ascending(exclude_items, exclude_offsets, "exclude_items")
-
+    check_lists(
+        neighbor_offsets,
+        neighbor_ids,
+        similarities,
+        engagement_offsets,
+        items,
+        weights,
+        exclude_offsets,
+        exclude_items,
+        num_items,
+    )
     rows = neighbor_offsets.size - 1
     counts = [np.zeros(1, np.int64)]
     parts: list[tuple[NDArray[np.int32], NDArray[np.float32], NDArray[np.uint8]]] = []
@@ -93,6 +93,29 @@ def _best_of_groups(rows: NDArray[np.int64], groups: NDArray[np.int32], group_ca
     kept = np.empty(rows.size, np.bool_)
     kept[order] = _rank(run[order]) < group_cap
     return kept | (groups < 0)
+
+
+def check_lists(
+    neighbor_offsets: NDArray[np.int64],
+    neighbor_ids: NDArray[np.int32],
+    similarities: NDArray[np.float32],
+    engagement_offsets: NDArray[np.int64],
+    items: NDArray[np.int32],
+    weights: NDArray[np.float32],
+    exclude_offsets: NDArray[np.int64] | None,
+    exclude_items: NDArray[np.int32] | None,
+    num_items: int,
+) -> None:
+    """ValueError where an array is not what `alure.kernels.join_candidates` asks for."""
+    _check_offsets(neighbor_offsets, neighbor_ids.size, "neighbors.offsets")
+    _check_offsets(engagement_offsets, items.size, "engagements.offsets")
+    _check_range(neighbor_ids, engagement_offsets.size - 1, "neighbors.ids", "rows of engagements")
+    _check_finite(similarities, "neighbors.similarities")
+    _check_range(items, num_items, "engagements.items", "item ids")
+    _check_finite(weights, "engagements.weights")
+    if exclude_offsets is not None and exclude_items is not None:
+        _check_offsets(exclude_offsets, exclude_items.size, "exclude_offsets")
+        _check_ascending(exclude_items, exclude_offsets, "exclude_items")
 
 
 def _check_offsets(offsets: NDArray[np.int64], total: int, name: str) -> None:

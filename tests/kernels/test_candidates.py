@@ -12,8 +12,11 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alure.kernels import Candidates, Engagements, ItemRules, NeighborLists, join_candidates
+from alure.kernels.backend import has_cupy
+from alure.kernels.candidates import arrays, ops
 
 BACKENDS = ("native", "reference")
+CUPY = pytest.param("cupy", marks=[pytest.mark.gpu, pytest.mark.skipif(not has_cupy(), reason="needs CuPy")])
 INT32, INT64, UINT8 = torch.int32, torch.int64, torch.uint8
 
 
@@ -122,6 +125,72 @@ def test_both_backends_are_the_definition(problem):
         )
         assert [x.dtype for x in joined] == [INT64, INT32, torch.float32, UINT8]
         assert rows_of(joined) == expected, backend
+
+
+def join_arrays(xp, neighbors, engagements, cap, num_items=2**31, rules=None) -> Candidates:
+    """The join of arrays.py by the module `xp`, past the choice of a backend."""
+    rules = rules or ItemRules()
+    edges = (neighbors.offsets, neighbors.ids, neighbors.similarities)
+    lists = (engagements.offsets, engagements.items, engagements.weights, engagements.reasons)
+    refused = (rules.exclude_offsets, rules.exclude_items, rules.eligible, rules.groups)
+    inputs = [None if x is None else x.numpy() for x in (*edges, *lists, *refused)]
+    return Candidates(*map(torch.from_numpy, arrays.join_candidates(xp, *inputs, rules.group_cap, cap, num_items)))
+
+
+@settings(max_examples=200, deadline=None)
+@given(problems(), st.sampled_from([1, 7, arrays.PAIRS_PER_CHUNK]))
+def test_array_operations_are_the_definition(problem, pairs_per_chunk):
+    """What CuPy runs, by NumPy: the same calls, and chunks of one row to all."""
+    rows, lists, cap, num_items, given = problem
+    seen, eligible, groups = given["excluded"], given["eligible"], given["groups"]
+    rules = ItemRules(
+        exclude_offsets=None if seen is None else _offsets(seen),
+        exclude_items=None if seen is None else torch.tensor([item for row in seen for item in row], dtype=INT32),
+        eligible=None if eligible is None else torch.tensor(eligible),
+        groups=None if groups is None else torch.tensor(groups, dtype=INT32),
+        group_cap=given["group_cap"],
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(arrays, "PAIRS_PER_CHUNK", pairs_per_chunk)
+        joined = join_arrays(np, neighbor_lists(rows), engagement_lists(lists), cap, num_items, rules)
+    assert [x.dtype for x in joined] == [INT64, INT32, torch.float32, UINT8]
+    assert rows_of(joined) == plain_join(rows, lists, cap, **given)
+
+
+def test_array_operations_agree_to_the_bit_and_refuse_the_same():
+    neighbors, engagements = large_problem(seed=3)
+    expected = join_candidates(neighbors, engagements, 50, backend="reference")
+    for a, b in zip(join_arrays(np, neighbors, engagements, 50), expected):
+        assert torch.equal(a, b)
+    engagements.items[7] = -1
+    with pytest.raises(ValueError, match=r"engagements\.items: expected item ids from 0"):
+        join_arrays(np, neighbors, engagements, 50)
+
+
+@pytest.mark.parametrize("backend", [CUPY])
+def test_a_gpu_gives_the_same_bits(backend):
+    for seed in range(3):
+        neighbors, engagements = large_problem(seed)
+        rules = ItemRules(groups=torch.arange(3000, dtype=INT32) % 400, group_cap=2)
+        for chosen in (None, rules):
+            joined, expected = (
+                join_candidates(neighbors, engagements, 50, num_items=3000, rules=chosen, backend=b)
+                for b in (backend, "reference")
+            )
+            for a, b in zip(joined, expected):
+                assert torch.equal(a, b)
+
+
+def test_cupy_is_named_where_it_is_missing(monkeypatch):
+    neighbors, engagements = large_problem(seed=0, rows=2)
+    monkeypatch.setattr("alure.kernels.backend.has_cupy", lambda: False)
+    with pytest.raises(ValueError, match="'cupy' needs the package CuPy"):
+        join_candidates(neighbors, engagements, 5, backend="cupy")
+    monkeypatch.setattr("alure.kernels.backend.has_cupy", lambda: True)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(ValueError, match="'cupy' needs a CUDA device"):
+        join_candidates(neighbors, engagements, 5, backend="cupy")
+    assert "cupy" in ops.BACKENDS
 
 
 def large_problem(seed: int, rows: int = 700, lists: int = 900, num_items: int = 3000):
@@ -313,7 +382,7 @@ def test_wrong_arguments_are_named():
         join_candidates(neighbor_lists([]), engagement_lists([]), 1, rules=ItemRules(eligible=GOOD["eligible"]))
     with pytest.raises(ValueError, match="group_cap: expected at least 1, got 0"):
         join_candidates(neighbor_lists([]), engagement_lists([]), 1, rules=ItemRules(group_cap=0))
-    with pytest.raises(ValueError, match="backend: this operator offers native, reference"):
+    with pytest.raises(ValueError, match="backend: this operator offers native, reference, cupy"):
         join_parts(GOOD, "triton")
     with pytest.raises(ValueError, match=r"neighbors\.ids: the join runs on the CPU"):
         join_parts(GOOD | {"neighbors.ids": GOOD["neighbors.ids"].to("meta")}, "native")
