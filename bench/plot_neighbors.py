@@ -25,14 +25,14 @@ def draw(rows: list[dict[str, Any]], path: Path) -> None:
     clusterings = _of_one_size([row for row in rows if "objective" in row])
     if not pairs and not clusterings:
         raise ValueError("plot: expected timed rows of the neighbors suite, got none")
-    with saved_figure(path, (9.6, 4.2)) as figure:
+    with saved_figure(path, (10.2, 4.2)) as figure:
         if pairs:
             axis = figure.add_axes((0.05, 0.2, 0.29, 0.66))
             size = f"{pairs[0]['users']:,} × {pairs[0]['channels']}, {pairs[0]['nlist']} lists"
             _curves(axis, pairs, "recall", "nprobe", f"All pairs, {size}: seconds")
             axis.set_xlabel("recall of the 15 nearest; numbers: lists searched", color=MUTED)
         if clusterings:
-            axis = figure.add_axes((0.54, 0.2, 0.26, 0.66))
+            axis = figure.add_axes((0.54, 0.2, 0.24, 0.66))
             size = f"{clusterings[0]['users']:,} × {clusterings[0]['channels']}, {clusterings[0]['nlist']} centroids"
             _curves(axis, clusterings, "objective", "niter", f"k-means, {size}: seconds")
             axis.set_xlabel("mean cosine to the centroid; numbers: iterations", color=MUTED)
