@@ -285,6 +285,7 @@ def test_a_disk_that_is_full_is_named_and_loses_nothing(lab: Lab, at: int) -> No
 
 @pytest.mark.slow
 def test_killed_at_every_file_operation(lab: Lab) -> None:
+    """312 kills when this was written."""
     for at in range(1, lab.undisturbed.operations + 1):
         for mode in DEADLY:
             lab.survives(Fault(at, mode))
