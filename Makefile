@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find kernels en
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow crash test-gpu kernels lint browser figures bench-gpu sanitize clean help
+.PHONY: demo test test-slow crash test-gpu kernels lint browser figures tables bench-gpu sanitize clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -43,6 +43,9 @@ browser:  ## Chromium, which the report's test opens the report in (Debian, Ubun
 figures: demo  ## the README's figures: the demo's, and the attention race on this machine
 	mkdir -p docs && cp $(OUT)/overview.svg docs/overview.svg
 	$(BIN)/alure bench attention --plot docs/attention.svg
+
+tables: $(VENV)/.alure-dev  ## docs/quality.md: runs what has no result yet; DATA is the folder with the data sets
+	$(BIN)/python -m alure.bench.quality all --data "$(DATA)"
 
 bench-gpu: $(VENV)/.alure-dev  ## on a CUDA machine, in 8 minutes: the gpu tests, then every race, into bench/results/<device>.jsonl
 	@nvidia-smi -L >/dev/null || { echo "bench-gpu: needs a CUDA device, nvidia-smi finds none" >&2; exit 2; }

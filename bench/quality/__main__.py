@@ -1,0 +1,49 @@
+"""Runs experiments that have no row yet, and writes the quality page from the rows."""
+
+import argparse
+import sys
+from pathlib import Path
+
+from alure.bench.quality import ml_1m
+from alure.bench.quality.results import Results
+from alure.engine.errors import AlureError
+
+EXPERIMENTS = {ml_1m.EXPERIMENT: ml_1m}
+INTRODUCTION = """# How good the embeddings are
+
+Every figure on this page was measured; `make tables DATA=…` runs what has no result yet and writes the page again from
+`bench/results/quality/`. Test sets were looked at once, after the settings were chosen on validation data.
+"""
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(
+        prog="python -m alure.bench.quality",
+        description="Measure the quality of the embeddings. Example: python -m alure.bench.quality ml-1m --data DIR",
+    )
+    parser.add_argument("experiment", choices=[*EXPERIMENTS, "all", "page"], help="page: only write it, from the rows")
+    parser.add_argument("--data", type=Path, help="folder with the data sets, such as DIR/ml-1m/events.parquet")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--results", type=Path, default=Path("bench/results/quality"), help="folder of the rows")
+    parser.add_argument("--page", type=Path, default=Path("docs/quality.md"))
+    options = parser.parse_args()
+    chosen = [] if options.experiment == "page" else list(EXPERIMENTS)
+    chosen = [options.experiment] if options.experiment in EXPERIMENTS else chosen
+    if chosen and options.data is None:
+        print("quality: --data is missing: the folder with the data sets", file=sys.stderr)
+        return 2
+    try:
+        for name in chosen:
+            EXPERIMENTS[name].run(options.data, Results(options.results, name), tuple(options.seeds))
+    except AlureError as error:
+        print(f"quality: {error}", file=sys.stderr)
+        return 2
+    sections = [module.section(Results(options.results, name)) for name, module in EXPERIMENTS.items()]
+    options.page.parent.mkdir(parents=True, exist_ok=True)
+    options.page.write_text("\n".join([INTRODUCTION, *sections]))
+    print(f"quality: wrote {options.page}")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
