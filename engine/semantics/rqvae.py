@@ -17,7 +17,6 @@ from alure.engine.progress import track
 from alure.engine.semantics.quantizer import Quantizer
 from alure.kernels import residual_quantize, train_residual_codebooks
 from alure.kernels.quantization import split_most_used
-from alure.kernels.scatter import sum_rows
 
 PLAIN = 0.25  # share of the steps without codes: 67 % of the variance of held-out news vectors kept, 62 % without them
 RESEATS = 20  # times that rare codes are moved. Perplexity ÷ 64 codes of held-out news vectors: .85 .91 .92, without
@@ -111,13 +110,11 @@ def start_codebooks(quantizer: Quantizer, x: Tensor, generator: torch.Generator)
 @torch.no_grad()
 def reseat(quantizer: Quantizer, x: Tensor, generator: torch.Generator) -> None:
     """Move the codes that few of x [n, width] choose beside those that many choose, in every level."""
-    residual, codes = quantizer.latents(x), quantizer.shape.codebook
+    residual = quantizer.latents(x)
     for level in range(quantizer.shape.levels):
         book = quantizer.codebooks[level]
         chosen, left = residual_quantize(residual, book[None])
-        counts = torch.bincount(chosen[:, 0], minlength=codes)
-        errors = sum_rows(left.square().sum(1, keepdim=True), chosen[:, 0], codes)[:, 0]
-        quantizer.codebooks[level] = split_most_used(book, counts, errors, generator)
+        quantizer.codebooks[level] = split_most_used(book, residual, chosen[:, 0], generator)
         residual = left
 
 
