@@ -7,6 +7,7 @@ import subprocess
 import sys
 import traceback
 from collections.abc import Callable
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -41,7 +42,9 @@ def together(folder: Path, size: int, work: Callable[[int], object]) -> None:
             continue
         code = FAILED
         try:
-            dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=size)
+            dist.init_process_group(
+                "gloo", init_method=f"file://{meeting}", rank=rank, world_size=size, timeout=timedelta(minutes=2)
+            )
             work(rank)
             code = 0
         except BaseException:  # noqa: BLE001 (reported, and the child ends)
