@@ -4,11 +4,11 @@ import argparse
 import sys
 from pathlib import Path
 
-from alure.bench.quality import ml_1m
+from alure.bench.quality import ml_1m, new_friends
 from alure.bench.quality.results import Results
 from alure.engine.errors import AlureError
 
-EXPERIMENTS = {ml_1m.EXPERIMENT: ml_1m}
+EXPERIMENTS = {module.EXPERIMENT: module for module in (ml_1m, new_friends)}
 INTRODUCTION = """# How good the embeddings are
 
 Every figure on this page was measured; `make tables DATA=…` runs what has no result yet and writes the page again from

@@ -6,10 +6,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import scipy.sparse as sp
 from hypothesis import given
 from hypothesis import strategies as st
 
-from alure.bench.quality import ml_1m
+from alure.bench.quality import ml_1m, new_friends
 from alure.bench.quality.results import Results
 from alure.engine.errors import InputError
 
@@ -63,3 +64,31 @@ def test_ml_1m_runs_once_and_fills_its_section(tmp_path: Path, monkeypatch: pyte
 def test_missing_data_is_named(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"events\.parquet does not exist"):
         ml_1m.run(tmp_path, Results(tmp_path, "ml-1m"), seeds=(0,))
+
+
+def test_new_friends_recall_is_that_of_a_loop() -> None:
+    generator = np.random.default_rng(0)
+    size, city = 80, range(10, 80)
+    known, wanted = (sp.csr_matrix(generator.random((size, size)) < share) for share in (0.05, 0.1))
+    wanted = sp.csr_matrix(wanted.astype(float) - wanted.multiply(known).astype(float))
+    wanted.setdiag(0)
+    wanted.eliminate_zeros()
+    scores = generator.random((70, 70)).astype(np.float32)
+    expected = []
+    for user in city:
+        friends = set(known[user].indices.tolist()) | {user}
+        ranked = sorted((v for v in city if v not in friends), key=lambda v: -scores[user - 10, v - 10])
+        relevant = {v for v in wanted[user].indices.tolist() if v in city}
+        if relevant:
+            expected.append(len(relevant & set(ranked[: new_friends.K])) / len(relevant))
+    found = new_friends.recalls(scores, known.astype(float), wanted, city)
+    np.testing.assert_allclose(found, expected)
+
+
+def test_page_ranks_of_friends_are_no_measure() -> None:
+    """A path 0 – 1 – 2 – 3: user 0's best candidate is 2, with score 1; its friend 1 has none."""
+    path = sp.csr_matrix(np.array([[0, 1, 0, 0], [1, 0, 1, 0], [0, 1, 0, 1], [0, 0, 1, 0]], float))
+    scores = new_friends.page_ranks(path, range(4))
+    assert scores[0, 2] == pytest.approx(1.0)
+    assert scores[0, 1] == 0
+    assert 0 < scores[0, 3] < 1
