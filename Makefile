@@ -45,7 +45,7 @@ figures: demo  ## the README's figures: the demo's, and the attention race on th
 	$(BIN)/alure bench attention --plot docs/attention.svg
 
 tables: $(VENV)/.alure-dev  ## docs/quality.md: runs what has no result yet; DATA is the folder with the data sets
-	$(BIN)/python -m alure.bench.quality all --data "$(DATA)"
+	$(BIN)/python -m alure.bench.quality all $(if $(DATA),--data "$(DATA)")
 
 bench-gpu: $(VENV)/.alure-dev  ## on a CUDA machine, in 8 minutes: the gpu tests, then every race, into bench/results/<device>.jsonl
 	@nvidia-smi -L >/dev/null || { echo "bench-gpu: needs a CUDA device, nvidia-smi finds none" >&2; exit 2; }

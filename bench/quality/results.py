@@ -31,3 +31,10 @@ class Results:
         with self.path.open("a") as file:
             file.write(json.dumps(row) + "\n")
         return row
+
+
+def matching(results: Results, settings: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of these settings, the newest of each variant and seed, in the order they were first measured."""
+    wanted = json.loads(json.dumps(settings))
+    found = {(row["variant"], row["seed"]): row for row in results.rows() if row["settings"] == wanted}
+    return list(found.values())
