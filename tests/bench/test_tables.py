@@ -67,7 +67,7 @@ def test_scores_do_not_see_the_tested_labels() -> None:
     [
         (table1, {"users": 150, "training": TINY}),
         (freshness, {"users": 150, "training": TINY}),
-        (table2, {"users": 150, "training": {"steps": 2, "threads": 1}}),
+        pytest.param(table2, {"users": 150, "training": {"steps": 2, "threads": 1}}, marks=pytest.mark.slow),
     ],
 )
 def test_a_run_leaves_rows_and_a_section_and_is_not_done_again(
