@@ -13,7 +13,7 @@ NEED_DATA = {ml_1m.EXPERIMENT, new_friends.EXPERIMENT}  # the others have the sy
 INTRODUCTION = """# How good the embeddings are
 
 Every figure on this page was measured; `make tables DATA=…` runs what has no result yet and writes the page again from
-`bench/results/quality/`. Test sets were looked at once, after the settings were chosen on validation data.
+`bench/results/quality/`. Settings are chosen on validation data; the rows keep the test figures of the others too.
 """
 
 

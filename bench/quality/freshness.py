@@ -1,4 +1,4 @@
-"""Freshness: recall of the engagements of three days by embeddings that are an hour to two weeks old.
+"""Freshness: Recall of the engagements of three days by embeddings that are an hour to two weeks old.
 
 One model, trained on what happened before the oldest snapshot; the same users, ads and engagements at every age. The
 ads are ranked by the two-tower score alone, so the figures are those of the embeddings and not of a list of candidates.

@@ -36,12 +36,11 @@ MODEL: dict[str, Any] = {
     "attribute_width": 64,
     "causal": True,
     "encoders": ["frequency", "gap", "cyclic"],
-    "dropout": 0.3,
+    "dropout": 0.2,
 }
 TRAINING: dict[str, Any] = {
     "labels": "next_event",
     "held_out": "last_event",
-    "embedding_times": "event",
     "negatives": 4_096,  # more than there are films: the exact softmax
     "max_events": NEWEST,
     "batch_users": 64,
