@@ -9,8 +9,9 @@ measured: at 50,000 users, .95 of the neighbours are in 1 to 89 of 224 clusters,
 import numpy as np
 import torch
 
+from alure.engine.clusters import Clusters
 from alure.engine.config import GraphConfig
-from alure.engine.graph.engines import Clusters, ExactSearch
+from alure.engine.graph.engines import ExactSearch
 from alure.kernels import assign_clusters
 
 RECALL_TARGET = 0.95

@@ -8,10 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
-import torch
 
-from alure.engine.graph.engines import Clusters, compute_device
+from alure.engine.clusters import Clusters, read_clusters
 from alure.engine.graph.similarity import SimilarityGraph
 from alure.engine.graph.update import NOBODY, Lists
 from alure.engine.store import EmbeddingMatrix, EmbeddingStore, Generation
@@ -93,20 +91,6 @@ def _rows(clusters: Mapping[str, Clusters]) -> pa.Table:
     )
     columns = [pa.array(names, pa.string()), pa.array(numbers, pa.int64()), lists.cast(pa.list_(pa.float32()))]
     return pa.table(columns, names=["country", "cluster", "centroid"])
-
-
-def read_clusters(store: EmbeddingStore, generation: Generation) -> dict[str, Clusters]:
-    """By country, as its graph `alure` searched them; none where the generation keeps none."""
-    published = store.log.find(generation.generation, "clusters")
-    if published is None:
-        return {}
-    rows = store.read_clusters(generation.generation)
-    found = {}
-    for name, nprobe in published.properties.get("nprobe", {}).items():
-        own = rows.filter(pc.equal(rows["country"], name))["centroid"].combine_chunks()
-        centroids = torch.tensor(own.flatten().to_numpy().reshape(len(own), -1), device=compute_device())
-        found[name] = Clusters(centroids, nprobe)
-    return found
 
 
 def digest(clusters: Mapping[str, Clusters]) -> str:

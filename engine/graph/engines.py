@@ -2,12 +2,12 @@
 
 import importlib
 import importlib.util
-from dataclasses import dataclass
 from typing import Any, Protocol
 
 import numpy as np
 import torch
 
+from alure.engine.clusters import Clusters, compute_device, lists_of
 from alure.engine.errors import InputError
 from alure.kernels import assign_clusters, grouped_topk, train_kmeans
 
@@ -23,18 +23,6 @@ class Engine(Protocol):
     name: str
 
     def search(self, rows: np.ndarray) -> tuple[np.ndarray, np.ndarray]: ...
-
-
-@dataclass(frozen=True)
-class Clusters:
-    """The lists of an IVF search: centroids [nlist, d], and how many of them a user searches."""
-
-    centroids: torch.Tensor
-    nprobe: int
-
-    @property
-    def nlist(self) -> int:
-        return self.centroids.shape[0]
 
 
 def has_faiss() -> bool:
@@ -53,10 +41,6 @@ def import_faiss() -> Any:
 def faiss_gpus() -> int:
     """GPUs that an installed FAISS can use."""
     return getattr(import_faiss(), "get_num_gpus", int)() if has_faiss() else 0
-
-
-def compute_device() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
 def train_clusters(vectors: np.ndarray, nlist: int, nprobe: int, seed: int) -> Clusters:
@@ -102,13 +86,6 @@ class GroupedSearch:
         _, probes = assign_clusters(queries, self.clusters.centroids, self.clusters.nprobe)
         D, I = grouped_topk(queries, self.database, self.offsets, probes, self.k, ids=self.ids, exclude=own)
         return D.cpu().numpy(), I.cpu().numpy()
-
-
-def lists_of(x: torch.Tensor, clusters: Clusters) -> tuple[torch.Tensor, torch.Tensor]:
-    """(rows by cluster, offsets [nlist + 1]): each row in the list of its nearest centroid, ascending."""
-    _, nearest = assign_clusters(x, clusters.centroids, 1)
-    sizes = torch.bincount(nearest.squeeze(1), minlength=clusters.nlist)
-    return nearest.squeeze(1).argsort(stable=True), torch.cat([sizes.new_zeros(1), sizes.cumsum(0)])
 
 
 class FaissSearch:

@@ -11,10 +11,11 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import torch
 
+from alure.engine.clusters import Clusters, compute_device, lists_of, read_clusters, unit_vectors
 from alure.engine.errors import InputError
-from alure.engine.graph.base import digest, read_clusters
-from alure.engine.graph.engines import Clusters, compute_device, import_faiss, lists_of
-from alure.engine.graph.similar import by_country, unit_vectors
+from alure.engine.graph.base import digest
+from alure.engine.graph.engines import import_faiss
+from alure.engine.graph.similar import by_country
 from alure.engine.store import EmbeddingStore
 
 INDEX, QUANTIZERS = b"IwFl", (b"IxFI", b"IxFl")  # IndexIVFFlat; IndexFlatIP, IndexFlat

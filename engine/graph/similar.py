@@ -1,19 +1,19 @@
 """The similarity graph of user embeddings: per country, every user's k nearest others by cosine (paper, section 3)."""
 
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import TypeAlias
 
 import numpy as np
 import pyarrow as pa
 
+from alure.engine.clusters import Clusters, blocks, unit_vectors
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
 from alure.engine.graph.auto import auto_nlist, auto_nprobe
 from alure.engine.graph.base import Base
 from alure.engine.graph.engines import (
-    Clusters,
     Engine,
     ExactSearch,
     FaissSearch,
@@ -173,25 +173,13 @@ def by_country(countries: Countries, n: int) -> tuple[pa.Array, list[tuple[str, 
 
 
 def _check_finite(embeddings: np.ndarray, ids: pa.Array) -> None:
-    bad = np.concatenate([~np.isfinite(block).all(axis=1) for block in _blocks(embeddings)]).nonzero()[0]
+    bad = np.concatenate([~np.isfinite(block).all(axis=1) for block in blocks(embeddings)]).nonzero()[0]
     if len(bad):
         shown = ", ".join(repr(ids[int(row)].as_py()) for row in bad[:5])
         raise InputError(
             f"embeddings: expected finite values, got NaN or infinity for {len(bad):,} users ({shown}"
             f"{', …' if len(bad) > 5 else ''}); refresh them again with a sound model"
         )
-
-
-def _blocks(x: np.ndarray, rows: int = 1 << 16) -> Iterator[np.ndarray]:
-    for first in range(0, max(len(x), 1), rows):
-        yield x[first : first + rows]
-
-
-def unit_vectors(embeddings: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """(rows that are not zero, float32 [rows, d] of length 1): what is searched."""
-    norms = np.concatenate([np.linalg.norm(block.astype(np.float64), axis=1) for block in _blocks(embeddings)])
-    rows = norms.nonzero()[0]
-    return rows, np.ascontiguousarray((embeddings[rows] / norms[rows, None]).astype(np.float32))
 
 
 def _search_country(

@@ -11,11 +11,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graph import add_generation, vectors
 
+from alure.engine.clusters import read_clusters
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
 from alure.engine.export import export_store
 from alure.engine.graph import SimilarityGraph, build_graphs
-from alure.engine.graph.base import digest, read_clusters, write_clusters
+from alure.engine.graph.base import digest, write_clusters
 from alure.engine.graph.faiss_files import read_clusters_of_files
 from alure.engine.store import EmbeddingStore
 

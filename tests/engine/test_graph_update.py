@@ -10,10 +10,11 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from support.graph import add_generation, vectors
 
+from alure.engine.clusters import read_clusters
 from alure.engine.config import GraphConfig
 from alure.engine.errors import InputError
 from alure.engine.graph import GraphReport, SimilarityGraph, build_graphs, similar
-from alure.engine.graph.base import Base, digest, find_base, read_clusters, write_clusters
+from alure.engine.graph.base import Base, digest, find_base, write_clusters
 from alure.engine.graph.similar import Searched, search_countries
 from alure.engine.store import EmbeddingMatrix, EmbeddingStore
 
