@@ -13,6 +13,7 @@ if TYPE_CHECKING:
     from alure.engine.model import UserModel as UserModel
     from alure.engine.refresh import RefreshJob as RefreshJob
     from alure.engine.retrieval import CandidateRetriever as CandidateRetriever
+    from alure.engine.retrieval import OnlineRetriever as OnlineRetriever
     from alure.engine.store import EmbeddingStore as EmbeddingStore
 
 _HOMES = {
@@ -23,6 +24,7 @@ _HOMES = {
     "EmbeddingStore": "store",
     "SimilarityGraph": "graph",
     "CandidateRetriever": "retrieval",
+    "OnlineRetriever": "retrieval",
 }
 
 __all__ = list(_HOMES)

@@ -241,6 +241,8 @@ class RetrievalConfig(Section):
         1, ge=0, description="eligible ads without an engagement yet that an engaged account brings, in turn"
     )
     exclude_seen: bool = False
+    recent_seconds: int = Field(DAY, ge=1, description="online: events after the snapshot count for so long")
+    recent_events: int = Field(1 << 20, ge=1, description="online: so many of the newest are kept in memory")
 
 
 class EvaluationConfig(Section):

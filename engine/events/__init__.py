@@ -6,6 +6,7 @@ from alure.engine.events.items import ItemTable
 from alure.engine.events.keys import stable_keys
 from alure.engine.events.manifest import Country, Manifest
 from alure.engine.events.reader import Events, History, SourceColumns
+from alure.engine.events.recent import RecentEvents
 from alure.engine.events.report import IngestReport
 
 __all__ = [
@@ -17,6 +18,7 @@ __all__ = [
     "IngestReport",
     "ItemTable",
     "Manifest",
+    "RecentEvents",
     "SourceColumns",
     "ingest",
     "stable_keys",

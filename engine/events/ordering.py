@@ -155,7 +155,7 @@ def append_users(
     if again.any():
         written.duplicates.append(rows["row"][again])
         rows = {name: column[~again] for name, column in rows.items()}
-    rows["count"] = occurrences(rows, indices)
+    rows["count"] = occurrences(rows, indices.num_accounts, indices.num_categories)
     for name, column in columns.items():
         column.append(rows[name])
     user = rows["user"]
@@ -180,11 +180,11 @@ def repeated(rows: Rows) -> np.ndarray:
     return again
 
 
-def occurrences(rows: Rows, indices: Indices) -> np.ndarray:
+def occurrences(rows: Rows, num_accounts: int, num_categories: int) -> np.ndarray:
     """int32 [n], 1 = first: how often the event's account (else its category, else its item) has come up so far."""
-    what = rows["item"].astype(np.int64) + indices.num_accounts + indices.num_categories
+    what = rows["item"].astype(np.int64) + num_accounts + num_categories
     if "category" in rows:
-        what = np.where(rows["category"] >= 0, rows["category"].astype(np.int64) + indices.num_accounts, what)
+        what = np.where(rows["category"] >= 0, rows["category"].astype(np.int64) + num_accounts, what)
     if "account" in rows:
         what = np.where(rows["account"] >= 0, rows["account"], what)
     order = np.lexsort((what, rows["user"]))  # stable, so times stay in order among equals

@@ -20,6 +20,7 @@ from alure.kernels import Engagements
 EXACT, ACCOUNT = 1, 2  # bits of a reason
 REASONS = ["", "exact", "account", "exact+account"]  # by bits
 EXPANDED = 1 << 18  # engagements expanded at once
+MOST_DOUBLINGS = 64.0  # of an event after T: a half-life of minutes must not take float32 to infinity
 
 
 @dataclass(frozen=True)
@@ -32,10 +33,12 @@ class Engaged:
 
 
 def weigh(history: History, event_types: list[str], as_of: int, config: RetrievalConfig) -> Engaged:
-    """The events of `history` that count for something, with their weights."""
+    """The events of `history` that count for something, with their weights; of t after T, too."""
     by_type = np.array([config.engagement.get(name, 1.0) for name in event_types] + [1.0], np.float32)  # last: no type
     age = as_of - history.timestamps  # int64; float32 seconds of this decade would be rounded by up to 64 s
-    weights = by_type[history.event_types] * np.exp2(-age / config.half_life).astype(np.float32)
+    weights = by_type[history.event_types] * np.exp2(np.minimum(-age / config.half_life, MOST_DOUBLINGS)).astype(
+        np.float32
+    )
     counts = weights > 0
     return Engaged(kept_offsets(history.offsets, counts), history.items[counts], weights[counts])
 
@@ -86,6 +89,24 @@ def cold_of_accounts(totals: np.ndarray, accounts: np.ndarray, eligible: np.ndar
     return AccountAds.of(ads[np.argsort(accounts[ads], kind="stable")], accounts)
 
 
+@dataclass(frozen=True)
+class Inventory:
+    """What engagements with an account's ads bring besides, where `eligible` may be shown."""
+
+    best: AccountAds
+    cold: AccountAds
+    eligible: np.ndarray | None  # bool [num_items], None for all
+
+    @classmethod
+    def of(
+        cls, totals: np.ndarray, accounts: np.ndarray, config: RetrievalConfig, eligible: np.ndarray | None
+    ) -> "Inventory":
+        """totals: weight of all engagements of each ad."""
+        brings = config.account_weight > 0
+        best = best_of_accounts(totals, accounts, config.account_items + 1 if brings else 0, eligible)
+        return cls(best, cold_of_accounts(totals, accounts, eligible if brings else None), eligible)
+
+
 def expand(
     engaged: Engaged,
     accounts: np.ndarray,
@@ -97,26 +118,17 @@ def expand(
     inventories: (users, what may be shown where they are: bool [num_items], None for all), tiling the users.
     """
     totals = np.bincount(engaged.items, engaged.weights, minlength=len(accounts))
-    brings = config.account_weight > 0
     parts = []
     for users, eligible in inventories:
-        best = best_of_accounts(totals, accounts, config.account_items + 1 if brings else 0, eligible)
-        cold = cold_of_accounts(totals, accounts, eligible if brings else None)
+        inventory = Inventory.of(totals, accounts, config, eligible)
         bounds = engaged.offsets[users.start : users.stop + 1]
         for block in _blocks(bounds):
-            parts.append(_expand(engaged, block, accounts, config, _Ads(best, cold, eligible)))
+            parts.append(expand_users(engaged, block, accounts, config, inventory))
     columns = zip(*parts)
     sizes, items, weights, reasons = (torch.from_numpy(np.concatenate(column)) for column in columns)
     offsets = torch.zeros(len(engaged.offsets), dtype=torch.int64)
     torch.cumsum(sizes, 0, out=offsets[1:])
     return Engagements(offsets, items, weights, reasons)
-
-
-@dataclass(frozen=True)
-class _Ads:
-    best: AccountAds
-    cold: AccountAds
-    eligible: np.ndarray | None
 
 
 def _blocks(bounds: np.ndarray) -> Iterator[np.ndarray]:
@@ -130,8 +142,8 @@ def _blocks(bounds: np.ndarray) -> Iterator[np.ndarray]:
             return
 
 
-def _expand(
-    engaged: Engaged, bounds: np.ndarray, accounts: np.ndarray, config: RetrievalConfig, ads: _Ads
+def expand_users(
+    engaged: Engaged, bounds: np.ndarray, accounts: np.ndarray, config: RetrievalConfig, ads: Inventory
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     """(what each user brings, items, weights, reasons) of the users whose engagements are bounds[0] to bounds[-1]."""
     event = np.arange(bounds[0], bounds[-1])

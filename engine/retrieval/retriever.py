@@ -2,7 +2,8 @@
 
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import replace
+from dataclasses import dataclass
+from functools import lru_cache
 from itertools import pairwise
 from typing import Any
 
@@ -23,9 +24,17 @@ from alure.engine.retrieval.popularity import popular_items
 from alure.engine.retrieval.report import RetrievalReport, Tally
 from alure.engine.signals import stop_flag
 from alure.engine.store import EmbeddingStore, Generation
-from alure.kernels import Candidates, ItemRules, join_candidates
+from alure.kernels import Candidates, Engagements, ItemRules, NeighborLists, join_candidates
 
 CHUNK_CANDIDATES = 1 << 22  # bounds a chunk's strings in memory; users a chunk = this / cap
+
+
+@dataclass(frozen=True)
+class Mixture:
+    """Of each graph, its weight in the blend and the ads it brings at most."""
+
+    weights: Sequence[float]
+    quotas: Sequence[int]
 
 
 class CandidateRetriever:
@@ -59,19 +68,21 @@ class CandidateRetriever:
         names = list(dict.fromkeys([*self.graphs, *self.config.graphs]))
         if strange := [name for name in self.config.quotas if name not in names]:
             raise InputError(f"quotas: expected graphs among {', '.join(names)}, got {strange[0]!r}")
-        self.weights = [self.config.graphs.get(name, 1.0) for name in self.graphs]
-        self.quotas = [min(self.config.quotas.get(name, self.config.cap), self.config.cap) for name in self.graphs]
+        self.mixture = self.mixture_of(self.graphs)
         history = events.engagements(self.source.as_of)
         self.engaged = weigh(history, events.manifest.event_types, self.source.as_of, self.config)
         self.eligibility = read_eligibility(self.config.eligible, events) if self.config.eligible else None
         self.engagements = expand(self.engaged, events.items.accounts, self.config, self._inventories())
         self.seen = seen_items(history) if self.config.exclude_seen else None
         self.accounts = torch.tensor(events.items.accounts)
+        self.mask = lru_cache(maxsize=64)(self._mask)
         self.item_ids = events.items.item_ids.combine_chunks()
-        names = [
-            "+".join(n for g, n in enumerate(self.graphs) if bits >> g & 1) for bits in range(1 << len(self.graphs))
-        ]
-        self.graph_names, self.reason_names = pa.array(names), pa.array(REASONS)
+        self.graph_names, self.reason_names = graph_sets(self.graphs), pa.array(REASONS)
+
+    def mixture_of(self, graphs: Sequence[str]) -> Mixture:
+        config = self.config
+        quotas = [min(config.quotas.get(name, config.cap), config.cap) for name in graphs]
+        return Mixture([config.graphs.get(name, 1.0) for name in graphs], quotas)
 
     @property
     def name(self) -> str:
@@ -104,23 +115,34 @@ class CandidateRetriever:
 
     def join(self, lists: Sequence[Neighbors], users: np.ndarray, first: int, last: int, country: str) -> Candidates:
         """The blend for rows first to last − 1, all of `country`. users: int64 [rows], index in the log, −1 unknown."""
-        exclude_offsets, exclude_items = self._seen_by(users[first:last])
+        near = [graph.rows(first, last) for graph in lists]
+        return self.blended(near, self.engagements, self.mixture, country, self.seen_by(users[first:last]))
+
+    def blended(
+        self,
+        lists: Sequence[NeighborLists],
+        engagements: Engagements,
+        mixture: Mixture,
+        country: str,
+        seen: tuple[torch.Tensor | None, torch.Tensor | None],
+    ) -> Candidates:
+        """The candidates that each of `lists` finds among `engagements`, as one list a row, all of `country`.
+
+        seen: (offsets, items) that a row must not get.
+        """
         config, num_items = self.config, len(self.events.items)
-        of_accounts = ItemRules(
-            groups=self.accounts if config.account_cap else None,
-            group_cap=config.account_cap or 1,
-        )
-        rules = replace(
-            of_accounts,
-            exclude_offsets=exclude_offsets,
-            exclude_items=exclude_items,
-            eligible=torch.from_numpy(self.eligibility.mask(country)) if self.eligibility else None,
-        )
+        groups, group_cap = self.accounts if config.account_cap else None, config.account_cap or 1
+        rules = ItemRules(*seen, self.mask(country), groups, group_cap)
         found = [
-            join_candidates(graph.rows(first, last), self.engagements, quota, num_items=num_items, rules=rules)
-            for graph, quota in zip(lists, self.quotas)
+            join_candidates(near, engagements, quota, num_items=num_items, rules=rules)
+            for near, quota in zip(lists, mixture.quotas)
         ]
-        return blend(found, self.weights, config.cap, num_items, of_accounts)
+        of_accounts = ItemRules(groups=groups, group_cap=group_cap)
+        return blend(found, mixture.weights, config.cap, num_items, of_accounts)
+
+    def _mask(self, country: str) -> torch.Tensor | None:
+        """bool [num_items]: what may be shown in `country`; None for everything."""
+        return torch.from_numpy(self.eligibility.mask(country)) if self.eligibility else None
 
     def _inventories(self) -> Iterator[tuple[slice, np.ndarray | None]]:
         if self.eligibility is None:
@@ -130,7 +152,7 @@ class CandidateRetriever:
             users = slice(country.first_user, country.first_user + country.num_users)
             yield users, self.eligibility.mask(country.name)
 
-    def _seen_by(self, users: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    def seen_by(self, users: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         if self.seen is None:
             return None, None
         offsets, items = self.seen
@@ -141,18 +163,23 @@ class CandidateRetriever:
         take = np.repeat(begins - bounds[:-1], sizes) + np.arange(bounds[-1])
         return torch.from_numpy(bounds), torch.from_numpy(items[take])
 
-    def to_table(self, users: pa.Table, found: Candidates) -> pa.Table:
-        """users: user_id, country of the rows of `found`."""
+    def to_table(self, users: pa.Table, found: Candidates, graph_names: pa.Array | None = None) -> pa.Table:
+        """users: user_id, country of the rows of `found`; graph_names: by bits (default: of self.graphs)."""
         offsets = pa.array(found.offsets.numpy(), pa.int32())
         bits = found.reasons.numpy()
         columns = {
             "item_ids": self.item_ids.take(pa.array(found.items.numpy())),
             "scores": pa.array(found.scores.numpy()),
             "reasons": self.reason_names.take(pa.array(bits & ((1 << REASON_BITS) - 1))),
-            "graphs": self.graph_names.take(pa.array(bits >> REASON_BITS)),
+            "graphs": (self.graph_names if graph_names is None else graph_names).take(pa.array(bits >> REASON_BITS)),
         }
         lists = {name: pa.ListArray.from_arrays(offsets, values) for name, values in columns.items()}
         return pa.table({"user_id": users["user_id"], "country": users["country"], **lists})
+
+
+def graph_sets(names: Sequence[str]) -> pa.Array:
+    """The name of every set of graphs, by bits."""
+    return pa.array(["+".join(n for g, n in enumerate(names) if bits >> g & 1) for bits in range(1 << len(names))])
 
 
 def chunks(countries: pa.ChunkedArray, most: int) -> Iterator[tuple[str, int, int]]:
