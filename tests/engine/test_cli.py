@@ -197,13 +197,14 @@ def test_run_reads_paths_beside_the_file_or_from_data(
     assert results["out"].shape == (8, 4, 64)
     assert results["lse"].shape == (4, 8)
     assert results["store"].generations("embeddings")
+    assert len(results["online"].recent) == 1
 
 
 def readme_blocks() -> list[str]:
     """The Python examples of the README, as a reader would paste them one after another."""
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
     blocks = re.findall(r"```python\n(.*?)```", text, flags=re.DOTALL)
-    assert len(blocks) == 3
+    assert len(blocks) == 4
     return blocks
 
 
