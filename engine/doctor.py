@@ -57,7 +57,7 @@ def machine() -> dict[str, Any]:
     if info.exists():
         text = info.read_text()
         flags = set(next((line.split(":", 1)[1].split() for line in text.splitlines() if line.startswith("flags")), []))
-    names = {"amx_bf16": "AMX-bf16", "avx512f": "AVX-512", "avx2": "AVX2"}
+    names = {"amx_bf16": "AMX-bf16", "avx512_bf16": "AVX512-BF16", "avx512f": "AVX-512", "avx2": "AVX2"}
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),

@@ -27,10 +27,10 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
-    """What "auto" means on a device: bfloat16 where matrix units multiply it, float32 elsewhere."""
+    """What "auto" means on a device: bfloat16 where it multiplies bfloat16 itself, float32 elsewhere."""
     if precision != "auto":
         return precision
-    fast = device.type == "cuda" or native_instruction_set() == "amx"
+    fast = device.type == "cuda" or native_instruction_set() in ("amx", "avx512 bf16")
     return "bfloat16" if fast else "float32"
 
 

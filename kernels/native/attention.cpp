@@ -36,6 +36,9 @@ const ForwardKernel& forward_kernel_of(InstructionSet set, Element element) {
 #if defined(ALURE_HAS_AMX)
     if (set == InstructionSet::kAmx) return amx::forward_bfloat16;
 #endif
+#if defined(ALURE_HAS_AVX512_BF16)
+    if (set == InstructionSet::kAvx512Bf16) return avx512_bf16::forward_bfloat16;
+#endif
     return kernels.forward_bfloat16;
 }
 
@@ -45,6 +48,9 @@ const BackwardKernel& backward_kernel_of(InstructionSet set, Element element) {
     if (set == InstructionSet::kEmulatedAmx) return emulated_amx::backward_bfloat16;
 #if defined(ALURE_HAS_AMX)
     if (set == InstructionSet::kAmx) return amx::backward_bfloat16;
+#endif
+#if defined(ALURE_HAS_AVX512_BF16)
+    if (set == InstructionSet::kAvx512Bf16) return avx512_bf16::backward_bfloat16;
 #endif
     return kernels.backward_bfloat16;
 }

@@ -133,6 +133,10 @@ namespace amx {
 extern const ForwardKernel forward_bfloat16;
 extern const BackwardKernel backward_bfloat16;
 }  // namespace amx
+namespace avx512_bf16 {
+extern const ForwardKernel forward_bfloat16;
+extern const BackwardKernel backward_bfloat16;
+}  // namespace avx512_bf16
 namespace emulated_amx {
 extern const ForwardKernel forward_bfloat16;
 extern const BackwardKernel backward_bfloat16;

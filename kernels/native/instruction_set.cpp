@@ -39,6 +39,9 @@ std::vector<InstructionSet> instruction_sets() {
     static const bool amx = avx512 && may_use_amx();
     if (amx) sets.push_back(InstructionSet::kAmx);
 #endif
+#if defined(ALURE_HAS_AVX512_BF16)
+    if (avx512 && __builtin_cpu_supports("avx512bf16")) sets.push_back(InstructionSet::kAvx512Bf16);
+#endif
     if (avx512) sets.push_back(InstructionSet::kAvx512);
     if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) sets.push_back(InstructionSet::kAvx2);
 #endif
@@ -47,7 +50,7 @@ std::vector<InstructionSet> instruction_sets() {
 }
 
 InstructionSet vectors_of(InstructionSet set) {
-    if (set == InstructionSet::kAmx) return InstructionSet::kAvx512;
+    if (set == InstructionSet::kAmx || set == InstructionSet::kAvx512Bf16) return InstructionSet::kAvx512;
     if (set == InstructionSet::kEmulatedAmx) return InstructionSet::kPortable;
     return set;
 }
@@ -58,6 +61,8 @@ const char* name_of(InstructionSet set) {
             return "emulated amx";
         case InstructionSet::kAmx:
             return "amx";
+        case InstructionSet::kAvx512Bf16:
+            return "avx512 bf16";
         case InstructionSet::kAvx512:
             return "avx512";
         case InstructionSet::kAvx2:

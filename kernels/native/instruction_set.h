@@ -5,8 +5,9 @@
 
 namespace alure {
 
-// kAmx adds tiles of bfloat16 and of bytes to kAvx512; kEmulatedAmx runs the same kernels on any machine, for tests.
-enum class InstructionSet { kPortable, kAvx2, kAvx512, kAmx, kEmulatedAmx };
+// kAvx512Bf16 adds vector products of bfloat16 to kAvx512, kAmx tiles of bfloat16 and of bytes; kEmulatedAmx runs the
+// kernels of the tiles on any machine, for tests.
+enum class InstructionSet { kPortable, kAvx2, kAvx512, kAvx512Bf16, kAmx, kEmulatedAmx };
 
 // Those that this CPU and operating system support, best first; never empty, and never the emulation.
 std::vector<InstructionSet> instruction_sets();

@@ -21,8 +21,10 @@ inline const NeighborKernels& kernels_of(InstructionSet set) {
 #if defined(ALURE_HAS_AMX)
     if (set == InstructionSet::kAmx) return amx::neighbor_kernels;
 #endif
-    if (set == InstructionSet::kAvx512 && __builtin_cpu_supports("avx512vnni")) return avx512_vnni::neighbor_kernels;
-    if (set == InstructionSet::kAvx512 || set == InstructionSet::kAvx2) return avx2::neighbor_kernels;
+    const InstructionSet vectors = vectors_of(set);
+    if (vectors == InstructionSet::kAvx512 && __builtin_cpu_supports("avx512vnni"))
+        return avx512_vnni::neighbor_kernels;
+    if (vectors == InstructionSet::kAvx512 || vectors == InstructionSet::kAvx2) return avx2::neighbor_kernels;
 #endif
     if (set == InstructionSet::kEmulatedAmx) return emulated_amx::neighbor_kernels;
     return portable::neighbor_kernels;

@@ -1,13 +1,12 @@
-// The five products of attention's backward in bfloat16 tiles, each of 32 × 32 sums at a time in four tiles. As in
-// products_amx.h, Sᵀ = K·Qᵀ has queries in its columns, and a cyclic channel, which is float32, is three channels.
+// The five products of attention's backward in bfloat16, each of 32 × 32 sums at a time. As in products_bfloat16.h, Sᵀ = K·Qᵀ has queries in its columns, and a cyclic channel, which is float32, is three channels.
 //
 // dQᵀ = Kᵀ·dSᵀ sums over the keys of a block. dV = Pᵀ·dO and dK = dSᵀ·Q sum over queries, so they wait for all tiles of
 // a part. In a row of Pᵀ and of dSᵀ query i is followed by query i + 16: then it takes no shuffle to write.
 #pragma once
 
-#include "amx_tiles.h"
 #include "attention_kernels.h"
 #include "scratch.h"
+#include "squares_bfloat16.h"
 #include "time_buckets.h"
 
 namespace alure {
@@ -15,41 +14,7 @@ namespace {
 
 static_assert(kLanes == 16 && kWidth == 32);
 
-// sums [32, 32] (+)= Σ left(s) [32, 32] · right(s) [32, 32] for s < steps, where the rows of the right lie in pairs.
-// Strides of left and right are in bytes.
-template <bool kAdd, class Left, class Right>
-inline void multiply_square(std::int64_t steps, Left left, std::int64_t left_stride, Right right,
-                            std::int64_t right_stride, float* sums, std::int64_t stride) {
-    if constexpr (kAdd) {
-        load_tile<0>(sums, stride * 4);
-        load_tile<1>(sums + 16, stride * 4);
-        load_tile<2>(sums + 16 * stride, stride * 4);
-        load_tile<3>(sums + 16 * stride + 16, stride * 4);
-    } else {
-        zero_tile<0>();
-        zero_tile<1>();
-        zero_tile<2>();
-        zero_tile<3>();
-    }
-    for (std::int64_t s = 0; s < steps; ++s) {
-        const auto* a = reinterpret_cast<const char*>(left(s));
-        const auto* b = reinterpret_cast<const char*>(right(s));
-        load_tile<4>(a, left_stride);
-        load_tile<6>(b, right_stride);
-        multiply_tiles<0, 4, 6>();
-        load_tile<7>(b + 64, right_stride);
-        multiply_tiles<1, 4, 7>();
-        load_tile<5>(a + 16 * left_stride, left_stride);
-        multiply_tiles<2, 5, 6>();
-        multiply_tiles<3, 5, 7>();
-    }
-    store_tile<0>(sums, stride * 4);
-    store_tile<1>(sums + 16, stride * 4);
-    store_tile<2>(sums + 16 * stride, stride * 4);
-    store_tile<3>(sums + 16 * stride + 16, stride * 4);
-}
-
-class AmxGradients {
+class PairGradients {
 public:
     using Source = Bfloat16;
     static constexpr std::int64_t kTiles = 16;
@@ -57,7 +22,7 @@ public:
     static constexpr std::int64_t kSlice = 32;
     static constexpr int kDegree = 3;  // of the polynomial for weights
 
-    AmxGradients(const AttentionInputs& in, Arena& arena)
+    PairGradients(const AttentionInputs& in, Arena& arena)
         : in_(in),
           depth_(round_up(in.head_dim + 3 * in.num_cyclic, 32)),
           value_depth_(round_up(in.head_dim, 32)),
@@ -196,8 +161,8 @@ public:
         return sums[0] + sums[kWidth];
     }
 
-    static void begin_thread() { begin_tiles(); }
-    static void end_thread() { end_tiles(); }
+    static void begin_thread() { begin_squares(); }
+    static void end_thread() { end_squares(); }
 
 private:
     struct Split {

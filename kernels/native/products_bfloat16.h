@@ -1,14 +1,14 @@
-// The two products of attention in bfloat16 tiles: Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ, both of 32 rows × 32 queries at a time in
-// four tiles of sums. Cyclic channels are float32: x = high + low, and of the four products of two such sums the three
+// The two products of attention in bfloat16: Sᵀ = K·Qᵀ and Oᵀ = Vᵀ·Pᵀ, both of 32 rows × 32 queries at a time. Cyclic
+// channels are float32: x = high + low, and of the four products of two such sums the three
 // largest become channels.
 //
-// A tile of sums takes 16 cycles a product while the vectors compute weights, so the products of the next keys, and
-// those with the values of the tile before, are handed out ahead of the weights that do not wait for them.
+// In AMX a tile of sums takes 16 cycles a product while the vectors compute weights, so the products of the next keys,
+// and those with the values of the tile before, are handed out ahead of the weights that do not wait for them.
 #pragma once
 
-#include "amx_tiles.h"
 #include "attention_kernels.h"
 #include "scratch.h"
+#include "squares_bfloat16.h"
 #include "time_buckets.h"
 
 namespace alure {
@@ -16,7 +16,7 @@ namespace {
 
 static_assert(kLanes == 16 && kWidth == 32);
 
-class AmxProducts {
+class PairProducts {
 public:
     using Source = Bfloat16;
     static constexpr std::int64_t kTiles = 16;   // of a part: a block of transposed values serves 512 queries
@@ -24,7 +24,7 @@ public:
     static constexpr std::int64_t kSlice = 32;   // keys
     static constexpr int kDegree = 3;            // of the polynomial for weights
 
-    AmxProducts(const AttentionInputs& in, Arena& arena)
+    PairProducts(const AttentionInputs& in, Arena& arena)
         : in_(in),
           depth_(round_up(in.head_dim + 3 * in.num_cyclic, 32)),
           value_channels_(round_up(in.head_dim, 32)),
@@ -39,7 +39,7 @@ public:
     [[nodiscard]] std::int64_t sum_floats() const { return value_channels_ * kWidth; }
     [[nodiscard]] float factor() const { return has_scale_ ? in_.scale * kLog2E : kLog2E; }
 
-    // [2 groups of 16 queries, pairs of channels, 16 queries, 2]
+    // [pairs of channels, kWidth queries, 2]
     void pack_queries(std::int64_t row, std::int64_t rows, std::int64_t head, float* packed) const {
         const auto* x = static_cast<const Bfloat16*>(in_.q.data) + row * in_.q.row_stride + head * in_.q.head_stride;
         const float* cyclic = in_.q_cyclic + (row * in_.heads + head) * in_.num_cyclic;
@@ -51,12 +51,12 @@ public:
             });
         };
         for (std::int64_t first = 0; first < kWidth; first += 16)
-            for (std::int64_t channel = 0; channel < depth_; channel += 32, packed += 16 * 16) {
+            for (std::int64_t channel = 0; channel < depth_; channel += 32) {
                 Floats square[16];
                 for (int i = 0; i < 16; ++i)
                     square[i] = reinterpret_cast<Floats>(first + i < rows ? channels(first + i, channel) : Ints{});
                 transpose(square);
-                for (int i = 0; i < 16; ++i) store(packed + i * 16, square[i]);
+                for (int i = 0; i < 16; ++i) store(packed + (channel / 2 + i) * kWidth + first, square[i]);
             }
     }
 
@@ -82,28 +82,10 @@ public:
 
     // Scores of the slices of keys [begin, end), [keys, kWidth].
     void multiply_keys(const float* queries, std::int64_t begin, std::int64_t end) const {
-        const std::int64_t key_stride = depth_ * 2;
-        for (std::int64_t key = begin / kSlice * kSlice; key < end; key += kSlice) {
-            zero_tile<0>();
-            zero_tile<1>();
-            zero_tile<2>();
-            zero_tile<3>();
-            for (std::int64_t pair = 0; pair < depth_ / 2; pair += 16) {
-                load_tile<4>(keys_ + key * depth_ + 2 * pair, key_stride);
-                load_tile<6>(queries + pair * 16, 64);
-                multiply_tiles<0, 4, 6>();
-                load_tile<7>(queries + (depth_ / 2 + pair) * 16, 64);
-                multiply_tiles<1, 4, 7>();
-                load_tile<5>(keys_ + (key + 16) * depth_ + 2 * pair, key_stride);
-                multiply_tiles<2, 5, 6>();
-                multiply_tiles<3, 5, 7>();
-            }
-            float* scores = scores_ + key * kWidth;
-            store_tile<0>(scores, kWidth * 4);
-            store_tile<1>(scores + 16, kWidth * 4);
-            store_tile<2>(scores + 16 * kWidth, kWidth * 4);
-            store_tile<3>(scores + 16 * kWidth + 16, kWidth * 4);
-        }
+        for (std::int64_t key = begin / kSlice * kSlice; key < end; key += kSlice)
+            multiply_square<false>(
+                depth_ / 32, [&](std::int64_t s) { return keys_ + key * depth_ + s * 32; }, depth_ * 2,
+                [&](std::int64_t s) { return queries + s * 16 * kWidth; }, kWidth * 4, scores_ + key * kWidth, kWidth);
     }
     [[nodiscard]] float* scores(std::int64_t key) const { return scores_ + key * kWidth; }
 
@@ -148,8 +130,8 @@ public:
         pending_ = {};
     }
 
-    static void begin_thread() { begin_tiles(); }
-    static void end_thread() { end_tiles(); }
+    static void begin_thread() { begin_squares(); }
+    static void end_thread() { end_squares(); }
 
 private:
     struct Split {
@@ -212,26 +194,11 @@ private:
     }
 
     void add_values(std::int64_t channel) const {
-        constexpr std::int64_t kStride = kWidth * 4;
-        float* sums = pending_.sums + channel * kWidth;
-        load_tile<0>(sums, kStride);
-        load_tile<1>(sums + 16, kStride);
-        load_tile<2>(sums + 16 * kWidth, kStride);
-        load_tile<3>(sums + 16 * kWidth + 16, kStride);
-        for (std::int64_t key = pending_.begin; key < pending_.end; key += kSlice) {
-            load_tile<4>(values_ + channel * kBlock + key, kBlock * 2);
-            load_tile<6>(pending_.weights + key / 2 * kWidth, kStride);
-            multiply_tiles<0, 4, 6>();
-            load_tile<7>(pending_.weights + key / 2 * kWidth + 16, kStride);
-            multiply_tiles<1, 4, 7>();
-            load_tile<5>(values_ + (channel + 16) * kBlock + key, kBlock * 2);
-            multiply_tiles<2, 5, 6>();
-            multiply_tiles<3, 5, 7>();
-        }
-        store_tile<0>(sums, kStride);
-        store_tile<1>(sums + 16, kStride);
-        store_tile<2>(sums + 16 * kWidth, kStride);
-        store_tile<3>(sums + 16 * kWidth + 16, kStride);
+        multiply_square<true>(
+            (pending_.end - pending_.begin) / kSlice,
+            [&](std::int64_t s) { return values_ + channel * kBlock + pending_.begin + s * kSlice; }, kBlock * 2,
+            [&](std::int64_t s) { return pending_.weights + (pending_.begin + s * kSlice) / 2 * kWidth; }, kWidth * 4,
+            pending_.sums + channel * kWidth, kWidth);
     }
 
     const AttentionInputs& in_;
