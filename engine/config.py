@@ -111,6 +111,11 @@ class TrainingConfig(Section):
     )
     weight_decay: float = Field(0.01, ge=0)
     max_events: int = Field(128, ge=1, description="newest events a source that training reads")
+    windows: Literal["newest", "random"] = Field(
+        "newest",
+        description="what is read of a history longer than max_events with labels after every event: its newest "
+        "events, or in half of its visits those up to an event drawn uniformly",
+    )
     label_horizon: int = Field(7 * DAY, ge=1, description="seconds after the snapshot that hold its positives")
     labels: Literal["all_action", "next_event", "dense_all_action"] = Field(
         "all_action",

@@ -15,6 +15,7 @@ from alure.engine.training.targets import Exposures, Timeline
 NOTHING = np.empty(0, np.int64)
 POSITIVES = 4  # at most, a sample
 EARLIER_SHARE = 0.5  # of the samples have T up to the label horizon before the target, as a scheduled refresh would
+RANDOM_SHARE = 0.5  # of the visits of a long history read a window of it that need not be the newest
 
 
 @dataclass(frozen=True)
@@ -139,12 +140,22 @@ class Sampler:
         drawn = self.generator.integers(0, len(self.universe), 0 if exact else self.config.negatives)
         return Sample(
             users=users,
-            as_of=np.full(len(users), self.until),
+            as_of=self._window_ends(users),
             positives=Positives(NOTHING, NOTHING),
             shown=[],
             negatives=self.universe if exact else self.universe[drawn],
             without_newest=int(self.config.held_out == "last_event"),
         )
+
+    def _window_ends(self, users: np.ndarray) -> np.ndarray:
+        """Time up to which each history is read, int64 [B]."""
+        ends = np.full(len(users), self.until)
+        if self.config.windows == "random":
+            spare = self.count[users] - self.config.max_events
+            moved = (spare > 0) & (self.generator.random(len(users)) < RANDOM_SHARE)
+            last = self.begin[users] + self.config.max_events + (self.generator.random(len(users)) * spare).astype(int)
+            ends[moved] = self.targets.timestamps[last[moved]]
+        return ends
 
     def state(self) -> dict[str, Any]:
         """What the next draw depends on beside the log and the configuration; load_state takes it back."""

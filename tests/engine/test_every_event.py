@@ -26,6 +26,8 @@ from alure.engine.training.every_event import embedding_times, label_rows
 from alure.engine.training.full_ranking import LeaveOneOut, rank_truth
 from alure.engine.training.losses import CandidateItems, RowSoftmax, sampled_softmax, view_loss
 from alure.engine.training.metrics import hit_rate_and_ndcg
+from alure.engine.training.sampling import Sampler
+from alure.engine.training.targets import AdEvents, find_targets, first_times
 
 CAUSAL: dict[str, Any] = {"causal": True, "encoders": ["frequency", "gap", "cyclic"]}
 NEXT: dict[str, Any] = {"labels": "next_event", "held_out": "last_event", "batch_users": 16, "negatives": 64}
@@ -274,3 +276,27 @@ def test_the_user_user_loss_is_part_of_a_training(tmp_path: Path) -> None:
     config = TrainingConfig(steps=20, batch_users=16, negatives=8, view_weight=1.0)
     report = train(log, tiny_model(), config, tmp_path / "model", seed=0)
     assert report.curve[-1]["views"] < report.curve[0]["views"]
+
+
+def test_windows_of_long_histories_move_and_never_hold_what_is_held_out(tmp_path: Path) -> None:
+    events = one_source(tmp_path / "events", users=40, events=30)
+    drawn: dict[str, list[int]] = {}
+    for windows in ("newest", "random"):
+        config = TrainingConfig.model_validate(NEXT | {"max_events": 8, "windows": windows, "batch_users": 40})
+        until = events.manifest.last_timestamp
+        ads = AdEvents.read(events, until)
+        sampler = Sampler(find_targets(ads, config), [], first_times(events), config, until, seed=0)
+        drawn[windows] = []
+        for _ in range(20):
+            sample = sampler.draw()
+            batch = events.batch(sample.users, sample.as_of, config.max_events, sample.without_newest)
+            sequence = batch.sequences["visit"]
+            assert (sequence.lengths <= 8).all()
+            history = events.engagements(events.manifest.last_timestamp, ["visit"])
+            newest = torch.from_numpy(history.timestamps[history.offsets[sample.users + 1] - 2])
+            last = sequence.timestamps[sequence.offsets[1:] - 1]
+            assert (last <= newest).all()  # the user's last event is held out
+            drawn[windows] += (newest - last).tolist()
+    assert set(drawn["newest"]) == {0}
+    share = np.mean(np.array(drawn["random"]) > 0)
+    assert 0.4 < share < 0.55  # half of the visits, less those that draw the end
