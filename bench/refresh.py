@@ -73,7 +73,7 @@ class Embedding:
     def ours(self, precision: str) -> Callable[[], np.ndarray]:
         config = RefreshConfig.model_validate({"precision": precision})
         embedder = Embedder(self.model.user, self.events, Snapshot("g", self.as_of, "m", None, config), self.device)
-        return lambda: embedder.embed(self.users, self.tokens, lambda users, tokens: None)[0]
+        return lambda: embedder.embed(self.users, self.tokens, lambda users, tokens: None)[0].values
 
     def padded(self, dtype: torch.dtype, by_length: bool) -> Callable[[], np.ndarray]:
         user_model = UserModel(self.model.config, self.model.schema)

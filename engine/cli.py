@@ -197,6 +197,10 @@ def refresh(
     max_minutes: Annotated[float | None, typer.Option(help="With --incremental: who changed most comes first.")] = None,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Events a batch.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
+    output_dtype: Annotated[
+        str | None,
+        typer.Option("--output-dtype", "--dtype", help="Of the embeddings in the store: float32, float16 or int8."),
+    ] = None,
     workers: Annotated[int, typer.Option(min=1, help="Processes, Ray actors or Spark tasks.")] = 1,
     engine: Annotated[str, typer.Option(help="Who runs them: local, ray or spark.")] = "local",
     metrics: Annotated[Path | None, typer.Option(help="Write the figures here for Prometheus (*.prom).")] = None,
@@ -220,6 +224,7 @@ def refresh(
             load_config(config).refresh,
             token_budget=token_budget,
             precision=precision,
+            output_dtype=output_dtype,
             max_age=None if max_age_days is None else round(max_age_days * 86_400),
             max_minutes=max_minutes,
         ),

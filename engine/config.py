@@ -175,6 +175,9 @@ class TrainingConfig(Section):
         return self
 
 
+OutputDtype = Literal["float32", "float16", "int8"]
+
+
 class RefreshConfig(Section):
     token_budget: int = Field(32_768, ge=1, description="events a batch; a longer history is a batch of its own")
     unit_users: int = Field(32_768, ge=1, description="users a unit of work: one idempotent write")
@@ -188,6 +191,9 @@ class RefreshConfig(Section):
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
         "auto", description="of weights and activations; auto: bfloat16 on GPUs and on CPUs with AMX, else float32"
+    )
+    output_dtype: OutputDtype = Field(
+        "float32", description="of the embeddings in the store, one for all its generations; int8: a scale an embedding"
     )
 
 

@@ -5,7 +5,7 @@ import dataclasses
 from torch import Tensor, nn
 
 from alure.engine.config import ModelConfig
-from alure.kernels.compression import DotLinearCompression, InteractionCompression, compress
+from alure.kernels.compression import DotLinearCompression, InteractionCompression, compress, compress_int8
 from alure.kernels.compression.parameters import InteractionLayer
 
 
@@ -20,7 +20,14 @@ class DotLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, d] → [B, k, d], each embedding of length 1."""
-        return compress(x.to(self.tensors["linear"].dtype), DotLinearCompression(**self.tensors))
+        return compress(x.to(self.tensors["linear"].dtype), self._weights())
+
+    def forward_int8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as codes int8 [B, k, d] and scales float32 [B, k]."""
+        return compress_int8(x.to(self.tensors["linear"].dtype), self._weights())
+
+    def _weights(self) -> DotLinearCompression:
+        return DotLinearCompression(**self.tensors)
 
 
 class Interaction(nn.Module):
@@ -38,8 +45,15 @@ class Interaction(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """[B, n, d] → [B, k, d], each embedding of length 1."""
+        return compress(x.to(self.seeds.dtype), self._weights())
+
+    def forward_int8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        """The same as codes int8 [B, k, d] and scales float32 [B, k]."""
+        return compress_int8(x.to(self.seeds.dtype), self._weights())
+
+    def _weights(self) -> InteractionCompression:
         layers = tuple(InteractionLayer(**dict(layer.items())) for layer in self.layers)  # type: ignore[operator]
-        return compress(x.to(self.seeds.dtype), InteractionCompression(self.seeds, layers, self.heads))
+        return InteractionCompression(self.seeds, layers, self.heads)
 
 
 def make_compression(config: ModelConfig, n: int) -> DotLinear | Interaction:

@@ -160,18 +160,15 @@ class UserModel(nn.Module):
         """Embeddings [B, k, d] of the batch's users at batch.as_of. A user with no events has a finite one too."""
         return self.encode(batch, catalog).embeddings
 
+    def forward_int8(self, batch: EventBatch, catalog: Catalog) -> tuple[Tensor, Tensor]:
+        """`forward` in bytes: codes int8 [B, k, d] and scales float32 [B, k], see `alure.kernels.compress_int8`."""
+        return self.compression.forward_int8(self._pooled(self._run(batch, catalog), len(batch)))
+
     def encode(self, batch: EventBatch, catalog: Catalog) -> UserState:
         """Embeddings, and the tokens that context queries attend to."""
         streams = self._run(batch, catalog)
-        pooled: list[Tensor] = []
-        for stack in self.sources():
-            if stack.source in streams:
-                pooled += streams[stack.source].pooled
-            else:
-                shape = (len(batch), self.config.seeds, self.config.width)
-                pooled += [self.table.new_zeros(shape) for _ in stack.taps]
         contexts = {source: stream.context for source, stream in streams.items() if stream.context is not None}
-        return UserState(self.compression(torch.cat(pooled, dim=1)), contexts)
+        return UserState(self.compression(self._pooled(streams, len(batch))), contexts)
 
     def encode_events(self, batch: EventBatch, catalog: Catalog, event_times: Tensor) -> Tensor:
         """The embedding after every event: [n, k, d], what `forward` gives of the events up to it, in one pass.
@@ -182,6 +179,17 @@ class UserModel(nn.Module):
         check_every_event(self.config, self.schema)
         (stream,) = self._run(batch, catalog, event_times).values()
         return self.compression(torch.cat(stream.pooled, dim=1))
+
+    def _pooled(self, streams: dict[str, Stream], users: int) -> Tensor:
+        """What all taps pooled: [B, n, d], zeros of the sources without events."""
+        pooled: list[Tensor] = []
+        for stack in self.sources():
+            if stack.source in streams:
+                pooled += streams[stack.source].pooled
+            else:
+                shape = (users, self.config.seeds, self.config.width)
+                pooled += [self.table.new_zeros(shape) for _ in stack.taps]
+        return torch.cat(pooled, dim=1)
 
     def _run(self, batch: EventBatch, catalog: Catalog, event_times: Tensor | None = None) -> dict[str, Stream]:
         """The batch's events through encoders, layers and taps, by source; sources without any are left out."""

@@ -9,7 +9,6 @@ import pyarrow.compute as pc
 from alure.engine.events import Events
 from alure.engine.refresh.planner import Unit
 from alure.engine.store import EmbeddingStore
-from alure.engine.store.rows import EMBEDDING_COLUMNS
 
 
 @dataclass(frozen=True)
@@ -40,9 +39,11 @@ class Earlier:
 
 
 def earlier_rows(
-    store: EmbeddingStore, base: str | None, events: Events, unit: Unit, columns: list[str] = EMBEDDING_COLUMNS
+    store: EmbeddingStore, base: str | None, events: Events, unit: Unit, columns: list[str] | None = None
 ) -> Earlier:
-    """`columns` of the base generation for the unit's users, of which the log is sorted by (country, user_id)."""
+    """`columns` (default: all, embeddings as they are stored) of the base generation for the unit's users, by whose
+    (country, user_id) the log is sorted.
+    """
     known = events.users.slice(unit.first, unit.last - unit.first)
     nobody = Earlier(
         np.full(len(known), -1), pa.table({"num_events": pa.array([], pa.int64()), "as_of": pa.array([], pa.int64())})

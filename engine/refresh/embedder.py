@@ -14,16 +14,16 @@ from torch.profiler import record_function
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError
-from alure.engine.events import Events
+from alure.engine.events import EventBatch, Events
 from alure.engine.model import UserModel
 from alure.engine.refresh.earlier import Earlier, earlier_rows
 from alure.engine.refresh.planner import Unit, count_events, pack
 from alure.engine.store import EmbeddingStore
-from alure.engine.store.rows import embedding_schema
+from alure.engine.store.vectors import Vectors
 from alure.kernels.backend import native_instruction_set
 
 STAGES = READ, EMBED = ("alure.read", "alure.embed")  # as a profiler names them
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
 def resolve_precision(precision: str, device: torch.device) -> str:
@@ -88,39 +88,46 @@ class Embedder:
         self.model = model.to(device, dtype).eval()
         self.catalog = self.model.catalog(events)
         self.events, self.snapshot, self.device = events, snapshot, device
-        self.width = model.config.num_embeddings * model.config.width
 
     def embed(
         self, users: np.ndarray, tokens: np.ndarray, after_batch: Callable[[int, int], None]
-    ) -> tuple[np.ndarray, Work]:
-        """float32 [n, k·d] of `users` (indices), in their order, whatever batches they shared.
+    ) -> tuple[Vectors, Work]:
+        """The embeddings of `users` (indices), in their order, whatever batches they shared.
 
         after_batch(users, tokens) is called after each batch; what it raises ends the work.
         """
-        values = np.empty((len(users), self.width), dtype=np.float32)
-        batches = pack(tokens, self.snapshot.config.token_budget)
+        config, model = self.snapshot.config, self.model.config
+        vectors = Vectors.empty(len(users), model.num_embeddings, model.width, config.output_dtype)
+        batches = pack(tokens, config.token_budget)
         with torch.inference_mode():
             for places in batches:
-                values[places] = self._batch(users[places])
+                self._fill(vectors, places, users)
                 after_batch(len(places), int(tokens[places].sum()))
-        return values, Work(len(users), int(tokens.sum()), len(batches))
+        return vectors, Work(len(users), int(tokens.sum()), len(batches))
 
-    def _batch(self, users: np.ndarray) -> np.ndarray:
-        """float32 [n, k·d]. Users that do not fit in memory together go in halves."""
+    def _fill(self, vectors: Vectors, places: np.ndarray, users: np.ndarray) -> None:
+        """Embed users[places] into their rows. Users that do not fit in memory together go in halves."""
         with record_function(READ):
-            batch = self.events.batch(users, self.snapshot.as_of, self.snapshot.config.max_events)
+            batch = self.events.batch(users[places], self.snapshot.as_of, self.snapshot.config.max_events)
         try:
             with record_function(EMBED):
-                found = self.model(batch.to(self.device), self.catalog)
-                return found.float().reshape(len(users), self.width).cpu().numpy()
+                return self._embed(vectors, places, batch.to(self.device))
         except (torch.OutOfMemoryError, MemoryError):
-            if len(users) == 1:
+            if len(places) == 1:
                 raise AlureError(
                     f"refresh: the {batch.total:,} events of one user do not fit in the memory of {self.device}; "
                     "limit histories by max_events in the configuration's section refresh"
                 ) from None
-        half = len(users) // 2  # outside the handler, which would hold on to the failed pass's tensors
-        return np.concatenate([self._batch(users[:half]), self._batch(users[half:])])
+        for half in np.array_split(places, 2):  # outside the handler, which would hold on to the failed pass's tensors
+            self._fill(vectors, half, users)
+
+    def _embed(self, vectors: Vectors, places: np.ndarray, batch: EventBatch) -> None:
+        if vectors.scales is not None:
+            found, scales = self.model.forward_int8(batch, self.catalog)
+            vectors.scales[places] = scales.cpu().numpy()
+        else:
+            found = self.model(batch, self.catalog).to(DTYPES[self.snapshot.config.output_dtype])
+        vectors.values[places] = found.flatten(1).cpu().numpy()
 
     def unit_rows(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[int, int], None]) -> UnitResult:
         """The unit's users that have an event up to as_of: those who need it embedded, the others carried forward."""
@@ -130,29 +137,30 @@ class Embedder:
         present = num_events > 0
         chosen = present & needs_refresh(snapshot, earlier, num_events)
         places = np.flatnonzero(chosen)
-        values, work = self.embed(places + unit.first, tokens[places], after_batch)
-        finite = np.isfinite(values).all(axis=1)
+        vectors, work = self.embed(places + unit.first, tokens[places], after_batch)
+        finite = vectors.finite()
         work.bad = len(places) - int(finite.sum())
         known = self.events.users.slice(unit.first, unit.last - unit.first)
-        rows = self._rows(known.take(places[finite]), num_events[places[finite]], values[finite])
+        rows = self._rows(known.take(places[finite]), num_events[places[finite]], vectors.columns(finite))
         carried = earlier.keep(present & ~chosen)
         if len(carried):
-            rows = pa.concat_tables([rows, carried.cast(rows.schema)])
+            rows = pa.concat_tables([rows, carried.select(rows.schema.names).cast(rows.schema)])
         return UnitResult(rows, known["user_id"].take(places[~finite]).to_pylist(), work)
 
-    def _rows(self, users: pa.Table, num_events: np.ndarray, values: np.ndarray) -> pa.Table:
-        count, schema = len(users), embedding_schema(users["user_id"].type)
-        columns = {
-            "user_id": users["user_id"],
-            "country": users["country"].cast(pa.string()),
-            "generation": pa.repeat(self.snapshot.generation, count),
-            "embedding": as_lists(values),
-            "as_of": pa.repeat(self.snapshot.as_of, count),
-            "model": pa.repeat(self.snapshot.model, count),
-            "num_events": pa.array(num_events),
-            "refreshed_at": pa.repeat(pa.scalar(datetime.now(UTC), pa.timestamp("us", "UTC")), count),
-        }
-        return pa.table([columns[name] for name in schema.names], schema=schema)
+    def _rows(self, users: pa.Table, num_events: np.ndarray, embeddings: dict[str, pa.Array]) -> pa.Table:
+        count, now = len(users), pa.scalar(datetime.now(UTC), pa.timestamp("us", "UTC"))
+        return pa.table(
+            {
+                "user_id": users["user_id"],
+                "country": users["country"].cast(pa.string()),
+                "generation": pa.repeat(self.snapshot.generation, count),
+                **embeddings,
+                "as_of": pa.repeat(self.snapshot.as_of, count),
+                "model": pa.repeat(self.snapshot.model, count),
+                "num_events": pa.array(num_events),
+                "refreshed_at": pa.repeat(now, count),
+            }
+        )
 
 
 def needs_refresh(snapshot: Snapshot, earlier: Earlier, num_events: np.ndarray) -> np.ndarray:
@@ -164,10 +172,3 @@ def needs_refresh(snapshot: Snapshot, earlier: Earlier, num_events: np.ndarray) 
     if snapshot.deadline is None:
         return needed
     return needed & (unseen >= snapshot.least_unseen) & (time.time() < snapshot.deadline)
-
-
-def as_lists(values: np.ndarray) -> pa.ListArray:
-    """float32 [n, width] → list<float32> [n]."""
-    count, width = values.shape
-    offsets = pa.array(np.arange(count + 1, dtype=np.int64) * width, pa.int32())
-    return pa.ListArray.from_arrays(offsets, pa.array(values.reshape(-1)))

@@ -77,6 +77,7 @@ class RefreshJob:
     def run(self) -> RefreshReport:
         """Do what is left to do and publish. Raises Interrupted on SIGTERM or SIGINT, AlureError where it fails."""
         started = time.monotonic()
+        self.store.check_dtype(self.config.output_dtype)
         snapshot = self._snapshot()
         units = plan_units(self.events.num_users, self.config.unit_users)
         published = self.store.log.find(snapshot.generation, "embeddings")
@@ -218,6 +219,7 @@ class RefreshJob:
             "d": self.model.config.width,
             "max_events": self.config.max_events,
             "precision": self.config.precision,
+            "output_dtype": self.config.output_dtype,
             "base": snapshot.base,
             "max_minutes": self.config.max_minutes,
             "events": self.events.manifest.fingerprint,
@@ -263,6 +265,7 @@ class RefreshJob:
             device_hours_per_billion_users=hours * 1e9 / work.embedded if work.embedded else None,
             device="cuda" if torch.cuda.is_available() else "cpu",
             precision=self.config.precision,
+            output_dtype=self.config.output_dtype,
             workers=self.workers,
         )
 

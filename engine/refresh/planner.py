@@ -76,7 +76,7 @@ def generation_id(as_of: int, model: str, events: Events, config: RefreshConfig,
     goes on with a smaller one. base: the generation that an incremental refresh carries users forward from.
     """
     log = events.manifest.fingerprint
-    identity = [as_of, model, log, config.unit_users, config.max_events, config.precision, base]
+    identity = [as_of, model, log, config.unit_users, config.max_events, config.precision, config.output_dtype, base]
     if base is not None:
         identity += [config.max_age, config.max_minutes]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]

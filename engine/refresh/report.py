@@ -36,6 +36,7 @@ class RefreshReport:
     device_hours_per_billion_users: float | None  # extrapolated
     device: str
     precision: str
+    output_dtype: str
     workers: int
 
 

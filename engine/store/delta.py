@@ -7,7 +7,7 @@ import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
@@ -34,12 +34,7 @@ class DataTable:
     def __init__(self, path: Path, partition_by: list[str], row_group_rows: int = 65_536) -> None:
         self.path = path
         self.partition_by = partition_by
-        self.writer = WriterProperties(
-            compression="ZSTD",
-            compression_level=1,
-            max_row_group_size=row_group_rows,
-            default_column_properties=ColumnProperties(dictionary_enabled=False, statistics_enabled="CHUNK"),
-        )
+        self.row_group_rows = row_group_rows
 
     def exists(self) -> bool:
         return DeltaTable.is_deltatable(str(self.path))
@@ -60,10 +55,10 @@ class DataTable:
         have = self.schema()
         for field in schema:
             place = have.get_field_index(field.name)
-            if place < 0 or not _same_type(have.field(place).type, field.type):
-                found = "no such column" if place < 0 else str(have.field(place).type)
+            if place < 0 or not _same(have.field(place), field):
+                found = "no such column" if place < 0 else _described(have.field(place))
                 raise InputError(
-                    f"{self.path}: column {field.name}: the store has {found}, this write has {field.type}; "
+                    f"{self.path}: column {field.name}: the store has {found}, this write has {_described(field)}; "
                     "use another store for data of another shape"
                 )
 
@@ -95,7 +90,8 @@ class DataTable:
     def commit(self, table: DeltaTable, data: pa.Table, properties: CommitProperties) -> bool:
         """Append `data` to a snapshot; False where another commit was first. AlureError where the disk refuses."""
         try:
-            write_deltalake(table, data, mode="append", commit_properties=properties, writer_properties=self.writer)
+            writer = writer_properties(data.schema, self.row_group_rows)
+            write_deltalake(table, data, mode="append", commit_properties=properties, writer_properties=writer)
         except CommitFailedError:
             return False
         except (DeltaError, OSError) as error:
@@ -123,7 +119,8 @@ class DataTable:
         reader = pa.RecordBatchReader.from_batches(schema, _handed_over(waiting))
         rows = 0
         with ThreadPoolExecutor(1, thread_name_prefix=f"write {self.path.name}") as pool:
-            write = pool.submit(write_deltalake, str(self.path), reader, mode="append", writer_properties=self.writer)
+            writer = writer_properties(schema, self.row_group_rows)
+            write = pool.submit(write_deltalake, str(self.path), reader, mode="append", writer_properties=writer)
             try:
                 for batch in batches:
                     rows += batch.num_rows
@@ -218,6 +215,41 @@ def _removal(group: str) -> str:
 def _removals(table: DeltaTable, group: str) -> int:
     """How often the group was removed. Parts written before carry an earlier version than what is asked for now."""
     return table.transaction_version(_removal(group)) or 0
+
+
+def writer_properties(schema: pa.Schema, row_group_rows: int) -> WriterProperties:
+    """How Parquet is written. Lists, which the writer cannot be told of by name, take the default, others are named.
+
+    Bytes, for which Parquet would take 4 each, come as places in a dictionary of 256. Of floats alone the first bytes
+    of all values lie together, then the second, …: those of few digits then compress to half.
+    """
+    lists = {field.type.value_type for field in schema if pa.types.is_list(field.type)}
+    plain = of_lists = _column("PLAIN")
+    if pa.int8() in lists:
+        of_lists = _column(None)
+    elif lists == {pa.float32()}:
+        of_lists = _column("BYTE_STREAM_SPLIT")
+    return WriterProperties(
+        compression="ZSTD",
+        compression_level=1,
+        max_row_group_size=row_group_rows,
+        default_column_properties=of_lists,
+        column_properties={field.name: plain for field in schema if not pa.types.is_list(field.type)},
+    )
+
+
+def _column(encoding: Literal["PLAIN", "BYTE_STREAM_SPLIT"] | None) -> ColumnProperties:
+    """None: a dictionary."""
+    return ColumnProperties(dictionary_enabled=encoding is None, statistics_enabled="CHUNK", encoding=encoding)
+
+
+def _same(a: pa.Field, b: pa.Field) -> bool:
+    return _same_type(a.type, b.type) and (a.metadata or {}) == (b.metadata or {})
+
+
+def _described(field: pa.Field) -> str:
+    notes = [f"{name.decode()} {value.decode()}" for name, value in (field.metadata or {}).items()]
+    return " with ".join([str(field.type), *notes])
 
 
 def _same_type(a: pa.DataType, b: pa.DataType) -> bool:

@@ -22,6 +22,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.dataset as ds
 
+from alure.engine.config import OutputDtype
 from alure.engine.errors import AlureError, InputError
 from alure.engine.store.checksums import Checksums
 from alure.engine.store.delta import DataTable
@@ -31,11 +32,11 @@ from alure.engine.store.rows import (
     check_unit,
     conform,
     embedding_schema,
-    flat,
     id_type,
     in_order,
     order_of,
 )
+from alure.engine.store.vectors import SCALES, dtype_of, flat, table_to_float32, to_float32
 from alure.engine.store.whole import SHAPES, WholeTable, as_ids
 
 Rows: TypeAlias = pa.RecordBatch | pa.Table
@@ -57,7 +58,8 @@ class EmbeddingStore:
     """`EmbeddingStore(path, create=True)` makes the folder where there is none.
 
     `generation=None` means the newest published one everywhere; a `Generation` that was looked up before is
-    read without another look at the log. Reading what is not published raises InputError.
+    read without another look at the log. Reading what is not published raises InputError. Embeddings are float32 to
+    readers, whatever type the store keeps them in, which is one for all its generations.
     """
 
     def __init__(self, path: str | Path, *, create: bool = False) -> None:
@@ -68,6 +70,7 @@ class EmbeddingStore:
         self.whole = {table: WholeTable(self.path, table, self.log, self.checksums) for table in SHAPES}
         self._part = lru_cache(maxsize=8)(self._open_part)
         self.quarantine = DataTable(self.path / "quarantine", [])
+        self._dtype: OutputDtype | None = None
         if not self.log.log.exists():
             if not create:
                 raise InputError(f"store: {self.path} is not an embedding store; `alure refresh --store` makes one")
@@ -96,12 +99,31 @@ class EmbeddingStore:
     def write_unit(self, generation: str, unit: str, rows: pa.Table) -> bool:
         """Add one unit of a generation's embeddings in one commit; False where it was there already.
 
-        rows: EMBEDDING_COLUMNS (`generation` may be left out); one model and one width throughout.
+        rows: EMBEDDING_COLUMNS (`generation` may be left out); one model and one width throughout. embedding: lists
+        of float32 or float16, or of int8 beside `scales`, one float32 an embedding; InputError where the store has
+        another type.
         A row's as_of is the time its embedding was made for: earlier than the generation's where it is carried forward.
         """
-        rows = conform(rows, embedding_schema(id_type(rows, "user_id")), {"generation": generation})
+        dtype = dtype_of(rows.schema)
+        self.check_dtype(dtype)
+        rows = conform(rows, embedding_schema(id_type(rows, "user_id"), dtype), {"generation": generation})
         check_unit(rows, unit)
         return self.embeddings.append_once(rows, generation, unit)
+
+    def output_dtype(self) -> OutputDtype | None:
+        """In which the store keeps its embeddings, None where it has none yet."""
+        if self._dtype is None and self.embeddings.exists():
+            self._dtype = dtype_of(self.embeddings.schema())
+        return self._dtype
+
+    def check_dtype(self, dtype: OutputDtype) -> None:
+        """Raise InputError where the store keeps its embeddings in another type."""
+        found = self.output_dtype()
+        if found not in (None, dtype):
+            raise InputError(
+                f"{self.path}: the store keeps embeddings as {found}, got output_dtype {dtype}; a store has one type. "
+                f"Give --output-dtype {found} (refresh: output_dtype), or another store"
+            )
 
     def written_units(self, generation: str, units: Sequence[str]) -> set[str]:
         """Those of `units` that are written, from one snapshot."""
@@ -172,9 +194,7 @@ class EmbeddingStore:
         self, generation: GenerationName = None, country: str | None = None
     ) -> Iterator[pa.RecordBatch]:
         """EMBEDDING_COLUMNS in batches, in no particular order."""
-        chosen = self.published(generation, "embeddings")
-        where = _of(chosen.generation, country=country)
-        return self.embeddings.scan(where, EMBEDDING_COLUMNS) if chosen.rows else iter(())
+        return self._scan(self.published(generation, "embeddings"), country, EMBEDDING_COLUMNS)
 
     def read_matrix(self, generation: GenerationName = None, country: str | None = None) -> EmbeddingMatrix:
         """The embeddings as one float32 array [n, k·d]; for populations whose list column would not fit Arrow's."""
@@ -183,7 +203,7 @@ class EmbeddingStore:
         where = _of(chosen.generation, country=country)
         total = self.embeddings.count(where) if chosen.rows else 0
         values, at, keys = np.empty((total, width), dtype=np.float32), 0, []
-        for batch in self.embeddings.scan(where, ["user_id", "country", "embedding"]) if total else ():
+        for batch in self._scan(chosen, country, ["user_id", "country", "embedding"]):
             values[at : at + batch.num_rows] = flat(batch["embedding"]).reshape(batch.num_rows, width)
             at += batch.num_rows
             keys.append(batch.select(["user_id", "country"]))
@@ -211,7 +231,7 @@ class EmbeddingStore:
         chosen = self.published(generation, "embeddings")
         part = self._part(chosen.generation, chosen.sequence)
         wanted = ds.field("user_id").isin(as_ids(users, part.schema.field("user_id").type))
-        return part.to_table(columns=EMBEDDING_COLUMNS, filter=wanted)
+        return table_to_float32(part.to_table(columns=self._stored(EMBEDDING_COLUMNS), filter=wanted))
 
     def read_history(self, users: Sequence[Any], generations: int = 7) -> pa.Table:
         """What the newest `generations` say of `users`, as one jagged sequence a user, oldest first, for models that
@@ -277,13 +297,15 @@ class EmbeddingStore:
         return rows
 
     def read_range(
-        self, generation: str, country: str, bounds: tuple[Any, Any], columns: Sequence[str] = EMBEDDING_COLUMNS
+        self, generation: str, country: str, bounds: tuple[Any, Any], columns: Sequence[str] | None = None
     ) -> pa.Table:
-        """`columns` of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order."""
+        """`columns` (default: all) of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order;
+        embeddings as they are stored, to be written again.
+        """
         chosen = self.published(generation, "embeddings")
         user = ds.field("user_id")
         where = (ds.field("country") == country) & (user >= bounds[0]) & (user <= bounds[1])
-        return self._part(chosen.generation, chosen.sequence).to_table(columns=list(columns), filter=where)
+        return self._part(chosen.generation, chosen.sequence).to_table(columns=columns, filter=where)
 
     def _open_part(self, generation: str, sequence: int) -> ds.Dataset:
         """The files of a published generation, which never change under one sequence number."""
@@ -292,7 +314,18 @@ class EmbeddingStore:
     def _embedding_rows(self, chosen: Generation, country: str | None, columns: list[str]) -> pa.Table:
         if not self.embeddings.exists():
             return embedding_schema(pa.int64()).empty_table().select(columns)
-        return self.embeddings.table(_of(chosen.generation, country=country), columns)
+        rows = self.embeddings.table(_of(chosen.generation, country=country), self._stored(columns))
+        return table_to_float32(rows)
+
+    def _scan(self, chosen: Generation, country: str | None, columns: list[str]) -> Iterator[pa.RecordBatch]:
+        if not chosen.rows:
+            return iter(())
+        where = _of(chosen.generation, country=country)
+        return map(to_float32, self.embeddings.scan(where, self._stored(columns)))
+
+    def _stored(self, columns: list[str]) -> list[str]:
+        """What to read of the table for `columns` of EMBEDDING_COLUMNS."""
+        return [*columns, SCALES] if "embedding" in columns and self.output_dtype() == "int8" else columns
 
     def user_id_type(self) -> pa.DataType:
         """int64 or string."""

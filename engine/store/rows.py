@@ -6,14 +6,21 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from alure.engine.config import OutputDtype
+from alure.engine.store.vectors import SCALES, embedding_fields
+
 EMBEDDING_COLUMNS = ["user_id", "country", "generation", "embedding", "as_of", "model", "num_events", "refreshed_at"]
-FLOATS, STRINGS = pa.list_(pa.float32()), pa.list_(pa.string())
+STRINGS = pa.list_(pa.string())
 
 
-def embedding_schema(ids: pa.DataType) -> pa.Schema:
-    types = {"user_id": ids, "embedding": FLOATS, "as_of": pa.int64(), "num_events": pa.int64()}
-    types["refreshed_at"] = pa.timestamp("us", "UTC")
-    return pa.schema([(name, types.get(name, pa.string())) for name in EMBEDDING_COLUMNS])
+def embedding_schema(ids: pa.DataType, dtype: OutputDtype = "float32") -> pa.Schema:
+    """EMBEDDING_COLUMNS as they are stored: with the column `scales` where the embeddings are int8."""
+    types = {"user_id": ids, "as_of": pa.int64(), "num_events": pa.int64(), "refreshed_at": pa.timestamp("us", "UTC")}
+    fields = []
+    for name in EMBEDDING_COLUMNS:
+        plain = pa.field(name, types.get(name, pa.string()))
+        fields += embedding_fields(dtype) if name == "embedding" else [plain]
+    return pa.schema(fields)
 
 
 def id_type(rows: pa.RecordBatch | pa.Table, column: str) -> pa.DataType:
@@ -46,7 +53,7 @@ def conform(rows: pa.RecordBatch | pa.Table, schema: pa.Schema, constants: Mappi
 
 def check_unit(rows: pa.Table, unit: str) -> None:
     """Raise ValueError unless the rows have no nulls, one model and one width, each user once, and a country each."""
-    for name in EMBEDDING_COLUMNS:
+    for name in rows.schema.names:
         if rows[name].null_count:
             raise ValueError(f"unit {unit}: expected no nulls in {name}, got {rows[name].null_count}")
     if not len(rows):
@@ -57,16 +64,15 @@ def check_unit(rows: pa.Table, unit: str) -> None:
     ):
         if len(found) > 1:
             raise ValueError(f"unit {unit}: expected one {name}, got {found.to_pylist()}")
+    if SCALES in rows.schema.names:
+        width, counts = len(rows["embedding"][0]), pc.unique(pc.list_value_length(rows[SCALES])).to_pylist()
+        if len(counts) > 1 or not counts[0] or width % counts[0]:
+            raise ValueError(f"unit {unit}: expected as many {SCALES} as embeddings in {width} values, got {counts}")
     repeated = len(rows) - len(pc.unique(rows["user_id"]))
     if repeated:
         raise ValueError(f"unit {unit}: expected each user once, got {repeated} more rows")
     if pc.any(pc.equal(rows["country"], "")).as_py():
         raise ValueError(f"unit {unit}: expected every user to have a country, got an empty name")
-
-
-def flat(lists: pa.Array) -> np.ndarray:
-    """The values of a list array end to end."""
-    return lists.flatten().to_numpy(zero_copy_only=False)
 
 
 def in_order(rows: pa.Table) -> pa.Table:

@@ -15,7 +15,8 @@ from alure.engine.errors import AlureError, InputError
 from alure.engine.store.checksums import Checksums
 from alure.engine.store.delta import DataTable
 from alure.engine.store.generations import Generation, GenerationLog
-from alure.engine.store.rows import FLOATS, STRINGS, conform, id_type, in_order
+from alure.engine.store.rows import STRINGS, conform, id_type, in_order
+from alure.engine.store.vectors import FLOATS
 
 # table: (the column that holds the publication's name, rows a row group: lists are long, and a reader takes a group)
 SHAPES: dict[str, tuple[str | None, int]] = {

@@ -442,9 +442,9 @@ def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model, "forward", lambda b, c: (totals.append((b.total, len(b))), forward(b, c))[1])
     users = np.array([40, 5, 8, 1, 22, 30, 31])
     tokens = events.num_events(users=users)
-    values, work = embedder.embed(users, tokens, lambda users, tokens: None)
+    vectors, work = embedder.embed(users, tokens, lambda users, tokens: None)
     assert max(total for total, _ in totals) == tokens[1] == 200  # user 5: a longer history is a batch of its own
     assert all(total <= 50 or size == 1 for total, size in totals)
     assert work.batches == len(totals)
     order = embedder.embed(users[::-1].copy(), tokens[::-1].copy(), lambda users, tokens: None)[0]
-    np.testing.assert_allclose(values[::-1], order, atol=2e-6)
+    np.testing.assert_allclose(vectors.values[::-1], order.values, atol=2e-6)
