@@ -4,4 +4,4 @@ A suite is a module of this folder whose functions `bench_*` run under pytest-be
 against the reference before it is timed, so a fast wrong answer is never reported.
 """
 
-SUITES = ("attention", "encoding", "compression", "neighbors", "pagerank", "refresh", "retrieval")
+SUITES = ("attention", "encoding", "compression", "neighbors", "online", "pagerank", "refresh", "retrieval")

@@ -104,7 +104,8 @@ def render(rows: list[dict[str, Any]]) -> str:
     for suite, case in dict.fromkeys((row["suite"], row["case"]) for row in rows):
         block = [row for row in rows if (row["suite"], row["case"]) == (suite, case)]
         lines.append(f"\n{suite}: {case}")
-        lines += [_line(row) for row in sorted((r for r in block if "median_s" in r), key=lambda r: r["median_s"])]
+        for row in sorted((r for r in block if "median_s" in r), key=lambda r: r["median_s"]):
+            lines += [_line(row), *_quantiles(row.get("quantiles_ms", {}))]
         lines += [f"   {row['implementation']:<38} – {row['left_out']}" for row in block if "left_out" in row]
     legend = (
         "* ours. ×: time over our first line of the case, timed in turn in the same run; n: laps. On one thread of\n"
@@ -126,6 +127,11 @@ def _line(row: dict[str, Any]) -> str:
         f"{row['peak_bytes'] / 1e6:9.1f} MB" if row["peak_bytes"] is not None else "",
     ]
     return "  ".join(part for part in parts if part)
+
+
+def _quantiles(found: dict[str, dict[str, float]]) -> list[str]:
+    """A line a stage: its quantiles over single requests."""
+    return [f"     {name:<35}{''.join(f'  {q} {ms:8.3f} ms' for q, ms in of.items())}" for name, of in found.items()]
 
 
 def _rate(gflops: float) -> str:

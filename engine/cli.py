@@ -495,7 +495,10 @@ def export(
 @app.command()
 def bench(
     suite: Annotated[
-        str, typer.Argument(help="attention, encoding, compression, neighbors, pagerank, refresh, retrieval or all.")
+        str,
+        typer.Argument(
+            help="attention, encoding, compression, neighbors, online, pagerank, refresh, retrieval or all."
+        ),
     ] = "all",
     quick: Annotated[bool, typer.Option("--quick", help="Small sizes, fewer laps.")] = False,
     case: Annotated[

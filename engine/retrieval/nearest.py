@@ -14,7 +14,8 @@ from alure.kernels import assign_clusters, grouped_topk
 class _Country:
     database: torch.Tensor  # float32 [n, d], list after list
     rows: torch.Tensor  # int64 [n], of the generation
-    offsets: torch.Tensor  # int64 [nlist + 1], on the CPU
+    numbers: torch.Tensor  # int64 [n], 0, 1, 2, …
+    offsets: list[int]  # [nlist + 1]
     clusters: Clusters | None  # None: searched exactly, as one list
 
     @classmethod
@@ -22,16 +23,27 @@ class _Country:
         directed, vectors = unit_vectors(embeddings)
         x, ids = (torch.from_numpy(array).to(compute_device()) for array in (vectors, rows[directed]))
         if clusters is None:
-            return cls(x, ids, torch.tensor([0, len(x)]), None)
+            return cls(x, ids, torch.arange(len(x), device=x.device), [0, len(x)], None)
         order, offsets = lists_of(x, clusters)
-        return cls(x[order], ids[order], offsets.cpu(), clusters)
+        return cls(x[order], ids[order], torch.arange(len(x), device=x.device), offsets.tolist(), clusters)
 
-    def probed(self, query: torch.Tensor) -> torch.Tensor:
-        """The lists that query [1, d] searches, nearest first, on the CPU."""
+    def nominated(self, query: torch.Tensor, count: int) -> torch.Tensor:
+        """Rows of the database among which the `count` nearest to query [1, d] are, of the lists that it probes.
+
+        The kernel's exact search checks and packs what it is given, so it is given what float32 products cannot rule
+        out: a product of unit vectors is off by less than d · 2⁻²³.
+        """
         if self.clusters is None:
-            return torch.zeros(1, dtype=torch.int64)
-        _, lists = assign_clusters(query, self.clusters.centroids, self.clusters.nprobe)
-        return lists[0].cpu()
+            lists = [0]
+        else:
+            lists = assign_clusters(query, self.clusters.centroids, self.clusters.nprobe)[1][0].tolist()
+        parts = [slice(self.offsets[each], self.offsets[each + 1]) for each in lists]
+        scores = torch.cat([self.database[part] @ query[0] for part in parts])
+        rows = torch.cat([self.numbers[part] for part in parts])
+        if len(rows) <= count:
+            return rows
+        least = scores.topk(count).values[-1] - 2 * query.shape[1] * 2.0**-23
+        return rows[scores >= least]
 
 
 class NearestUsers:
@@ -52,23 +64,15 @@ class NearestUsers:
         """(similarities float32, rows of the generation) of the k nearest of `country`, best first, as in a graph.
 
         vector: float32 [k·d], of any length but zero, which has no neighbours. exclude: a row that is not returned.
-        Only the lists that are probed are handed to the kernel, which checks and packs all that it gets.
         """
         place, (directed, unit) = self._countries.get(country), unit_vectors(vector[None])
         if place is None or not len(directed):
             return np.empty(0, np.float32), np.empty(0, np.int64)
         query = torch.from_numpy(unit).to(place.database.device)
-        lists = place.probed(query)
-        starts, ends = place.offsets[lists], place.offsets[lists + 1]
-        if len(place.offsets) == 2:
-            database, ids = place.database, place.rows
-        else:
-            parts = [slice(first, last) for first, last in zip(starts.tolist(), ends.tolist())]
-            database = torch.cat([place.database[part] for part in parts])
-            ids = torch.cat([place.rows[part] for part in parts])
-        offsets = torch.cat([starts.new_zeros(1), (ends - starts).cumsum(0)]).to(query.device)
-        probes = torch.arange(len(lists), device=query.device)[None]
-        own = torch.tensor([exclude], device=query.device)
-        D, I = grouped_topk(query, database, offsets, probes, self.k, ids=ids, exclude=own)
+        rows = place.nominated(query, self.k + 1)
+        D, I = grouped_topk(
+            query, place.database[rows], rows.new_tensor([0, len(rows)]), rows.new_zeros(1, 1), self.k,
+            ids=place.rows[rows], exclude=rows.new_tensor([exclude]),
+        )  # fmt: skip
         found = I[0] >= 0
         return D[0][found].clamp(-1.0, 1.0).cpu().numpy(), I[0][found].cpu().numpy()

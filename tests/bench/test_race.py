@@ -1,6 +1,7 @@
 """The race itself: who takes part, whose turn it is, what is reported, drawn and appended."""
 
 import json
+import re
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -113,7 +114,8 @@ def lap_times(name: str, *laps: float, **facts: Any) -> dict[str, Any]:
 
 
 def test_rows_hold_medians_ratios_and_shares(tmp_path: Path) -> None:
-    entries = [lap_times("alure, time bias", 0.1, 0.3, 0.1), lap_times("SDPA", 0.4)]
+    quantiles = {"quantiles_ms": {"search": {"p50": 2.0, "p99": 31.25}}}
+    entries = [lap_times("alure, time bias", 0.1, 0.3, 0.1, **quantiles), lap_times("SDPA", 0.4)]
     rows = read_rows(results_of(tmp_path, entries, {"HSTU": "needs a GPU"}, "lognormal"))
     ours, sdpa, hstu = rows
     assert ours["median_s"] == pytest.approx(0.1)
@@ -125,6 +127,7 @@ def test_rows_hold_medians_ratios_and_shares(tmp_path: Path) -> None:
     table = render(rows)
     assert table.index("alure, time bias") < table.index("SDPA") < table.index("HSTU")
     assert "4.00×" in table
+    assert re.search(r"\n +search +p50 +2\.000 ms +p99 +31\.250 ms\n", table)
     assert "needs a GPU" in table
     assert "5.0 MB" in table
     append_lines(rows, tmp_path / "a" / "results.jsonl")

@@ -11,6 +11,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 from support.events import DAY, START, make_events, random_table
+from support.graph import add_generation
 from support.refresh import save_model
 
 from alure.engine import OnlineRetriever
@@ -19,6 +20,7 @@ from alure.engine.errors import AlureError, InputError
 from alure.engine.graph import build_graphs
 from alure.engine.refresh import RefreshJob
 from alure.engine.retrieval import CandidateRetriever
+from alure.engine.retrieval.nearest import NearestUsers
 from alure.engine.store import EmbeddingStore
 
 SNAPSHOT, NOW = START + 20 * DAY, START + 20 * DAY + DAY // 2
@@ -210,6 +212,25 @@ def check_neighbours(online: OnlineRetriever, store: EmbeddingStore) -> None:
         similarities, near = online.nearest.search(np.array(values[user], np.float32), country, row)
         assert online.user_ids.take(pa.array(near)).to_pylist() == rows[user]["neighbor_ids"]
         assert similarities.tolist() == rows[user]["similarities"]
+
+
+def test_copies_ties_and_zero_vectors(tmp_path: Path) -> None:
+    """Against all cosines: many equal ones, where the lower row comes first, and users without a direction."""
+    rng = np.random.default_rng(0)
+    values = rng.integers(-1, 2, (90, 6)).astype(np.float32)
+    values[30:] = values[rng.integers(0, 8, 60)]
+    values[[4, 50, 51]] = 0
+    store = EmbeddingStore(tmp_path, create=True)
+    add_generation(store, "g", np.concatenate([np.zeros((45, 6), np.float32), values]))  # BR: nobody has a direction
+    nearest = NearestUsers(store, store.published("g", "embeddings"), 7)
+    unit = values / np.maximum(np.linalg.norm(values.astype(float), axis=1, keepdims=True), 1e-9)
+    for row in range(90):
+        similarities, found = nearest.search(values[row] * 9, "US", 45 + row)
+        cosines = np.round(unit @ unit[row], 6)
+        order = [o for o in np.lexsort((np.arange(90), -cosines)) if o != row and values[o].any()][:7]
+        assert (found - 45).tolist() == (order if values[row].any() else [])
+        np.testing.assert_allclose(similarities, cosines[order][: len(found)], atol=1e-6)
+    assert nearest.search(values[0], "BR")[1].tolist() == nearest.search(values[0], "nowhere")[1].tolist() == []
 
 
 def test_who_was_not_there_at_the_snapshot(world: World) -> None:
