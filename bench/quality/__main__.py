@@ -4,12 +4,15 @@ import argparse
 import sys
 from pathlib import Path
 
-from alure.bench.quality import ablations, freshness, ml_1m, new_friends, table1, table2
+from alure.bench.quality import ablations, freshness, ml_1m, new_friends, scaling, similar_users, table1, table2
 from alure.bench.quality.results import Results
 from alure.engine.errors import AlureError
 
-EXPERIMENTS = {module.EXPERIMENT: module for module in (table1, table2, ablations, freshness, ml_1m, new_friends)}
-NEED_DATA = {ml_1m.EXPERIMENT, new_friends.EXPERIMENT}  # the others have the synthetic world
+EXPERIMENTS = {
+    module.EXPERIMENT: module
+    for module in (table1, table2, ablations, scaling, freshness, ml_1m, similar_users, new_friends)
+}
+NEED_DATA = {module.EXPERIMENT for module in (ml_1m, similar_users, new_friends)}  # the others have the synthetic world
 INTRODUCTION = """# How good the embeddings are
 
 Every figure on this page was measured; `make tables DATA=…` runs what has no result yet and writes the page again from
@@ -45,6 +48,7 @@ def main() -> int:
     sections = [module.section(Results(options.results, name)) for name, module in EXPERIMENTS.items()]
     options.page.parent.mkdir(parents=True, exist_ok=True)
     options.page.write_text("\n".join([INTRODUCTION, *sections]))
+    scaling.draw(Results(options.results, scaling.EXPERIMENT), options.page.parent / scaling.FIGURE)
     print(f"quality: wrote {options.page}")
     return 0
 

@@ -26,11 +26,11 @@ from alure.engine.training.targets import AdEvents, Exposures, Timeline, find_ex
 EXPERIMENT = "table1"
 WINDOW = DAY  # seconds within which the positive follows
 SETTINGS: dict[str, Any] = {
-    "users": 3_000,
+    "users": 6_000,
     "first_day": 35,
     "test_day": 51,
     "snapshot_days": 5,
-    "training": {"steps": 120, "threads": 1, "batch_users": 64, "validation_share": 0.0},
+    "training": {"steps": 600, "threads": 1, "batch_users": 64, "validation_share": 0.0},
 }
 
 

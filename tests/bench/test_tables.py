@@ -6,10 +6,16 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
+from torch.utils.flop_counter import FlopCounterMode
 
-from alure.bench.quality import ablations, freshness, table1, table2
+from alure.bench.quality import ablations, freshness, scaling, table1, table2
 from alure.bench.quality.ranker import Examples, fit_and_score
 from alure.bench.quality.results import Results, matching
+from alure.bench.quality.snapshots import world_log
+from alure.engine.config import ModelConfig
+from alure.engine.model import UserModel
+from alure.engine.model.schema import EventSchema
+from alure.engine.training import train
 
 TINY = {"steps": 2, "threads": 1, "batch_users": 16, "validation_share": 0.0}
 
@@ -97,6 +103,49 @@ def test_ablations_say_which_sets_are_absent_and_pair_by_seed(
     shown = capsys.readouterr()
     assert f"checkins left out: {tmp_path / 'checkins'} has no events.parquet" in shown.out + shown.err
     assert "one seed" in ablations.section(results)
+
+
+def test_scaling_trains_equal_sizes_once_and_counts_the_flops_of_the_products(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    settings = {"users": 150, "training": {"steps": 2, "threads": 1, "batch_users": 16, "max_events": 128}}
+    monkeypatch.setattr(scaling, "SETTINGS", settings)
+    monkeypatch.setattr(scaling, "AXES", {"length": [8, 128], "width": [16, 64], "depth": [2]})
+    trained = []
+    monkeypatch.setattr(scaling, "train", lambda *a, **k: trained.append(a) or train(*a, **k))
+    results = Results(tmp_path, scaling.EXPERIMENT)
+    scaling.run(None, results, (0,))
+    rows = {row["variant"]: row for row in results.rows()}
+    assert list(rows) == ["length 8", "length 128", "width 16", "width 64", "depth 2"]
+    assert len(trained) == 3
+    flops = {name: row["flops_a_user"] for name, row in rows.items()}
+    assert flops["length 128"] == flops["width 64"] == flops["depth 2"]
+    assert flops["length 8"] < flops["length 128"] / 3
+    assert flops["width 64"] / 16 < flops["width 16"] < flops["width 64"] / 4
+    assert "width 16 | " in scaling.section(results)
+    scaling.draw(results, tmp_path / "scaling.svg")
+    assert "MFLOP a user" in (tmp_path / "scaling.svg").read_text()
+
+
+def test_flops_are_those_that_torch_counts(tmp_path: Path) -> None:
+    events = world_log(tmp_path, 40, 0)
+    config = ModelConfig(layers=1, num_embeddings=1)
+    model = UserModel(config, EventSchema.of(events.manifest)).eval()
+    counted = 0.0
+    for user in range(events.num_users):
+        batch = events.batch([user], events.manifest.last_timestamp, 16)
+        for stack in model.sources():
+            if not batch.sequences[stack.source].total:
+                continue
+            tokens = torch.randn(batch.sequences[stack.source].total, config.width)
+            layer = stack.layer(1)
+            with FlopCounterMode(display=False) as counter, torch.no_grad():
+                q, k, v = layer.project(tokens).transpose(0, 1).unbind(0)
+                layer.finish(tokens, (q.transpose(0, 1) @ k.permute(1, 2, 0) @ v.transpose(0, 1)).transpose(0, 1))
+            counted += counter.get_total_flops()
+    for stack in model.sources():  # the encoder's are not in the count above
+        stack.encoder.id_weight = stack.encoder.time_weight = torch.nn.Parameter(torch.empty(0))
+    assert scaling.flops_a_user(model, events, 16) * events.num_users == pytest.approx(counted)
 
 
 def test_an_interval_that_includes_zero_is_said_to() -> None:
