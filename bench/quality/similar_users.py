@@ -102,8 +102,9 @@ def read_new_visits(folder: Path) -> Visits:
 def visits_of(events: pa.Table, users: np.ndarray, items: np.ndarray, wanted: np.ndarray) -> Visits:
     """users, items: sorted ids."""
     rows = events.sort_by([("user_id", "ascending"), ("timestamp", "ascending")])
-    columns = [np.searchsorted(ids, rows[name].to_numpy()) for ids, name in ((users, "user_id"), (items, "item_id"))]
-    return Visits(rows, *columns, rows["timestamp"].to_numpy(), wanted, len(items))
+    row_users = np.searchsorted(users, rows["user_id"].to_numpy())
+    row_items = np.searchsorted(items, rows["item_id"].to_numpy())
+    return Visits(rows, row_users, row_items, rows["timestamp"].to_numpy(), wanted, len(items))
 
 
 def read_file(path: Path) -> pa.Table:
@@ -131,34 +132,40 @@ def without_the_last(visits: Visits) -> Visits:
 
 def measure(visits: Visits, name: str, seed: int) -> dict[str, Any]:
     """Hit rates of every way, by city where there are several; and what is gained over popularity, paired."""
-    weight, tuned = 0.0, {}
+    near, cosines = near_in_time(visits), embedded_cosines(visits, seed)
+    ways = {"embeddings": cosines, "items": common_items(visits), "items near in time": near}
+    chosen: dict[str, Any] = {}
     if name == "retail_rocket":
-        earlier = without_the_last(visits)
-        near, cosines = near_in_time(earlier), embedded_cosines(earlier, seed)
-        for candidate in WEIGHTS:
-            ranks = ranks_of(near + candidate * cosines, earlier, every_user(earlier), NEIGHBORS[name][0])
-            tuned[str(candidate)] = float(np.mean(ranks < CUTS[name][-1]))
-        weight = float(max(tuned, key=lambda w: tuned[w]))
-    cosines, near, common = embedded_cosines(visits, seed), near_in_time(visits), common_items(visits)
-    ways = {"embeddings": cosines, "items": common, "items near in time": near, "both": near + weight * cosines}
-    if name != "retail_rocket":
-        del ways["both"]
-    found: dict[str, Any] = {}
-    for place, users in places_of(visits).items():
-        popular = ranks_by_popularity(visits, users)
-        ranks = {"popularity": popular}
-        for k in NEIGHBORS[name]:
-            for way, similar in ways.items():
-                ranks[f"{way}, {k} users"] = ranks_of(similar, visits, users, k)
-                ranks[f"{way}, {k} users, and popularity"] = ranks_of(similar, visits, users, k, with_popularity=True)
-        rates = {way: {str(cut): float(np.mean(r < cut)) for cut in CUTS[name]} for way, r in ranks.items()}
-        gains = {
-            way: {str(c): paired_interval((r < c).astype(float) - (popular < c), seed) for c in CUTS[name]}
-            for way, r in ranks.items()
-            if way != "popularity"
-        }
-        found[place] = {"hit_rate": rates, "over_popularity": gains, "users": len(popular)}
-    return {"places": found, "weight": weight, "hidden_hit_rate": tuned}
+        tuned = hit_rates_by_weight(without_the_last(visits), NEIGHBORS[name][0], CUTS[name][-1], seed)
+        weight = max(tuned, key=lambda w: tuned[w])
+        ways["both"] = near + weight * cosines
+        chosen = {"weight": weight, "hidden_hit_rate": {str(w): rate for w, rate in tuned.items()}}
+    places = {place: figures_of(ways, visits, users, name, seed) for place, users in places_of(visits).items()}
+    return {"places": places} | chosen
+
+
+def hit_rates_by_weight(visits: Visits, k: int, cut: int, seed: int) -> dict[float, float]:
+    """{weight of the embeddings: HR@cut}."""
+    near, cosines, users = near_in_time(visits), embedded_cosines(visits, seed), every_user(visits)
+    return {w: float(np.mean(ranks_of(near + w * cosines, visits, users, k) < cut)) for w in WEIGHTS}
+
+
+def figures_of(ways: dict[str, np.ndarray], visits: Visits, users: np.ndarray, name: str, seed: int) -> dict[str, Any]:
+    """Of the `users`: the hit rate of every way and number of neighbours, and its paired gain over popularity."""
+    popular = ranks_by_popularity(visits, users)
+    ranks = {"popularity": popular}
+    for k in NEIGHBORS[name]:
+        for way, similar in ways.items():
+            ranks[f"{way}, {k} users"] = ranks_of(similar, visits, users, k)
+            ranks[f"{way}, {k} users, and popularity"] = ranks_of(similar, visits, users, k, with_popularity=True)
+    hits = {way: {str(cut): (of < cut).astype(float) for cut in CUTS[name]} for way, of in ranks.items()}
+    rates = {way: {cut: float(hit.mean()) for cut, hit in found.items()} for way, found in hits.items()}
+    gains = {
+        way: {cut: paired_interval(hit - hits["popularity"][cut], seed) for cut, hit in found.items()}
+        for way, found in hits.items()
+        if way != "popularity"
+    }
+    return {"hit_rate": rates, "over_popularity": gains, "users": len(popular)}
 
 
 def every_user(visits: Visits) -> np.ndarray:
