@@ -151,7 +151,7 @@ def bench_pruned(race: Callable[[Contest], None], quick: bool, device: torch.dev
     @torch.inference_mode()
     def full() -> torch.Tensor:
         state = model(batch, catalog)
-        model.heads["ranking"](state, model.embed_ads(exposures.items, catalog), exposures)
+        model.rank(state, exposures, catalog)
         two_tower_scores(state.embeddings, model.embed_ads(candidates, catalog))
         return state.embeddings
 

@@ -187,6 +187,33 @@ def train(
 
 
 @app.command()
+def align(
+    model: Annotated[Path, typer.Argument(help="What `alure train` wrote.")],
+    events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote.")],
+    to: Annotated[Path, typer.Option(help="The earlier model, whose space the embeddings shall lie in.")],
+    out: Out,
+    as_of: AsOf = None,
+    anchors: Annotated[int, typer.Option(min=2, help="Users that both models embed, at most.")] = 10_000,
+    config: ConfigFile = None,
+    as_json: Json = False,
+) -> None:
+    """Turn a new model's embeddings onto an earlier model's, so that generations of the two compare.
+
+    An orthogonal matrix an embedding, which both towers apply: no cosine, score or prediction of the model changes.
+
+    Example: `alure align model events --to yesterday/model --out aligned`, then `alure refresh aligned events …`
+    """
+    from alure.engine.events import Events
+    from alure.engine.refresh.align import align as align_model
+
+    longest = load_config(config).refresh.max_events
+    report = align_model(
+        model, to, Events.open(events), out, as_of=parse_time(as_of), max_events=longest, anchors=anchors
+    )
+    finish(report, as_json)
+
+
+@app.command()
 def refresh(
     model: Annotated[Path, typer.Argument(help="What `alure train` wrote.")],
     events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote.")],

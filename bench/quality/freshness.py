@@ -11,9 +11,10 @@ from typing import Any
 import numpy as np
 
 from alure.bench.quality.results import Results, matching
-from alure.bench.quality.snapshots import embed, embed_ads, load_model, world_log
+from alure.bench.quality.snapshots import embed, embed_ads, world_log
 from alure.engine.config import DAY, ModelConfig, TrainingConfig
 from alure.engine.evaluation.metrics import bootstrap_means, interval
+from alure.engine.model import AlureModel
 from alure.engine.progress import say
 from alure.engine.training import train
 from alure.engine.training.metrics import top_columns
@@ -46,7 +47,7 @@ def measure(scratch: Path, seed: int) -> dict[str, Any]:
     now = events.manifest.last_timestamp - SETTINGS["days"] * DAY
     ages = [hours * 3_600 for hours in SETTINGS["ages_hours"]]
     report = train(events, ModelConfig(), config, scratch / "model", as_of=now - max(ages), seed=seed)
-    model = load_model(scratch / "model")
+    model = AlureModel.load(scratch / "model")
 
     targets = find_targets(AdEvents.read(events, events.manifest.last_timestamp), config)
     later = np.flatnonzero(targets.timestamps > now)

@@ -9,7 +9,6 @@ import torch
 from alure.engine.config import EventsConfig
 from alure.engine.events import Events, ingest
 from alure.engine.model import AlureModel
-from alure.engine.model.checkpoint import fill, read_checkpoint
 from alure.engine.world import build_world
 
 BATCH = 256
@@ -21,14 +20,6 @@ def world_log(scratch: Path, users: int, seed: int) -> Events:
     ads = json.loads(world.description.read_text())["ad_sources"]
     ingest(EventsConfig(inputs=[world.events], items=world.items, ad_sources=ads), scratch / "log")
     return Events.open(scratch / "log")
-
-
-def load_model(folder: Path) -> AlureModel:
-    """A whole checkpoint, ad tower and heads included."""
-    config, tensors = read_checkpoint(folder)
-    model = AlureModel(config.model, config.events, config.tasks)
-    fill(model, tensors, f"model: {folder}")
-    return model.eval()
 
 
 @torch.no_grad()

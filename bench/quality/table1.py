@@ -15,10 +15,11 @@ import torch
 
 from alure.bench.quality.ranker import Examples, fit_and_score
 from alure.bench.quality.results import Results, matching
-from alure.bench.quality.snapshots import embed, embed_ads, load_model, world_log
+from alure.bench.quality.snapshots import embed, embed_ads, world_log
 from alure.engine.config import DAY, ModelConfig, TrainingConfig
 from alure.engine.evaluation.metrics import bootstrap_means, interval, log_loss, normalized_entropy
 from alure.engine.events import Events
+from alure.engine.model import AlureModel
 from alure.engine.progress import say
 from alure.engine.training import train
 from alure.engine.training.targets import AdEvents, Exposures, Timeline, find_exposures
@@ -51,7 +52,7 @@ def measure(scratch: Path, seed: int) -> dict[str, dict[str, Any]]:
     begin, end = events.manifest.first_timestamp, events.manifest.last_timestamp
     first, test = (begin + SETTINGS[name] * DAY for name in ("first_day", "test_day"))
     report = train(events, ModelConfig(), config, scratch / "model", as_of=first, seed=seed)
-    model = load_model(scratch / "model")
+    model = AlureModel.load(scratch / "model")
     times = np.arange(first, end, SETTINGS["snapshot_days"] * DAY)
     users = torch.stack([embed(model, events, int(t), config.max_events) for t in times]).flatten(2)
     ads = embed_ads(model, events).flatten(1)

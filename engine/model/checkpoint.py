@@ -23,7 +23,7 @@ TENSORS, CONFIG, METRICS = "model.safetensors", "config.json", "metrics.json"
 
 
 class CheckpointConfig(BaseModel):
-    """config.json."""
+    """config.json. space: digest of the model onto whose space this one is turned (`alure align`); None: its own."""
 
     model_config = ConfigDict(extra="forbid", frozen=True)
 
@@ -32,6 +32,7 @@ class CheckpointConfig(BaseModel):
     events: EventSchema
     tasks: tuple[str, ...] = ()
     step: int = 0
+    space: str | None = None
     sha256: str
 
     @classmethod
@@ -55,8 +56,15 @@ class CheckpointConfig(BaseModel):
 
 def save_checkpoint(folder: Path, module: nn.Module, config: CheckpointConfig, metrics: dict[str, Any]) -> None:
     """Write `module`'s state; `config.sha256` is filled in. Every file is replaced whole, config.json last."""
+    write_checkpoint(folder, module.state_dict(), config, metrics)
+
+
+def write_checkpoint(
+    folder: Path, tensors: dict[str, Tensor], config: CheckpointConfig, metrics: dict[str, Any]
+) -> None:
+    """`save_checkpoint` of tensors under their full names."""
     folder.mkdir(parents=True, exist_ok=True)
-    written = config.model_copy(update={"sha256": write_tensors(folder / TENSORS, module.state_dict())})
+    written = config.model_copy(update={"sha256": write_tensors(folder / TENSORS, tensors)})
     write_json(folder / METRICS, metrics)
     write_json(folder / CONFIG, written.model_dump(mode="json"))
 
@@ -102,8 +110,17 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
 
 def model_digest(folder: Path | str) -> str:
     """What tells one trained model from another, 64 hex digits: of its tensors, configuration and schema."""
+    return _digest(CheckpointConfig.read(Path(folder)))
+
+
+def model_space(folder: Path | str) -> str:
+    """Digest of the model whose space a checkpoint's embeddings are in: its own unless it is aligned."""
     config = CheckpointConfig.read(Path(folder))
-    identity = config.model_dump(mode="json", exclude={"step"})
+    return config.space or _digest(config)
+
+
+def _digest(config: CheckpointConfig) -> str:
+    identity = config.model_dump(mode="json", exclude={"step", "space"})  # the rotations are among the tensors
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,6 +1,7 @@
 """The half of the model that only training runs: the ad tower, the task heads, and `AlureModel` around all of it."""
 
 import math
+from pathlib import Path
 from typing import NamedTuple
 
 import torch
@@ -9,7 +10,9 @@ from torch.nn import functional as F
 
 from alure.engine.config import ModelConfig
 from alure.engine.events import EventBatch
+from alure.engine.model.alignment import turn
 from alure.engine.model.catalog import Catalog
+from alure.engine.model.checkpoint import fill, read_checkpoint
 from alure.engine.model.layers import LearnedTimeBias, SourceContext
 from alure.engine.model.schema import EventSchema
 from alure.engine.model.user_model import SourceStack, UserModel, UserState, gather_rows
@@ -104,14 +107,35 @@ class AlureModel(nn.Module):
         start = math.log(max(temperature - TEMPERATURE_FLOOR, 1e-4))
         self.heads["retrieval"] = nn.ParameterDict({"log_temperature": nn.Parameter(torch.tensor(start))})
 
+    @classmethod
+    def load(cls, path: Path | str) -> "AlureModel":
+        """A whole checkpoint, for inference; errors as those of `UserModel.load`."""
+        config, tensors = read_checkpoint(Path(path))
+        with torch.random.fork_rng(devices=[]):  # the start values are replaced at once
+            model = cls(config.model, config.events, config.tasks)
+        model.fill(tensors, f"model: {path}")
+        return model.eval().requires_grad_(False)
+
+    def fill(self, tensors: dict[str, Tensor], what: str) -> None:
+        """Load the tensors of a checkpoint, whether it is aligned or not; see `checkpoint.fill`."""
+        self.user.align(tensors.get("user.rotations"))
+        fill(self, tensors, what)
+
     @property
     def temperature(self) -> Tensor:
         """Of the two-tower score; learned, never below its floor."""
         return TEMPERATURE_FLOOR + self.heads["retrieval"]["log_temperature"].exp()  # type: ignore[index]
 
     def embed_ads(self, items: Tensor, catalog: Catalog) -> Tensor:
-        """items int64 [N] → [N, k, d], each of length 1."""
-        return self.ads(items, catalog, self.user.table)
+        """items int64 [N] → [N, k, d], each of length 1, in the space of the users' embeddings."""
+        return turn(self.ads(items, catalog, self.user.table), self.user.rotations)
+
+    def rank(self, state: UserState, exposures: Exposures, catalog: Catalog) -> Tensor:
+        """Logits [E, num_tasks] of candidate ads. The head knows both towers' spaces as they were before `align`."""
+        rotations = self.user.rotations
+        own = state if rotations is None else state._replace(embeddings=turn(state.embeddings, rotations.mT))
+        logits: Tensor = self.heads["ranking"](own, self.ads(exposures.items, catalog, self.user.table), exposures)
+        return logits
 
     def forward(self, batch: EventBatch, catalog: Catalog) -> UserState:
         return self.user.encode(batch, catalog)

@@ -1,7 +1,7 @@
 """`UserModel`: event histories to user embeddings. The half of a checkpoint that the batch refresh runs."""
 
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -12,6 +12,7 @@ from torch.nn import functional as F
 from alure.engine.config import ModelConfig
 from alure.engine.errors import InputError
 from alure.engine.events import EventBatch, Events, EventSequence
+from alure.engine.model.alignment import turn
 from alure.engine.model.catalog import Catalog
 from alure.engine.model.checkpoint import fill, read_checkpoint
 from alure.engine.model.compression import make_compression
@@ -19,6 +20,7 @@ from alure.engine.model.encoder import SourceEncoder
 from alure.engine.model.layers import AttentionLayer, SourceContext, Tap, run_together
 from alure.engine.model.schema import EventSchema, module_plan
 from alure.kernels import AttentionPlan
+from alure.kernels.compression import normalize_int8
 
 
 class UserState(NamedTuple):
@@ -111,7 +113,12 @@ def spread(x: Tensor, rows: Tensor, count: int) -> Tensor:
 
 
 class UserModel(nn.Module):
-    """K sources × L layers of jagged attention over CFEE tokens; taps; compression to k unit embeddings a user."""
+    """K sources × L layers of jagged attention over CFEE tokens; taps; compression to k unit embeddings a user.
+
+    rotations: float32 [k, d, d] that turn its embeddings onto another model's space, None where there are none.
+    """
+
+    rotations: Tensor | None
 
     def __init__(self, config: ModelConfig, schema: EventSchema) -> None:
         super().__init__()
@@ -122,6 +129,7 @@ class UserModel(nn.Module):
         self.stacks = nn.ModuleList(SourceStack(config, schema, source, tapped) for source, tapped in plan.items())
         self.num_taps = sum(len(tapped) for tapped in plan.values())
         self.compression = make_compression(config, self.num_taps * config.seeds)
+        self.register_buffer("rotations", None)
 
     @classmethod
     def load(cls, path: Path | str) -> "UserModel":
@@ -132,8 +140,23 @@ class UserModel(nn.Module):
         config, tensors = read_checkpoint(Path(path), "user")
         with torch.random.fork_rng(devices=[]):  # the start values are replaced at once
             model = cls(config.model, config.events)
+        model.align(tensors.get("rotations"))
         fill(model, tensors, f"model: {path}")
         return model.eval().requires_grad_(False)
+
+    def align(self, rotations: Tensor | None) -> None:
+        """Turn slot s of every embedding by rotations[s], orthogonal [k, d, d]; None: leave them as trained."""
+        k, d = self.config.num_embeddings, self.config.width
+        if rotations is not None and rotations.shape != (k, d, d):
+            raise ValueError(f"rotations: expected [{k}, {d}, {d}], got {list(rotations.shape)}")
+        self.rotations = None if rotations is None else rotations.to(self.device, torch.float32)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "UserModel":
+        """What moves or casts a module. The rotations only move: in bfloat16 they would not be orthogonal."""
+        rotations, self.rotations = self.rotations, None
+        super()._apply(fn, recurse)
+        self.align(rotations)
+        return self
 
     @property
     def device(self) -> torch.device:
@@ -162,13 +185,17 @@ class UserModel(nn.Module):
 
     def forward_int8(self, batch: EventBatch, catalog: Catalog) -> tuple[Tensor, Tensor]:
         """`forward` in bytes: codes int8 [B, k, d] and scales float32 [B, k], see `alure.kernels.compress_int8`."""
-        return self.compression.forward_int8(self._pooled(self._run(batch, catalog), len(batch)))
+        pooled = self._pooled(self._run(batch, catalog), len(batch))
+        if self.rotations is None:
+            return self.compression.forward_int8(pooled)
+        return normalize_int8(turn(self.compression(pooled), self.rotations))
 
     def encode(self, batch: EventBatch, catalog: Catalog) -> UserState:
         """Embeddings, and the tokens that context queries attend to."""
         streams = self._run(batch, catalog)
         contexts = {source: stream.context for source, stream in streams.items() if stream.context is not None}
-        return UserState(self.compression(self._pooled(streams, len(batch))), contexts)
+        embeddings = self.compression(self._pooled(streams, len(batch)))
+        return UserState(turn(embeddings, self.rotations), contexts)
 
     def encode_events(self, batch: EventBatch, catalog: Catalog, event_times: Tensor) -> Tensor:
         """The embedding after every event: [n, k, d], what `forward` gives of the events up to it, in one pass.
@@ -178,7 +205,7 @@ class UserModel(nn.Module):
         """
         check_every_event(self.config, self.schema)
         (stream,) = self._run(batch, catalog, event_times).values()
-        return self.compression(torch.cat(stream.pooled, dim=1))
+        return turn(self.compression(torch.cat(stream.pooled, dim=1)), self.rotations)
 
     def _pooled(self, streams: dict[str, Stream], users: int) -> Tensor:
         """What all taps pooled: [B, n, d], zeros of the sources without events."""

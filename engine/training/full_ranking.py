@@ -14,7 +14,6 @@ import torch
 from alure.engine.errors import InputError
 from alure.engine.events import Events
 from alure.engine.model import AlureModel, Catalog
-from alure.engine.model.checkpoint import fill, read_checkpoint
 from alure.engine.model.towers import two_tower_scores
 from alure.engine.progress import track
 from alure.engine.training.metrics import hit_rate_and_ndcg
@@ -81,11 +80,7 @@ def rank_truth(
     model_folder: Path, events: Events, truth: Path, ks: list[int], *, max_events: int | None, seed: int = 0
 ) -> FullRanking:
     """HR@K and NDCG@K of a checkpoint on `truth` (Parquet: user_id, item_id; one row a user) after the whole log."""
-    config, tensors = read_checkpoint(model_folder)
-    with torch.random.fork_rng(devices=[]):
-        model = AlureModel(config.model, config.events, config.tasks)
-    fill(model, tensors, f"model: {model_folder}")
-    model.eval().requires_grad_(False)
+    model = AlureModel.load(model_folder)
     catalog = model.user.catalog(events)
     if not truth.is_file():
         raise InputError(f"truth: {truth} does not exist; expected a Parquet file with user_id and item_id")

@@ -14,7 +14,7 @@ from alure.engine.config import TrainingConfig
 from alure.engine.errors import AlureError, Interrupted
 from alure.engine.events import Events
 from alure.engine.model import AlureModel, Catalog
-from alure.engine.model.checkpoint import CheckpointConfig, fill, save_checkpoint
+from alure.engine.model.checkpoint import CheckpointConfig, save_checkpoint
 from alure.engine.progress import say, track
 from alure.engine.signals import StopFlag, stop_flag
 from alure.engine.training.board import Board
@@ -102,7 +102,7 @@ class Loop:
         self.stopping = False  # a signal came, to this process or another
 
     def resume(self, saved: Saved) -> None:
-        fill(self.model, under("model", saved.tensors), f"training: {self.state.folder}")
+        self.model.fill(under("model", saved.tensors), f"training: {self.state.folder}")
         self.optimization.load_state(under("optimizer", saved.tensors))
         facts = saved.facts
         self.material.sampler.load_state({**facts["sampler"], "round": saved.tensors["sampler.round"].numpy()})
@@ -230,7 +230,7 @@ class Loop:
             self._validate()
         best = self.selection.best
         assert best is not None
-        fill(self.model, best.tensors, "training: the best model")
+        self.model.fill(best.tensors, "training: the best model")
         self.step = self.report.best_step = best.step
         self.report.validation = best.figures
 

@@ -102,7 +102,6 @@ def task_logits(
         times[order],
     )
     exposures = Exposures(*(torch.from_numpy(column).to(device) for column in columns))
-    ranking = model.heads["ranking"]
-    logits = ranking(state, model.embed_ads(exposures.items, catalog), exposures)
+    logits = model.rank(state, exposures, catalog)
     ends = np.cumsum([len(exposed.rows) for exposed in shown])
     return logits, [torch.from_numpy(rows).to(device) for rows in np.split(place, ends[:-1])]

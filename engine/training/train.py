@@ -14,7 +14,7 @@ from alure.engine.config import ModelConfig, TrainingConfig
 from alure.engine.errors import InputError
 from alure.engine.events import Events
 from alure.engine.model import AlureModel, EventSchema, model_digest
-from alure.engine.model.checkpoint import describe_differences, fill, read_checkpoint
+from alure.engine.model.checkpoint import describe_differences, read_checkpoint
 from alure.engine.model.user_model import check_every_event
 from alure.engine.training.board import check_installed
 from alure.engine.training.full_ranking import LeaveOneOut
@@ -163,7 +163,7 @@ def continue_from(folder: Path, model: AlureModel) -> None:
             + "\n  ".join(problems)
             + "\nuse the checkpoint's configuration and event types, or train without a warm start"
         )
-    fill(model, tensors, f"warm start: {folder}")
+    model.fill(tensors, f"warm start: {folder}")
 
 
 def default_threads(config: ModelConfig) -> int:

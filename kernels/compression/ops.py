@@ -86,6 +86,16 @@ def compress_int8(
     return codes, scales
 
 
+@torch.no_grad()
+def normalize_int8(v: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]:
+    """The bytes that `compress_int8` ends in, of any vectors [B, k, d]: each is divided by its length first."""
+    if v.dtype not in FLOATS:
+        raise TypeError(f"v: expected float16, bfloat16, float32 or float64, got {v.dtype}")
+    chosen = _resolve(backend, v, 0)
+    codes, scales = _normalize_int8(v, "reference" if chosen == "native" else chosen)
+    return codes, scales
+
+
 def _check(x: Tensor, compression: DotLinearCompression | InteractionCompression, backend: str) -> str:
     """The backend of the operators here; raises where x and the parameters do not fit together."""
     if x.dtype not in FLOATS:

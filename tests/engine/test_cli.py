@@ -17,7 +17,7 @@ from support.command_line import CommandLine
 from alure.engine.world import build_world
 
 COMMANDS = (
-    "demo", "run", "ingest", "train", "refresh", "graph", "retrieve", "evaluate", "rank", "inspect", "verify",
+    "demo", "run", "ingest", "train", "align", "refresh", "graph", "retrieve", "evaluate", "rank", "inspect", "verify",
     "rollback", "vacuum", "export", "bench", "profile", "doctor",
 )  # fmt: skip
 
