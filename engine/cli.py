@@ -228,6 +228,9 @@ def refresh(
         str | None,
         typer.Option("--output-dtype", "--dtype", help="Of the embeddings in the store: float32, float16 or int8."),
     ] = None,
+    allow_drift: Annotated[
+        bool, typer.Option("--allow-drift", help="Publish even where a threshold of refresh.drift is missed.")
+    ] = False,
     workers: Annotated[int, typer.Option(min=1, help="Processes, Ray actors or Spark tasks.")] = 1,
     engine: Annotated[str, typer.Option(help="Who runs them: local, ray or spark.")] = "local",
     metrics: Annotated[Path | None, typer.Option(help="Write the figures here for Prometheus (*.prom).")] = None,
@@ -241,6 +244,9 @@ def refresh(
     from alure.engine.metrics import write_metrics
     from alure.engine.refresh import RefreshJob
 
+    section = load_config(config).refresh
+    if allow_drift:
+        section = section.model_copy(update={"drift": section.drift.reported()})
     job = RefreshJob(
         model,
         events,
@@ -248,7 +254,7 @@ def refresh(
         as_of=parse_time(as_of),
         incremental=incremental,
         config=override(
-            load_config(config).refresh,
+            section,
             token_budget=token_budget,
             precision=precision,
             output_dtype=output_dtype,

@@ -178,6 +178,32 @@ class TrainingConfig(Section):
 OutputDtype = Literal["float32", "float16", "int8"]
 
 
+class DriftConfig(Section):
+    """How far a generation may lie from the one before it; one that misses a threshold is not published."""
+
+    anchors: int = Field(2_000, ge=0, description="users of both generations, those without news first; 0: none")
+    k: int = Field(10, ge=1, description="nearest anchors of an anchor that are compared")
+    min_cosine: float | None = Field(
+        None,
+        ge=-1,
+        le=1,
+        description="of the anchors' embeddings with their earlier ones, mean (default: only reported)",
+    )
+    min_overlap: float | None = Field(
+        None, ge=0, le=1, description="share of the k nearest anchors that stay, mean (default: only reported)"
+    )
+
+    @model_validator(mode="after")
+    def check_anchors(self) -> "DriftConfig":
+        if not self.anchors and (self.min_cosine is not None or self.min_overlap is not None):
+            raise ValueError("anchors: thresholds need some, got 0")
+        return self
+
+    def reported(self) -> "DriftConfig":
+        """The same without thresholds."""
+        return self.model_copy(update={"min_cosine": None, "min_overlap": None})
+
+
 class RefreshConfig(Section):
     token_budget: int = Field(32_768, ge=1, description="events a batch; a longer history is a batch of its own")
     unit_users: int = Field(32_768, ge=1, description="users a unit of work: one idempotent write")
@@ -195,6 +221,7 @@ class RefreshConfig(Section):
     output_dtype: OutputDtype = Field(
         "float32", description="of the embeddings in the store, one for all its generations; int8: a scale an embedding"
     )
+    drift: DriftConfig = DriftConfig()
 
 
 class GraphConfig(Section):

@@ -15,13 +15,12 @@ import torch
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import InputError
 from alure.engine.events import Events
-from alure.engine.events.keys import stable_keys
 from alure.engine.model import UserModel, model_digest, model_space
 from alure.engine.model.alignment import procrustes, turn
 from alure.engine.model.checkpoint import METRICS, read_checkpoint, write_checkpoint
 from alure.engine.progress import say, track
 from alure.engine.refresh.embedder import Embedder, Snapshot
-from alure.engine.refresh.planner import Unit, count_events
+from alure.engine.refresh.planner import Unit, count_events, spread
 
 HELD_OUT = 5  # every fifth anchor only measures
 ROTATIONS = "user.rotations"
@@ -52,9 +51,9 @@ def align(
 ) -> AlignReport:
     """Write to the folder `out` the checkpoint `model`, turned onto the space of the checkpoint `to`.
 
-    anchors: at most so many users with an event up to as_of (default: the log's last), drawn by a hash of their ids,
-    whom both models embed. Raises InputError where the models' shapes differ, a model does not fit the log, or fewer
-    than two users can be embedded.
+    anchors: at most so many users with an event up to as_of (default: the log's last), whom both models embed.
+    Raises InputError where the models' shapes differ, a model does not fit the log, or fewer than two users can be
+    embedded.
     """
     if out.resolve() in (model.resolve(), to.resolve()):
         raise InputError(f"--out: {out} is one of the two models; give another folder, so that neither is lost")
@@ -93,11 +92,9 @@ def align(
 
 
 def draw_anchors(events: Events, as_of: int, config: RefreshConfig, most: int) -> tuple[np.ndarray, np.ndarray]:
-    """(users, tokens), int64 [n <= most]: of those with an event the ones whose ids have the smallest hashes."""
+    """(users, tokens), int64 [n <= most], of those with an event."""
     num_events, tokens = count_events(events, Unit(0, events.num_users), as_of, config.max_events)
-    present = np.flatnonzero(num_events > 0)
-    keys = stable_keys(events.users["user_id"])[present]
-    chosen = present[np.argsort(keys, kind="stable")[:most]]
+    chosen = spread(np.flatnonzero(num_events > 0), most)
     return chosen, tokens[chosen]
 
 

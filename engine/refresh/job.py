@@ -11,18 +11,20 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
 from safetensors.torch import save
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
-from alure.engine.model import UserModel, model_digest
+from alure.engine.model import UserModel, model_digest, model_space
 from alure.engine.progress import Track, say, track
 from alure.engine.refresh.clusters import run_on_ray, run_on_spark
+from alure.engine.refresh.drift import LOOKED_UP, Drift, check_drift
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work, resolve_precision
 from alure.engine.refresh.outlook import SPARE, Outlook, look_ahead, seconds_a_token
-from alure.engine.refresh.planner import Unit, generation_id, plan_units
+from alure.engine.refresh.planner import Unit, generation_id, plan_units, spread
 from alure.engine.refresh.report import RefreshReport, freshness
 from alure.engine.refresh.shard import Job, leases_of, share_units
 from alure.engine.refresh.workers import run_workers
@@ -83,7 +85,7 @@ class RefreshJob:
         published = self.store.log.find(snapshot.generation, "embeddings")
         if published is not None:
             say(f"refresh: generation {snapshot.generation} is published already, with {published.rows:,} users")
-            return self._report(snapshot, published, (units, len(units)), None, started)
+            return self._report(snapshot, published, (units, len(units)), None, None, started)
         self._refuse_withdrawn(snapshot.generation)
         names = [unit.name for unit in units]
         done = self.store.written_units(snapshot.generation, names)
@@ -93,9 +95,11 @@ class RefreshJob:
             snapshot = replace(snapshot, most_bad=most_bad)
             left = [unit for unit in units if unit.name not in done]
             work = self._embed(snapshot, outlook, left, flag) if left else Work()
-            published = self.store.publish(self._generation(snapshot, names, outlook.present))
+            new = self._generation(snapshot, names, outlook.present)
+            drift = self._check_drift(new)
+            published = self.store.publish(new)
         shutil.rmtree(leases_of(self.store, snapshot.generation), ignore_errors=True)  # those of the dead
-        return self._report(snapshot, published, (units, len(done)), work, started)
+        return self._report(snapshot, published, (units, len(done)), work, drift, started)
 
     def _snapshot(self) -> Snapshot:
         full = generation_id(self.as_of, self.digest, self.events, self.config, None)
@@ -221,11 +225,16 @@ class RefreshJob:
             "precision": self.config.precision,
             "output_dtype": self.config.output_dtype,
             "base": snapshot.base,
+            "space": self.digest if self.model_path is None else model_space(self.model_path),
             "max_minutes": self.config.max_minutes,
             "events": self.events.manifest.fingerprint,
             "quarantined": bad,
         }
         return Generation(snapshot.generation, "embeddings", "", rows, self.as_of, self.digest, properties)
+
+    def _check_drift(self, new: Generation) -> Drift | None:
+        users = spread(np.arange(self.events.num_users), LOOKED_UP * self.config.drift.anchors)
+        return check_drift(self.store, new, self.events.users["user_id"].take(users).to_pylist(), self.config.drift)
 
     def _report(
         self,
@@ -233,6 +242,7 @@ class RefreshJob:
         published: Generation,
         units: tuple[list[Unit], int],
         done: Work | None,
+        drift: Drift | None,
         started: float,
     ) -> RefreshReport:
         seconds, work = time.monotonic() - started, done or Work()
@@ -251,6 +261,7 @@ class RefreshJob:
             quarantined=published.properties.get("quarantined", 0),
             skipped=self.events.num_users - published.rows,
             freshness=freshness(ages, self.as_of),
+            drift=drift,
             k=self.model.config.num_embeddings,
             d=self.model.config.width,
             units=len(units[0]),

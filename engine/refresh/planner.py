@@ -50,6 +50,11 @@ def pack(tokens: np.ndarray, budget: int) -> list[np.ndarray]:
     return batches
 
 
+def spread(users: np.ndarray, most: int) -> np.ndarray:
+    """At most `most` of `users` [n], evenly spread over their order."""
+    return users if len(users) <= most else users[np.arange(most) * len(users) // most]
+
+
 def count_events(events: Events, unit: Unit, as_of: int, max_events: int | None) -> tuple[np.ndarray, np.ndarray]:
     """(events, tokens) of each user of the unit, int64 [n]: events up to `as_of`, and how many of them the model reads,
     which is the newest `max_events` of each source.

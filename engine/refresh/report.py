@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from alure.engine.refresh.drift import Drift
+
 DAY = 86_400
 AGES = {"now": 0, "up to 1 day": DAY, "up to 7 days": 7 * DAY, "up to 28 days": 28 * DAY}  # bound: seconds
 
@@ -22,6 +24,7 @@ class RefreshReport:
     quarantined: int  # users left out because their embedding is not finite
     skipped: int  # users of the log without a row: no event up to as_of, quarantined, or not reached in max_minutes
     freshness: dict[str, int]  # users by the age of their embedding
+    drift: Drift | None  # None where nothing was compared
     k: int
     d: int
     units: int

@@ -233,6 +233,11 @@ class EmbeddingStore:
         wanted = ds.field("user_id").isin(as_ids(users, part.schema.field("user_id").type))
         return table_to_float32(part.to_table(columns=self._stored(EMBEDDING_COLUMNS), filter=wanted))
 
+    def read_written(self, generation: str, users: Sequence[Any], columns: list[str]) -> pa.Table:
+        """`columns` of EMBEDDING_COLUMNS of those of `users` that have a row of a generation, published or not."""
+        wanted = ds.field("user_id").isin(as_ids(users, self.user_id_type()))
+        return table_to_float32(self.embeddings.table(_of(generation) & wanted, self._stored(columns)))
+
     def read_history(self, users: Sequence[Any], generations: int = 7) -> pa.Table:
         """What the newest `generations` say of `users`, as one jagged sequence a user, oldest first, for models that
         read earlier embeddings as a feature: user_id, as_ofs list<int64>, models list<string>, embeddings
