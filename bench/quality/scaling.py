@@ -19,7 +19,7 @@ from torch import nn
 from alure.bench.figure import INK, MUTED, OURS, apart, name_at_end, quiet, saved_figure
 from alure.bench.quality.ablations import ne_of, recall_of, spread
 from alure.bench.quality.results import Results, matching
-from alure.bench.quality.snapshots import load_model, world_log
+from alure.bench.quality.snapshots import world_log
 from alure.engine.config import ModelConfig, TrainingConfig
 from alure.engine.events import Events
 from alure.engine.model import UserModel
@@ -65,7 +65,7 @@ def measure(left: list[str], seed: int, scratch: Path, results: Results) -> None
         if size not in trained:
             say(f"scaling: seed {seed}, {name}")
             report = train(events, model, config, scratch / name.replace(" ", "-"), seed=seed)
-            user = load_model(Path(report.model)).user
+            user = UserModel.load(report.model)
             trained[size] = {
                 "validation": report.validation,
                 "flops_a_user": flops_a_user(user, events, config.max_events),
