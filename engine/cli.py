@@ -289,6 +289,9 @@ def graph(
         typer.Option(help="Share of the true neighbours to find with nprobe auto (0.95); more takes longer."),
     ] = None,
     k: Annotated[int | None, typer.Option("-k", min=1, help="k2: neighbours a user (15).")] = None,
+    average: Annotated[
+        int | None, typer.Option(min=1, help="Newest generations whose embeddings are averaged, all in one space (1).")
+    ] = None,
     search: Annotated[str | None, typer.Option(help="auto, faiss, grouped or exact.")] = None,
     social: Annotated[
         Path | None, typer.Option(help="Follows (user_id, followed_id): adds the graph `social`.")
@@ -329,6 +332,7 @@ def graph(
         nprobe=nprobe,
         recall_target=recall_target,
         k=k,
+        average=average,
         search=search,
         ppr=ppr or None,
     )

@@ -235,6 +235,9 @@ class GraphConfig(Section):
     )
     recall_target: float | None = Field(None, gt=0, le=1, description="what nprobe auto aims at (default: 0.95)")
     k: int = Field(15, ge=1)
+    average: int = Field(
+        1, ge=1, description="newest generations whose embeddings are averaged, all in one space; the store keeps each"
+    )
     search: Literal["auto", "faiss", "grouped", "exact"] = "auto"
     exact_below: int = Field(10_000, ge=0, description="countries of fewer users are searched exactly under auto")
     ppr: bool = False

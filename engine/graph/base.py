@@ -13,6 +13,7 @@ from alure.engine.clusters import Clusters, read_clusters
 from alure.engine.graph.similarity import SimilarityGraph
 from alure.engine.graph.update import NOBODY, Lists
 from alure.engine.store import EmbeddingMatrix, EmbeddingStore, Generation
+from alure.engine.store.averages import graph_generations, graph_vectors
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,9 @@ def find_base(store: EmbeddingStore, source: Generation, settings: Mapping[str, 
     clusters = read_clusters(store, newest)
     if newest.properties.get("clusters") != digest(clusters):
         return None, f"the clusters of {newest.generation} are not those of its graph"
-    matrix = store.read_matrix(newest.generation)
+    if any(store.log.find(name, "embeddings") is None for name in graph_generations(store, newest.generation)):
+        return None, f"the graph of {newest.generation} is of generations that are not all published any more"
+    matrix = graph_vectors(store, newest.generation)
     graph = SimilarityGraph.load(store, "alure", newest.generation)
     if not graph.user_ids.equals(matrix.user_ids):
         return None, f"the graph of {newest.generation} has other users than its embeddings"

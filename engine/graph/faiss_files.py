@@ -17,6 +17,7 @@ from alure.engine.graph.base import digest
 from alure.engine.graph.engines import import_faiss
 from alure.engine.graph.similar import by_country
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.averages import graph_vectors
 
 INDEX, QUANTIZERS = b"IwFl", (b"IxFI", b"IxFl")  # IndexIVFFlat; IndexFlatIP, IndexFlat
 HEADER = struct.Struct("<iqqq?i")  # d, vectors, two unused, is_trained, metric
@@ -31,7 +32,7 @@ def write_faiss(store: EmbeddingStore, generation: str, out: Path) -> dict[str, 
     products are cosines; users of a zero embedding, who have no neighbours, are left out. Without a graph: one flat
     embeddings.faiss.
     """
-    matrix = store.read_matrix(generation)
+    matrix = graph_vectors(store, generation)
     graph = store.log.find(generation, "graph", "alure")
     clusters = {}
     if graph is not None:

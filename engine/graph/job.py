@@ -18,6 +18,7 @@ from alure.engine.graph.similarity import DegreeStatistics, SimilarityGraph
 from alure.engine.graph.social import social_graph
 from alure.engine.progress import say
 from alure.engine.store import EmbeddingStore, Generation
+from alure.engine.store.averages import last_generations, read_average
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class GraphReport:
     """What `build_graphs` did; JSON-able through dataclasses.asdict."""
 
     generation: str
+    averaged: list[str]  # the generations whose embeddings are averaged, newest first
     base: str | None  # whose graph was brought up to date; None: every user was searched
     users: int
     searched: int  # users whose neighbours were searched
@@ -72,7 +74,8 @@ def build_graphs(
     if incremental and clusters:
         raise InputError("clusters: an incremental graph keeps those of the earlier one; leave out one of the two")
     source = store.published(generation, "embeddings")
-    matrix = store.read_matrix(source.generation)
+    averaged = last_generations(store, source, config.average)
+    matrix = read_average(store, averaged)
     nprobe = None if config.nprobe == "auto" else config.nprobe
     given = read_clusters_of_files(clusters, matrix.values.shape[1], nprobe) if clusters else None
     follows = read_follows(social, matrix.user_ids) if social is not None else None
@@ -86,6 +89,7 @@ def build_graphs(
     graph, countries = searched.graph, searched.countries
     recall = _weighted_recall(countries)
     write_clusters(store, source, searched.clusters)
+    settings["averaged"] = [each.generation for each in averaged]
     settings |= {"clusters": digest(searched.clusters), "engines": sorted({report.engine for report in countries})}
     graphs = [_publish(store, source, "alure", graph, begun, {"recall": recall}, settings)]
     if follows is not None:
@@ -97,6 +101,7 @@ def build_graphs(
         say(f"graph: {note}")
     return GraphReport(
         generation=source.generation,
+        averaged=settings["averaged"],
         base=base.generation if base else None,
         users=graph.num_users,
         searched=sum(report.searched for report in countries),

@@ -130,7 +130,7 @@ def _refuse(drift: Drift, then: Generation, new: Generation, config: DriftConfig
     if not missed:
         return
     remedy = "--allow-drift publishes it as it is"
-    if new.properties["space"] != then.properties.get("space", then.model):
+    if new.space != then.space:
         remedy = (
             f"Its model is not in that space: `alure align MODEL EVENTS --to EARLIER_MODEL --out …` first, or {remedy}"
         )

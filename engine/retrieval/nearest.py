@@ -7,6 +7,7 @@ import torch
 
 from alure.engine.clusters import Clusters, compute_device, lists_of, read_clusters, unit_vectors
 from alure.engine.store import EmbeddingStore, Generation
+from alure.engine.store.averages import graph_vectors
 from alure.kernels import assign_clusters, grouped_topk
 
 
@@ -50,7 +51,7 @@ class NearestUsers:
     """The embeddings of a generation in memory. Read-only, so threads may share it."""
 
     def __init__(self, store: EmbeddingStore, source: Generation, k: int) -> None:
-        matrix = store.read_matrix(source.generation)
+        matrix = graph_vectors(store, source.generation)
         clusters = read_clusters(store, source)
         self.k = k
         names = matrix.countries.dictionary_encode()

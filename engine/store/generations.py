@@ -63,6 +63,12 @@ class Generation:
     def key(self) -> tuple[str, str, str]:
         return (self.generation, self.table, self.name)
 
+    @property
+    def space(self) -> str:
+        """Digest of the model whose space the embeddings are in: their own model's, unless that is aligned."""
+        found: str = self.properties.get("space", self.model)
+        return found
+
     def same_content(self, other: "Generation") -> bool:
         mine = (self.key, self.rows, self.as_of, self.model, _canonical(self.properties))
         return mine == (other.key, other.rows, other.as_of, other.model, _canonical(other.properties))
