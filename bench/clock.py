@@ -1,4 +1,4 @@
-"""Time and memory of one call on a device, and the device's measured copy rate."""
+"""Time and memory of one call on a device."""
 
 import ctypes
 import time
@@ -57,14 +57,6 @@ class Clock:
         before = _status("VmRSS")
         seconds = self.lap(run)
         return max(0, _status("VmHWM") - before), seconds
-
-
-def copy_rate(clock: Clock) -> float:
-    """Bytes/s read and written by a copy of a tensor beyond the caches, best of five."""
-    device = clock.device
-    source = torch.ones((1 << 30) if device.type == "cuda" else (128 << 20), dtype=torch.int8, device=device)
-    target = torch.empty_like(source)
-    return 2 * source.numel() / min(clock.lap(lambda: target.copy_(source)) for _ in range(5))
 
 
 def _status(key: str) -> int:

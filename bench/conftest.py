@@ -7,9 +7,9 @@ from typing import Any
 import pytest
 import torch
 
-from alure.bench.clock import Clock, copy_rate
+from alure.bench.clock import Clock
 from alure.bench.race import Contest, Race
-from alure.engine.profiling import matrix_rate
+from alure.engine.limits import copy_rate, matrix_limit
 
 SECONDS, QUICK_SECONDS = 8.0, 1.0  # of laps a contest, all implementations together
 
@@ -78,12 +78,10 @@ def limits(device: torch.device, clock: Clock) -> Callable[[torch.dtype], dict[s
     """Measured limits that shares are taken of: FLOP/s of a large matrix product of a dtype, bytes/s of a copy.
 
     Measured anew for every contest: the report takes the best of a run, for a shared machine may be busy at any one.
-    A CPU may multiply bfloat16 far slower than float32; there the limit is float32's.
     """
 
     def of(dtype: torch.dtype) -> dict[str, float]:
-        rates = [matrix_rate(device, product, clock.seconds) for product in {dtype, torch.float32}]
-        return {"matrix_rate": max(rates), "copy_rate": copy_rate(clock)}
+        return {"matrix_rate": matrix_limit(device, dtype, clock.lap), "copy_rate": copy_rate(device, clock.lap)}
 
     return of
 

@@ -23,7 +23,7 @@ from alure.engine.model import AlureModel, EventSchema, UserModel
 from alure.engine.model.checkpoint import CheckpointConfig, save_checkpoint
 from alure.engine.model.towers import Exposures, two_tower_scores
 from alure.engine.refresh import RefreshJob
-from alure.engine.refresh.embedder import Embedder, Snapshot
+from alure.engine.refresh.embedder import Embedder, Snapshot, Work
 from alure.engine.store import EmbeddingStore, Generation
 
 DAY = 86_400
@@ -73,7 +73,7 @@ class Embedding:
     def ours(self, precision: str) -> Callable[[], np.ndarray]:
         config = RefreshConfig.model_validate({"precision": precision})
         embedder = Embedder(self.model.user, self.events, Snapshot("g", self.as_of, "m", None, config), self.device)
-        return lambda: embedder.embed(self.users, self.tokens, lambda users, tokens: None)[0].values
+        return lambda: embedder.embed(self.users, self.tokens, Work().add)[0].values
 
     def padded(self, dtype: torch.dtype, by_length: bool) -> Callable[[], np.ndarray]:
         user_model = UserModel(self.model.config, self.model.schema)

@@ -8,6 +8,7 @@ import json
 import re
 import subprocess
 import sys
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Annotated
 
@@ -234,6 +235,10 @@ def refresh(
     workers: Annotated[int, typer.Option(min=1, help="Processes, Ray actors or Spark tasks.")] = 1,
     engine: Annotated[str, typer.Option(help="Who runs them: local, ray or spark.")] = "local",
     metrics: Annotated[Path | None, typer.Option(help="Write the figures here for Prometheus (*.prom).")] = None,
+    metrics_port: Annotated[
+        int | None, typer.Option(min=0, max=65_535, help="Serve the figures to Prometheus while the job runs; 0: any.")
+    ] = None,
+    metrics_host: Annotated[str, typer.Option(help="The address that serves them.")] = "127.0.0.1",
     config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
@@ -241,9 +246,11 @@ def refresh(
 
     Example: `alure refresh model events --store store --as-of 2026-11-22`
     """
-    from alure.engine.metrics import write_metrics
+    from alure.engine.metrics import serve_metrics, write_metrics
     from alure.engine.refresh import RefreshJob
 
+    if metrics_port is not None and engine != "local":
+        raise InputError("--metrics-port: processes of other engines tell their figures at their end; use --metrics")
     section = load_config(config).refresh
     if allow_drift:
         section = section.model_copy(update={"drift": section.drift.reported()})
@@ -264,9 +271,13 @@ def refresh(
         workers=workers,
         engine=engine,
     )
-    report = job.run()
+    with ExitStack() as serving:
+        if metrics_port is not None:
+            address = serving.enter_context(serve_metrics(metrics_host, metrics_port, job.metrics))
+            say(f"refresh: figures at {address}")
+        report = job.run()
     if metrics:
-        write_metrics(metrics, "refresh", report)
+        write_metrics(metrics, job.metrics(report))
     finish(report, as_json)
 
 

@@ -1,19 +1,22 @@
-"""`alure profile`: where a stage's time goes, as a trace for Perfetto and as a table."""
+"""`alure profile`: where a stage's time goes, as a trace for Perfetto and as a table beside the roofline."""
 
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from torch.profiler import ProfilerActivity, profile
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import InputError
 from alure.engine.events import Events
+from alure.engine.limits import copy_rate, matrix_limit
 from alure.engine.model import UserModel
-from alure.engine.refresh.embedder import STAGES, Embedder, Snapshot, resolve_precision
+from alure.engine.ranges import stage
+from alure.engine.refresh.embedder import Embedder, Snapshot, Work, resolve_precision
+from alure.engine.roofline import TIMED, Least, LeastWork
 
 ROWS = 12
 
@@ -21,8 +24,10 @@ ROWS = 12
 def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: int = 2048) -> dict[str, Any]:
     """Embed `num_users` users under the profiler, batched as a refresh does; writes a Chrome trace to `out`.
 
-    The result holds users/s, the share of the time of each stage and of the operators that took most, and the share of
-    the measured matrix rate of this machine that PyTorch's own matrix products reached (the kernels' are not counted).
+    The result holds users/s, the model's share of the matrix rate, the share of the time of each range (ranges are
+    inside one another), and of the operators that took most: their least FLOPs and bytes, which limit these reach
+    first, and the share of it that was reached. The limits, a matrix product's FLOP/s and a copy's bytes/s, are
+    measured here; what stays in the caches may go beyond a copy. Operators are timed in a second pass.
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     events = Events.open(events_path)
@@ -33,20 +38,17 @@ def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: i
     embedder = Embedder(UserModel.load(model_path), events, snapshot, device)
     users = np.sort(np.random.default_rng(0).permutation(events.manifest.num_users)[:num_users])
     tokens = events.num_events(users=users)
-    embedder.embed(users[:64], tokens[:64], lambda users, tokens: None)  # warm-up
+    embedder.embed(users[:64], tokens[:64], Work().add)  # warm-up
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if device.type == "cuda" else [])
-    with profile(activities=activities, with_flops=True) as trace:
+    with profile(activities=activities) as trace, stage("refresh", record_function):
         started = time.perf_counter()
-        _, work = embedder.embed(users, tokens, lambda users, tokens: None)
+        _, work = embedder.embed(users, tokens, Work().add)
         seconds = time.perf_counter() - started
     out.parent.mkdir(parents=True, exist_ok=True)
     trace.export_chrome_trace(str(out))
-    on_device = "self_device_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    averages = sorted(trace.key_averages(), key=lambda row: -getattr(row, on_device))
-    operators = [row for row in averages if row.key not in STAGES]
-    flops = sum(row.flops for row in operators if row.flops)
-    rate = matrix_rate(device, embedder.model.dtype)
-    total = sum(getattr(row, on_device) for row in operators)
+    with profile(activities=activities) as timed, LeastWork() as least:
+        embedder.embed(users, tokens, Work().add)
+    limits = matrix_limit(device, embedder.model.dtype, seconds=1.0), copy_rate(device)
     return {
         "trace": str(out),
         "device": str(device),
@@ -56,36 +58,43 @@ def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: i
         "batches": work.batches,
         "seconds": seconds,
         "users_per_second": len(users) / seconds,
-        "stages": {row.key: row.cpu_time_total / 1e6 / seconds for row in averages if row.key in STAGES},
-        "matrix_gflops": flops / 1e9,
-        "share_of_matrix_rate": flops / seconds / rate,
-        "measured_matrix_tflops": rate / 1e12,
-        "operators": [
-            {"name": row.key, "calls": row.count, "share": getattr(row, on_device) / max(total, 1)}
-            for row in operators[:ROWS]
+        "gflop": work.flops / 1e9,
+        "share_of_matrix_rate": work.flops / seconds / limits[0],
+        "measured_matrix_tflops": limits[0] / 1e12,
+        "measured_copy_gbytes_per_second": limits[1] / 1e9,
+        "ranges": [
+            {"name": name, "calls": calls, "share": spent / seconds}
+            for name, (calls, spent) in times(trace, "alure.", torch.device("cpu")).items()
         ],
+        "operators": roofline(times(timed, TIMED, device), least.found, limits),
     }
 
 
-def matrix_rate(
-    device: torch.device, dtype: torch.dtype = torch.float32, clock: Callable[[], float] = time.perf_counter
-) -> float:
-    """FLOP/s of a large matrix product of `dtype` on this machine; of a small one where a large one takes seconds."""
-    small, large = 256, 8192 if device.type == "cuda" else 2048
-    rate = _product_rate(device, dtype, small, clock)
-    return rate if 2 * large**3 / rate > 2.0 else _product_rate(device, dtype, large, clock)
+def times(trace: profile, prefix: str, device: torch.device) -> dict[str, tuple[int, float]]:
+    """(calls, seconds on the device) of the ranges whose names begin so, longest first. On a CPU: of the wall clock."""
+    spent = "device_time_total" if device.type == "cuda" else "cpu_time_total"
+    rows = [row for row in trace.key_averages() if row.key.startswith(prefix) and row.device_type == DeviceType.CPU]
+    rows.sort(key=lambda row: -getattr(row, spent))
+    return {row.key: (row.count, getattr(row, spent) / 1e6) for row in rows}
 
 
-def _product_rate(device: torch.device, dtype: torch.dtype, size: int, clock: Callable[[], float]) -> float:
-    """FLOP/s of a product of two size × size matrices, best of five."""
-    a = torch.randn(size, size, device=device).to(dtype)
-    best = float("inf")
-    for _ in range(5):
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        started = clock()
-        a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        best = min(best, clock() - started)
-    return 2 * size**3 / best
+def roofline(
+    spent: dict[str, tuple[int, float]], least: dict[str, Least], limits: tuple[float, float]
+) -> list[dict[str, Any]]:
+    """The operators that took longest, beside what `limits`, FLOP/s and bytes/s, would allow."""
+    table, total = [], sum(seconds for _, seconds in spent.values())
+    for name, (calls, seconds) in list(spent.items())[:ROWS]:
+        work = least.get(name.removeprefix(TIMED), Least())
+        of_matrix = work.flops / limits[0] > work.moved / limits[1]
+        table.append(
+            {
+                "name": name.removeprefix(TIMED),
+                "calls": calls,
+                "share": seconds / max(total, 1e-9),
+                "gflop": work.flops / 1e9,
+                "gbyte": work.moved / 1e9,
+                "limit": "matrix rate" if of_matrix else "copy rate",
+                "share_of_limit": work.seconds(*limits) / max(seconds, 1e-9),
+            }
+        )
+    return table

@@ -7,6 +7,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alure.engine.config import ModelConfig
+from alure.engine.ranges import op
 from alure.kernels.attention import (
     AttentionPlan,
     PositionBias,
@@ -108,12 +109,19 @@ def run_together(layers: list[AttentionLayer], tokens: list[Tensor], plan: Atten
 
     The plan's sequences are those of the sources one after another, its groups the sources.
     """
-    q, k, v = torch.cat([layer.project(x) for layer, x in zip(layers, tokens)]).unbind(1)
+    with op("project"):
+        q, k, v = torch.cat([layer.project(x) for layer, x in zip(layers, tokens)]).unbind(1)
+    with op("attention"):
+        attended = _attend(layers, q, k, v, plan)
+    parts = attended.split([x.shape[0] for x in tokens])
+    with op("feed_forward"):
+        return [layer.finish(x, part) for layer, x, part in zip(layers, tokens, parts)]
+
+
+def _attend(layers: list[AttentionLayer], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
     time_bias = grouped_time_bias([layer.time_bias() for layer in layers if layer.time_bias])
     position_bias = grouped_position_bias([layer.position_bias() for layer in layers if layer.position_bias])
-    attended = jagged_attention(q, k, v, plan=plan, time_bias=time_bias, position_bias=position_bias)
-    parts = attended.split([x.shape[0] for x in tokens])
-    return [layer.finish(x, part) for layer, x, part in zip(layers, tokens, parts)]
+    return jagged_attention(q, k, v, plan=plan, time_bias=time_bias, position_bias=position_bias)
 
 
 class SourceContext(NamedTuple):

@@ -19,6 +19,7 @@ from alure.engine.model.compression import make_compression
 from alure.engine.model.encoder import SourceEncoder
 from alure.engine.model.layers import AttentionLayer, SourceContext, Tap, run_together
 from alure.engine.model.schema import EventSchema, module_plan
+from alure.engine.ranges import op
 from alure.kernels import AttentionPlan
 from alure.kernels.compression import normalize_int8
 
@@ -186,16 +187,18 @@ class UserModel(nn.Module):
     def forward_int8(self, batch: EventBatch, catalog: Catalog) -> tuple[Tensor, Tensor]:
         """`forward` in bytes: codes int8 [B, k, d] and scales float32 [B, k], see `alure.kernels.compress_int8`."""
         pooled = self._pooled(self._run(batch, catalog), len(batch))
-        if self.rotations is None:
-            return self.compression.forward_int8(pooled)
-        return normalize_int8(turn(self.compression(pooled), self.rotations))
+        with op("compress"):
+            if self.rotations is None:
+                return self.compression.forward_int8(pooled)
+            return normalize_int8(turn(self.compression(pooled), self.rotations))
 
     def encode(self, batch: EventBatch, catalog: Catalog) -> UserState:
         """Embeddings, and the tokens that context queries attend to."""
         streams = self._run(batch, catalog)
         contexts = {source: stream.context for source, stream in streams.items() if stream.context is not None}
-        embeddings = self.compression(self._pooled(streams, len(batch)))
-        return UserState(turn(embeddings, self.rotations), contexts)
+        pooled = self._pooled(streams, len(batch))
+        with op("compress"):
+            return UserState(turn(self.compression(pooled), self.rotations), contexts)
 
     def encode_events(self, batch: EventBatch, catalog: Catalog, event_times: Tensor) -> Tensor:
         """The embedding after every event: [n, k, d], what `forward` gives of the events up to it, in one pass.
@@ -220,6 +223,13 @@ class UserModel(nn.Module):
 
     def _run(self, batch: EventBatch, catalog: Catalog, event_times: Tensor | None = None) -> dict[str, Stream]:
         """The batch's events through encoders, layers and taps, by source; sources without any are left out."""
+        with op("encode"):
+            streams = self._encode(batch, catalog, event_times)
+        with self.autocast():
+            self._run_layers(list(streams.values()))
+        return streams
+
+    def _encode(self, batch: EventBatch, catalog: Catalog, event_times: Tensor | None) -> dict[str, Stream]:
         sequences = {stack.source: batch.sequences[stack.source] for stack in self.sources()}
         rows = {source: catalog.event_rows(source, s) for source, s in sequences.items() if s.total}
         table, rows = gather_rows(self.table, rows)
@@ -230,8 +240,6 @@ class UserModel(nn.Module):
                 dense = catalog.event_dense(source, sequence)
                 tokens = stack.encoder(rows[source], table, dense, sequence, batch.as_of)
                 streams[source] = Stream(stack, tokens, sequence, batch.as_of, event_times)
-        with self.autocast():
-            self._run_layers(list(streams.values()))
         return streams
 
     def _run_layers(self, streams: list[Stream]) -> None:
@@ -242,12 +250,14 @@ class UserModel(nn.Module):
             for heads in dict.fromkeys(stream.stack.heads for stream in deep):
                 together = [stream for stream in deep if stream.stack.heads == heads]
                 key = tuple(stream.stack.source for stream in together)
-                plan = plans[key] = plans.get(key) or plan_together(together, self.config.causal)
+                with op("plan"):
+                    plan = plans[key] = plans.get(key) or plan_together(together, self.config.causal)
                 layers = [stream.stack.layer(depth) for stream in together]
                 found = run_together(layers, [stream.tokens for stream in together], plan)
-                for stream, tokens in zip(together, found):
-                    stream.tokens = tokens
-                    stream.pool(depth)
+                with op("pool"):
+                    for stream, tokens in zip(together, found):
+                        stream.tokens = tokens
+                        stream.pool(depth)
 
 
 def check_every_event(config: ModelConfig, schema: EventSchema) -> None:

@@ -105,7 +105,7 @@ def embed(
     model, device = UserModel.load(path), torch.device("cuda" if torch.cuda.is_available() else "cpu")
     embedder = Embedder(model, events, Snapshot("", as_of, model_digest(path), None, config), device)
     with track(f"Embedding with {path.name}", int(tokens.sum()), "events") as bar:
-        vectors, _ = embedder.embed(users, tokens, lambda users, tokens: bar.advance(tokens))
+        vectors, _ = embedder.embed(users, tokens, lambda work: bar.advance(work.tokens))
     return torch.from_numpy(vectors.values).unflatten(1, (model.config.num_embeddings, model.config.width))
 
 

@@ -17,7 +17,7 @@ from alure.engine.progress import say
 from alure.engine.refresh.embedder import Work
 from alure.engine.refresh.shard import Job, run_shard
 
-WORK_SCHEMA = "embedded long, tokens long, batches long, bad long"
+WORK_SCHEMA = "embedded long, tokens long, batches long, flops double, units long, bad long, pending long"
 
 
 def run_on_ray(job: Job, workers: int, check: Callable[[], None]) -> Work:

@@ -10,19 +10,19 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
-from torch.profiler import record_function
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError
 from alure.engine.events import EventBatch, Events
 from alure.engine.model import UserModel
+from alure.engine.model.flops import ForwardFlops
+from alure.engine.ranges import op
 from alure.engine.refresh.earlier import Earlier, earlier_rows
 from alure.engine.refresh.planner import Unit, count_events, pack
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.vectors import Vectors
 from alure.kernels.backend import native_instruction_set
 
-STAGES = READ, EMBED = ("alure.read", "alure.embed")  # as a profiler names them
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
 
@@ -55,18 +55,21 @@ class Snapshot:
 
 @dataclass
 class Work:
-    """How much was done. bad: users whose embedding was not finite."""
+    """How much was done. flops: of the model's products. bad: users whose embedding was not finite. pending: users
+    embedded in units that are not written yet.
+    """
 
     embedded: int = 0
     tokens: int = 0
     batches: int = 0
+    flops: float = 0.0
+    units: int = 0
     bad: int = 0
+    pending: int = 0
 
     def add(self, other: "Work") -> None:
-        self.embedded += other.embedded
-        self.tokens += other.tokens
-        self.batches += other.batches
-        self.bad += other.bad
+        for name, more in vars(other).items():
+            setattr(self, name, getattr(self, name) + more)
 
 
 @dataclass(frozen=True)
@@ -87,49 +90,55 @@ class Embedder:
             model = copy.deepcopy(model)  # the caller's keeps its own
         self.model = model.to(device, dtype).eval()
         self.catalog = self.model.catalog(events)
+        self.flops = ForwardFlops(self.model)
         self.events, self.snapshot, self.device = events, snapshot, device
 
-    def embed(
-        self, users: np.ndarray, tokens: np.ndarray, after_batch: Callable[[int, int], None]
-    ) -> tuple[Vectors, Work]:
+    def embed(self, users: np.ndarray, tokens: np.ndarray, after_batch: Callable[[Work], None]) -> tuple[Vectors, Work]:
         """The embeddings of `users` (indices), in their order, whatever batches they shared.
 
-        after_batch(users, tokens) is called after each batch; what it raises ends the work.
+        after_batch is called with what each batch was; what it raises ends the work.
         """
         config, model = self.snapshot.config, self.model.config
-        vectors = Vectors.empty(len(users), model.num_embeddings, model.width, config.output_dtype)
-        batches = pack(tokens, config.token_budget)
+        vectors, done = Vectors.empty(len(users), model.num_embeddings, model.width, config.output_dtype), Work()
         with torch.inference_mode():
-            for places in batches:
-                self._fill(vectors, places, users)
-                after_batch(len(places), int(tokens[places].sum()))
-        return vectors, Work(len(users), int(tokens.sum()), len(batches))
+            for places in pack(tokens, config.token_budget):
+                flops = self._fill(vectors, places, users)
+                work = Work(len(places), int(tokens[places].sum()), batches=1, flops=flops)
+                done.add(work)
+                after_batch(work)
+        return vectors, done
 
-    def _fill(self, vectors: Vectors, places: np.ndarray, users: np.ndarray) -> None:
-        """Embed users[places] into their rows. Users that do not fit in memory together go in halves."""
-        with record_function(READ):
+    def _fill(self, vectors: Vectors, places: np.ndarray, users: np.ndarray) -> float:
+        """Embed users[places] into their rows; FLOPs. Users that do not fit in memory together go in halves."""
+        with op("read"):
             batch = self.events.batch(users[places], self.snapshot.as_of, self.snapshot.config.max_events)
         try:
-            with record_function(EMBED):
-                return self._embed(vectors, places, batch.to(self.device))
+            with op("to_device"):
+                on_device = batch.to(self.device)
+            self._embed(vectors, places, on_device)
+            return self.flops({name: s.lengths.numpy() for name, s in batch.sequences.items()})
         except (torch.OutOfMemoryError, MemoryError):
             if len(places) == 1:
                 raise AlureError(
                     f"refresh: the {batch.total:,} events of one user do not fit in the memory of {self.device}; "
                     "limit histories by max_events in the configuration's section refresh"
                 ) from None
-        for half in np.array_split(places, 2):  # outside the handler, which would hold on to the failed pass's tensors
-            self._fill(vectors, half, users)
+        halves = np.array_split(places, 2)  # outside the handler, which would hold on to the failed pass's tensors
+        return sum(self._fill(vectors, half, users) for half in halves)
 
     def _embed(self, vectors: Vectors, places: np.ndarray, batch: EventBatch) -> None:
-        if vectors.scales is not None:
-            found, scales = self.model.forward_int8(batch, self.catalog)
-            vectors.scales[places] = scales.cpu().numpy()
-        else:
-            found = self.model(batch, self.catalog).to(DTYPES[self.snapshot.config.output_dtype])
-        vectors.values[places] = found.flatten(1).cpu().numpy()
+        scales = None
+        with op("embed"):
+            if vectors.scales is None:
+                found = self.model(batch, self.catalog).to(DTYPES[self.snapshot.config.output_dtype])
+            else:
+                found, scales = self.model.forward_int8(batch, self.catalog)
+        with op("to_host"):
+            vectors.values[places] = found.flatten(1).cpu().numpy()
+            if vectors.scales is not None and scales is not None:
+                vectors.scales[places] = scales.cpu().numpy()
 
-    def unit_rows(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[int, int], None]) -> UnitResult:
+    def unit_rows(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[Work], None]) -> UnitResult:
         """The unit's users that have an event up to as_of: those who need it embedded, the others carried forward."""
         snapshot = self.snapshot
         num_events, tokens = count_events(self.events, unit, snapshot.as_of, snapshot.config.max_events)

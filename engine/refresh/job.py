@@ -18,16 +18,20 @@ from safetensors.torch import save
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
+from alure.engine.limits import SHORT_S, matrix_limit
+from alure.engine.metrics import exposition
 from alure.engine.model import UserModel, model_digest, model_space
-from alure.engine.progress import Track, say, track
+from alure.engine.progress import say, track
 from alure.engine.refresh.clusters import run_on_ray, run_on_spark
 from alure.engine.refresh.drift import LOOKED_UP, Drift, check_drift
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work, resolve_precision
 from alure.engine.refresh.outlook import SPARE, Outlook, look_ahead, seconds_a_token
 from alure.engine.refresh.planner import Unit, generation_id, plan_units, spread
-from alure.engine.refresh.report import RefreshReport, freshness
+from alure.engine.refresh.report import FIGURES, RefreshReport, freshness
 from alure.engine.refresh.shard import Job, leases_of, share_units
-from alure.engine.refresh.workers import run_workers
+from alure.engine.refresh.watch import Watch
+from alure.engine.refresh.workers import run_workers, threads_of
+from alure.engine.results import to_dict
 from alure.engine.signals import StopFlag, stop_flag
 from alure.engine.store import EmbeddingStore, Generation
 
@@ -66,6 +70,7 @@ class RefreshJob:
         config = config or RefreshConfig()
         self.config = config.model_copy(update={"precision": resolve_precision(config.precision, device)})
         self.workers, self.engine = workers, engine
+        self.watch = Watch()
         if not 0 <= self.as_of <= LATEST:
             raise InputError(f"as_of: expected unix seconds from 0 to {LATEST}, got {self.as_of}; milliseconds?")
         if workers < 1:
@@ -78,14 +83,14 @@ class RefreshJob:
 
     def run(self) -> RefreshReport:
         """Do what is left to do and publish. Raises Interrupted on SIGTERM or SIGINT, AlureError where it fails."""
-        started = time.monotonic()
+        self.watch = Watch()
         self.store.check_dtype(self.config.output_dtype)
         snapshot = self._snapshot()
         units = plan_units(self.events.num_users, self.config.unit_users)
         published = self.store.log.find(snapshot.generation, "embeddings")
         if published is not None:
             say(f"refresh: generation {snapshot.generation} is published already, with {published.rows:,} users")
-            return self._report(snapshot, published, (units, len(units)), None, None, started)
+            return self._report(snapshot, published, (units, len(units)), None, None)
         self._refuse_withdrawn(snapshot.generation)
         names = [unit.name for unit in units]
         done = self.store.written_units(snapshot.generation, names)
@@ -94,12 +99,20 @@ class RefreshJob:
             most_bad = int(self.config.max_quarantine_share * outlook.present)
             snapshot = replace(snapshot, most_bad=most_bad)
             left = [unit for unit in units if unit.name not in done]
+            self.watch.plan(outlook, len(units), len(done))
             work = self._embed(snapshot, outlook, left, flag) if left else Work()
             new = self._generation(snapshot, names, outlook.present)
             drift = self._check_drift(new)
             published = self.store.publish(new)
         shutil.rmtree(leases_of(self.store, snapshot.generation), ignore_errors=True)  # those of the dead
-        return self._report(snapshot, published, (units, len(done)), work, drift, started)
+        return self._report(snapshot, published, (units, len(done)), work, drift)
+
+    def metrics(self, report: RefreshReport | None = None) -> str:
+        """The figures of the run for Prometheus, from any thread while it goes on; those of its report at the end."""
+        figures = self.watch.figures()
+        if report is not None:
+            figures |= {**to_dict(report), "finished_timestamp_seconds": time.time()}
+        return exposition("refresh", figures, FIGURES)
 
     def _snapshot(self) -> Snapshot:
         full = generation_id(self.as_of, self.digest, self.events, self.config, None)
@@ -162,21 +175,26 @@ class RefreshJob:
             embedder = Embedder(self.model, self.events, snapshot, torch.device(devices[0]))
         if embedder is not None and (long or self.config.max_minutes is not None) and outlook.tokens:
             rate = self.workers / seconds_a_token(embedder, outlook)
-            say(f"refresh: about {outlook.tokens / rate:,.0f} s with --workers {self.workers}")
+            self.watch.matrix_rate = limit = self._matrix_rate(embedder)
+            say(
+                f"refresh: about {outlook.tokens / rate:,.0f} s with --workers {self.workers}; "
+                f"MFU is a share of {limit / 1e9:,.0f} GFLOP/s, measured here"
+            )
             embedder.snapshot = snapshot = self._limited(snapshot, outlook, rate)
         with track("Embedding", outlook.tokens, "events") as bar:
-            progress = UsersAndEvents(bar)
+            self.watch.start(bar)
             if alone:
                 assert embedder is not None
-                return share_units(embedder, self.store, units, flag.check, progress)
+                return share_units(embedder, self.store, units, flag.check, self.watch)
             assert self.model_path is not None
             paths = (self.model_path.resolve(), self.events.path.resolve(), self.store.path.resolve())
             job = Job(*paths, snapshot, units)
-            if self.engine == "ray":
-                return run_on_ray(job, self.workers, flag.check)
-            if self.engine == "spark":
-                return run_on_spark(job, self.workers)
-            return run_workers(job, devices, flag, progress)
+            if self.engine == "local":
+                return run_workers(job, devices, flag, self.watch)
+            on_ray = self.engine == "ray"
+            work = run_on_ray(job, self.workers, flag.check) if on_ray else run_on_spark(job, self.workers)
+            self.watch.add(work)
+            return work
 
     def _devices(self) -> list[str]:
         """One a worker. torchrun gives each of its processes a LOCAL_RANK, from which its devices are counted."""
@@ -184,6 +202,26 @@ class RefreshJob:
             return ["cpu"] * self.workers
         first, count = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
         return [f"cuda:{(first + worker) % count}" for worker in range(self.workers)]
+
+    def _num_devices(self) -> int:
+        """GPUs, or cores, of all workers."""
+        if torch.cuda.is_available():
+            return len(set(self._devices()))
+        if self.engine != "local":
+            return self.workers
+        threads = torch.get_num_threads() if self.workers == 1 else self.workers * threads_of(self.workers)
+        return min(threads, os.cpu_count() or 1)
+
+    def _matrix_rate(self, embedder: Embedder) -> float:
+        """FLOP/s of all devices together."""
+        devices, threads = self._num_devices(), torch.get_num_threads()
+        on_cpu = embedder.device.type == "cpu"
+        torch.set_num_threads(devices if on_cpu else threads)
+        try:
+            rate = matrix_limit(embedder.device, embedder.model.dtype, seconds=SHORT_S)
+        finally:
+            torch.set_num_threads(threads)
+        return rate if on_cpu else rate * devices
 
     def _limited(self, snapshot: Snapshot, outlook: Outlook, rate: float) -> Snapshot:
         """`snapshot` with what max_minutes allows at `rate` tokens a second."""
@@ -243,12 +281,12 @@ class RefreshJob:
         units: tuple[list[Unit], int],
         done: Work | None,
         drift: Drift | None,
-        started: float,
     ) -> RefreshReport:
-        seconds, work = time.monotonic() - started, done or Work()
+        seconds, work, devices = self.watch.seconds, done or Work(), self._num_devices()
         ages = self.store.count_as_ofs(published)
         embedded = ages.get(self.as_of, 0)
-        hours = seconds * self.workers / 3600
+        hours = seconds * devices / 3600
+        limit = self.watch.matrix_rate
         return RefreshReport(
             generation=snapshot.generation,
             as_of=self.as_of,
@@ -269,9 +307,12 @@ class RefreshJob:
             embedded_now=work.embedded,
             tokens=work.tokens,
             batches=work.batches,
+            flops=work.flops,
             seconds=seconds,
-            users_per_second=work.embedded / max(seconds, 1e-9),
-            tokens_per_second=work.tokens / max(seconds, 1e-9),
+            users_per_second=work.embedded / seconds,
+            tokens_per_second=work.tokens / seconds,
+            share_of_matrix_rate=work.flops / seconds / limit if limit else None,
+            devices=devices,
             device_hours=hours,
             device_hours_per_billion_users=hours * 1e9 / work.embedded if work.embedded else None,
             device="cuda" if torch.cuda.is_available() else "cpu",
@@ -279,18 +320,6 @@ class RefreshJob:
             output_dtype=self.config.output_dtype,
             workers=self.workers,
         )
-
-
-class UsersAndEvents:
-    """Progress in events, which the time left depends on, with users a second beside it."""
-
-    def __init__(self, bar: Track) -> None:
-        self.bar, self.users, self.started = bar, 0, time.monotonic()
-
-    def advance(self, users: int, tokens: int) -> None:
-        self.users += users
-        rate = self.users / max(time.monotonic() - self.started, 1e-9)
-        self.bar.advance(tokens, note=f"{rate:,.0f} users/s")
 
 
 def memory_digest(model: UserModel) -> str:

@@ -7,7 +7,7 @@ import numpy as np
 
 from alure.engine.events import Events
 from alure.engine.refresh.earlier import earlier_rows
-from alure.engine.refresh.embedder import Embedder, Snapshot, needs_refresh
+from alure.engine.refresh.embedder import Embedder, Snapshot, Work, needs_refresh
 from alure.engine.refresh.planner import Unit, count_events
 from alure.engine.store import EmbeddingStore
 
@@ -64,5 +64,5 @@ def seconds_a_token(embedder: Embedder, outlook: Outlook) -> float:
     for start in (0, step // 2):
         chosen = slice(start, None, step)
         started = time.monotonic()
-        embedder.embed(users[chosen], tokens[chosen], lambda users, tokens: None)
+        embedder.embed(users[chosen], tokens[chosen], Work().add)
     return (time.monotonic() - started) / max(int(tokens[chosen].sum()), 1)

@@ -3,7 +3,8 @@
 import json
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import closing
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Protocol
 
@@ -12,6 +13,7 @@ import torch
 from alure.engine.errors import AlureError
 from alure.engine.events import Events
 from alure.engine.model import UserModel
+from alure.engine.ranges import marker_of, op, stage
 from alure.engine.refresh.embedder import Embedder, Snapshot, UnitResult, Work
 from alure.engine.refresh.leases import Leases
 from alure.engine.refresh.planner import Unit
@@ -22,12 +24,9 @@ LOOK_AGAIN_S = 0.2  # while others work on all that is left
 
 
 class Progress(Protocol):
-    def advance(self, users: int, tokens: int) -> None: ...
+    """Is told of every batch and every unit that is written; a `Work` of its own just sums them up."""
 
-
-class Silent:
-    def advance(self, users: int, tokens: int) -> None:
-        pass
+    def add(self, work: Work) -> None: ...
 
 
 @dataclass(frozen=True)
@@ -45,7 +44,7 @@ def run_shard(job: Job, device: str, progress: Progress | None = None) -> Work:
     """Open the model, the log and the store, and share the job's units with whoever else does."""
     with stop_flag("refresh") as flag:
         embedder = Embedder(UserModel.load(job.model), Events.open(job.events), job.snapshot, torch.device(device))
-        return share_units(embedder, EmbeddingStore(job.store), job.units, flag.check, progress or Silent())
+        return share_units(embedder, EmbeddingStore(job.store), job.units, flag.check, progress or Work())
 
 
 def share_units(
@@ -58,12 +57,12 @@ def share_units(
     generation, done = embedder.snapshot.generation, Work()
     leases = Leases(leases_of(store, generation))
 
-    def after_batch(users: int, tokens: int) -> None:
-        progress.advance(users, tokens)
+    def after_batch(work: Work) -> None:
+        progress.add(replace(work, pending=work.embedded))
         leases.keep()
         check()
 
-    try:
+    with closing(leases), stage("refresh", marker_of(embedder.device)):
         while units:
             for unit in units:
                 check()
@@ -75,14 +74,14 @@ def share_units(
                         done.add(result.work)
                         refuse_many_bad(embedder.snapshot, done.bad, result)
                         write_unit(store, generation, unit, result)
+                        done.units += 1
+                        progress.add(Work(units=1, bad=result.work.bad, pending=-result.work.embedded))
                 finally:
                     leases.release(unit.name)
             written = store.written_units(generation, [unit.name for unit in units])
             units = [unit for unit in units if unit.name not in written]
             if units:
                 time.sleep(LOOK_AGAIN_S)
-    finally:
-        leases.close()
     return done
 
 
@@ -92,10 +91,11 @@ def leases_of(store: EmbeddingStore, generation: str) -> Path:
 
 def write_unit(store: EmbeddingStore, generation: str, unit: Unit, result: UnitResult) -> None:
     """Exactly once, whoever else writes it: first who is left out, then the rows, whose commit says that it is done."""
-    if result.bad:
-        rows = [json.dumps({"user_id": user}) for user in result.bad]
-        store.write_quarantine(f"refresh {generation}", unit.name, rows, "the embedding is not finite")
-    store.write_unit(generation, unit.name, result.rows)
+    with op("write"):
+        if result.bad:
+            rows = [json.dumps({"user_id": user}) for user in result.bad]
+            store.write_quarantine(f"refresh {generation}", unit.name, rows, "the embedding is not finite")
+        store.write_unit(generation, unit.name, result.rows)
 
 
 def refuse_many_bad(snapshot: Snapshot, bad: int, result: UnitResult) -> None:

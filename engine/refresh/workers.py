@@ -36,6 +36,7 @@ def run_workers(job: Job, devices: list[str], flag: StopFlag, progress: Progress
 
 def _collect(workers: dict[Connection, SpawnProcess], flag: StopFlag, progress: Progress) -> Work:
     done, finished, code = Work(), 0, None
+    pending = dict.fromkeys(workers, 0)
     while workers:
         flag.check()
         ready = wait(list(workers), timeout=0.5)
@@ -46,11 +47,13 @@ def _collect(workers: dict[Connection, SpawnProcess], flag: StopFlag, progress: 
                 process = workers.pop(receiver)
                 process.join()
                 code = process.exitcode or code
+                progress.add(Work(pending=-pending[receiver]))  # a dead one's unit is done again
                 if process.exitcode:
                     say(f"refresh: a worker died with exit code {process.exitcode}; the others take its unit over")
                 continue
-            if kind == "advance":
-                progress.advance(*value)
+            if kind == "work":
+                pending[receiver] += value.pending
+                progress.add(value)
             elif kind == "done":
                 done.add(value)
                 finished += 1
@@ -73,12 +76,17 @@ class Reporter:
     def __init__(self, parent: Connection) -> None:
         self.parent = parent
 
-    def advance(self, users: int, tokens: int) -> None:
-        self.parent.send(("advance", (users, tokens)))
+    def add(self, work: Work) -> None:
+        self.parent.send(("work", work))
+
+
+def threads_of(workers: int) -> int:
+    """Of each worker, where several share this machine's cores."""
+    return max(1, (os.cpu_count() or 1) // workers)
 
 
 def _work(job: Job, device: str, workers: int, parent: Connection) -> None:
-    torch.set_num_threads(max(1, (os.cpu_count() or 1) // workers))
+    torch.set_num_threads(threads_of(workers))
     try:
         try:
             parent.send(("done", run_shard(job, device, Reporter(parent))))

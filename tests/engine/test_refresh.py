@@ -20,7 +20,7 @@ from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.events import Events, Manifest
 from alure.engine.model import UserModel
 from alure.engine.refresh import RefreshJob, RefreshReport
-from alure.engine.refresh.embedder import Embedder, Snapshot
+from alure.engine.refresh.embedder import Embedder, Snapshot, Work
 from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.upkeep import rollback, vacuum, verify
@@ -442,9 +442,9 @@ def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(model, "forward", lambda b, c: (totals.append((b.total, len(b))), forward(b, c))[1])
     users = np.array([40, 5, 8, 1, 22, 30, 31])
     tokens = events.num_events(users=users)
-    vectors, work = embedder.embed(users, tokens, lambda users, tokens: None)
+    vectors, work = embedder.embed(users, tokens, Work().add)
     assert max(total for total, _ in totals) == tokens[1] == 200  # user 5: a longer history is a batch of its own
     assert all(total <= 50 or size == 1 for total, size in totals)
     assert work.batches == len(totals)
-    order = embedder.embed(users[::-1].copy(), tokens[::-1].copy(), lambda users, tokens: None)[0]
+    order = embedder.embed(users[::-1].copy(), tokens[::-1].copy(), Work().add)[0]
     np.testing.assert_allclose(vectors.values[::-1], order.values, atol=2e-6)

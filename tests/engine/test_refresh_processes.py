@@ -11,8 +11,9 @@ from support.refresh import jagged_log, rows_of, save_model
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
 from alure.engine.refresh import RefreshJob, RefreshReport
-from alure.engine.refresh.job import UsersAndEvents
+from alure.engine.refresh.embedder import Work
 from alure.engine.refresh.leases import EXPIRES_S, Leases
+from alure.engine.refresh.watch import Watch
 from alure.engine.store import EmbeddingStore
 
 SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
@@ -40,20 +41,23 @@ def test_a_dead_workers_unit_is_taken_over(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     """The first to report progress is killed: it holds a unit that is not written yet."""
-    advance, killed = UsersAndEvents.advance, []
+    add, killed = Watch.add, []
 
-    def kill_one(self: UsersAndEvents, users: int, tokens: int) -> None:
-        advance(self, users, tokens)
+    def kill_one(self: Watch, work: Work) -> None:
+        add(self, work)
         leases = (tmp_path / "leases").glob("*/*-*")
         for holder in {int(lease.read_text().rpartition(":")[2]) for lease in leases if not killed}:
             os.kill(holder, signal.SIGKILL)
             killed.append(holder)
             break
 
-    monkeypatch.setattr(UsersAndEvents, "advance", kill_one)
+    monkeypatch.setattr(Watch, "add", kill_one)
     config = SMALL.model_copy(update={"token_budget": 10})
-    report = refresh(world, tmp_path, config, workers=2)
+    job = RefreshJob(world / "model", world / "events", tmp_path, config=config, workers=2)
+    report = job.run()
     assert len(killed) == 1
+    assert job.watch.done.pending == 0  # what the dead one had embedded is no longer waited for
+    assert job.watch.done.embedded >= 58
     assert "a worker died with exit code -9; the others take its unit over" in capfd.readouterr().err
     assert report.users == 58
     EmbeddingStore(tmp_path).check_integrity()

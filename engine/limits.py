@@ -1,0 +1,62 @@
+"""What a device can do at most, measured: the limits that shares are taken of."""
+
+import time
+from collections.abc import Callable
+
+import torch
+
+LAPS = 5
+SHORT_S = 0.2  # of a measurement that a job makes on the way
+
+
+def wall_clock(device: torch.device) -> Callable[[Callable[[], object]], float]:
+    """What gives the seconds of a call, its work on `device` included."""
+
+    def lap(run: Callable[[], object]) -> float:
+        _finish(device)
+        started = time.perf_counter()
+        run()
+        _finish(device)
+        return time.perf_counter() - started
+
+    return lap
+
+
+def matrix_rate(
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+    lap: Callable[[Callable[[], object]], float] | None = None,
+    seconds: float = 10.0,
+) -> float:
+    """FLOP/s of a product of two square matrices of `dtype`, best of five, as large as those take about `seconds`."""
+    lap, largest = lap or wall_clock(device), 8192 if device.type == "cuda" else 2048
+    size, rate = 128, 0.0
+    while not rate or (size < largest and LAPS * 2 * (2 * size) ** 3 / rate <= seconds):
+        size *= 2
+        a = torch.randn(size, size, device=device).to(dtype)
+        rate = 2 * size**3 / min(lap(lambda a=a: a @ a) for _ in range(LAPS))  # type: ignore[misc]
+    return rate
+
+
+def matrix_limit(
+    device: torch.device,
+    dtype: torch.dtype,
+    lap: Callable[[Callable[[], object]], float] | None = None,
+    seconds: float = 10.0,
+) -> float:
+    """`matrix_rate`, and at least float32's: a CPU may multiply bfloat16 far slower, and is not limited by that."""
+    dtypes = {dtype, torch.float32}
+    return max(matrix_rate(device, each, lap, seconds / len(dtypes)) for each in dtypes)
+
+
+def copy_rate(device: torch.device, lap: Callable[[Callable[[], object]], float] | None = None) -> float:
+    """Bytes/s read and written by a copy of a tensor beyond the caches, best of five."""
+    lap = lap or wall_clock(device)
+    source = torch.ones((1 << 30) if device.type == "cuda" else (128 << 20), dtype=torch.int8, device=device)
+    target = torch.empty_like(source)
+    return 2 * source.numel() / min(lap(lambda: target.copy_(source)) for _ in range(LAPS))
+
+
+def _finish(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
