@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find kernels en
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow crash test-gpu kernels lint browser figures tables bench-gpu sanitize clean help
+.PHONY: demo test test-slow test-clusters crash test-gpu kernels lint browser figures tables bench-gpu sanitize clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -22,6 +22,11 @@ test: $(VENV)/.alure-dev lint  ## ruff, mypy and the default test suite
 
 test-slow: $(VENV)/.alure-dev  ## the long tests
 	$(BIN)/pytest -m slow -q
+
+test-clusters: $(VENV)/.alure-dev  ## the refresh on real Ray and real Spark, workers killed under way, and the examples of both
+	command -v java >/dev/null || (apt-get update -qq && apt-get install -y --no-install-recommends openjdk-17-jre-headless)
+	$(PIP) install --quiet -c constraints.txt ray "pyspark[sql]" "pandas<3"
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -q -rs tests/engine/test_clusters.py
 
 crash: $(VENV)/.alure-dev  ## for the night: 1,000 kills of a refresh, and every file operation with every fault
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow" -n $$(nproc) --dist worksteal -q -rs tests/engine/test_crash.py

@@ -3,13 +3,14 @@
 A user's candidates are the items of the k users most like it that it has not had itself, each with the sum of their
 similarities. Users are alike by the cosine of their embeddings, by that of their items (each item weighted by
 log(users / users that had it), Euclidean norm), or by items had near in time: a common item counts exp(−|Δt| / 30
-days). "Both" adds a weight times the embeddings' cosine to the latter; the weight is the best on each user's last event
-before the held-out one. "and popularity" adds the score as a share of the user's best to the popularity as a share of
-the most popular item's. The embeddings come from a model trained on what happened before each held-out event, with the
-two-tower and the user–user loss.
+days). On retail_rocket what a similar user had counts exp(−|Δt| / 30 days) too, Δt from the user's own last event; on
+the check-ins that would lose a fifth. "Both" adds a weight times the embeddings' cosine to the items near in time.
+The weight and what fades are the best on each user's last event before the held-out one. "and popularity" adds the
+score as a share of the user's best to the popularity as a share of the most popular item's. The embeddings come from
+a model trained on what happened before each held-out event, with the two-tower and the user–user loss.
 
-On the check-ins the held-out event is a user's last visit to a venue where it had not been; users with fewer than five
-events before it are left out, and so are all events from then on. Users and venues are those of one city.
+On the check-ins the held-out event is a user's last visit to a venue where it had not been; users with fewer than
+five events before it are left out, and so are all events from then on. Users and venues are those of one city.
 """
 
 import tempfile
@@ -35,6 +36,7 @@ EXPERIMENT = "similar-users"
 CUTS = {"retail_rocket": (10, 50, 200), "checkins": (50,)}
 NEIGHBORS = {"retail_rocket": (15,), "checkins": (15, 50, 200)}
 NEAR = 30 * DAY  # seconds
+FADES = {"retail_rocket": True, "checkins": False}  # whether what a similar user had counts less far from the user
 WEIGHTS = (0.0, 0.01, 0.03, 0.1)
 FEWEST = 5  # events before the held-out visit
 SETTINGS: dict[str, Any] = {
@@ -58,11 +60,21 @@ class Visits:
         rows = self.rows.filter(pa.array(which))
         return Visits(rows, self.users[which], self.items[which], self.times[which], wanted, self.num_items)
 
+    def last_of_pairs(self) -> np.ndarray:
+        """Row of each user's last event of each item that it had."""
+        keys = self.users * self.num_items + self.items
+        _, from_the_end = np.unique(keys[::-1], return_index=True)
+        return len(keys) - 1 - from_the_end
+
+    def last_times(self) -> sp.csr_matrix:
+        """When each user last had each item: float64 seconds, stored for those that it had."""
+        last = self.last_of_pairs()
+        where = (self.users[last], self.items[last])
+        return sp.csr_matrix((self.times[last].astype(np.float64), where), (len(self.wanted), self.num_items))
+
     def matrix(self) -> sp.csr_matrix:
         """Which user had which item: 0 or 1, float32."""
-        shape = (len(self.wanted), self.num_items)
-        had = sp.csr_matrix((np.ones(len(self.users), np.float32), (self.users, self.items)), shape=shape)
-        had.sum_duplicates()
+        had = self.last_times().astype(np.float32)
         had.data[:] = 1
         return had
 
@@ -136,7 +148,7 @@ def measure(visits: Visits, name: str, seed: int) -> dict[str, Any]:
     ways = {"embeddings": cosines, "items": common_items(visits), "items near in time": near}
     chosen: dict[str, Any] = {}
     if name == "retail_rocket":
-        tuned = hit_rates_by_weight(without_the_last(visits), NEIGHBORS[name][0], CUTS[name][-1], seed)
+        tuned = hit_rates_by_weight(without_the_last(visits), name, seed)
         weight = max(tuned, key=lambda w: tuned[w])
         ways["both"] = near + weight * cosines
         chosen = {"weight": weight, "hidden_hit_rate": {str(w): rate for w, rate in tuned.items()}}
@@ -144,10 +156,11 @@ def measure(visits: Visits, name: str, seed: int) -> dict[str, Any]:
     return {"places": places} | chosen
 
 
-def hit_rates_by_weight(visits: Visits, k: int, cut: int, seed: int) -> dict[float, float]:
-    """{weight of the embeddings: HR@cut}."""
+def hit_rates_by_weight(visits: Visits, name: str, seed: int) -> dict[float, float]:
+    """{weight of the embeddings: hit rate}, for the fewest neighbours and the longest list."""
     near, cosines, users = near_in_time(visits), embedded_cosines(visits, seed), every_user(visits)
-    return {w: float(np.mean(ranks_of(near + w * cosines, visits, users, k) < cut)) for w in WEIGHTS}
+    ranks = {w: ranks_of(near + w * cosines, visits, users, NEIGHBORS[name][0], FADES[name]) for w in WEIGHTS}
+    return {weight: float(np.mean(of < CUTS[name][-1])) for weight, of in ranks.items()}
 
 
 def figures_of(ways: dict[str, np.ndarray], visits: Visits, users: np.ndarray, name: str, seed: int) -> dict[str, Any]:
@@ -156,8 +169,10 @@ def figures_of(ways: dict[str, np.ndarray], visits: Visits, users: np.ndarray, n
     ranks = {"popularity": popular}
     for k in NEIGHBORS[name]:
         for way, similar in ways.items():
-            ranks[f"{way}, {k} users"] = ranks_of(similar, visits, users, k)
-            ranks[f"{way}, {k} users, and popularity"] = ranks_of(similar, visits, users, k, with_popularity=True)
+            ranks[f"{way}, {k} users"] = ranks_of(similar, visits, users, k, FADES[name])
+            ranks[f"{way}, {k} users, and popularity"] = ranks_of(
+                similar, visits, users, k, FADES[name], with_popularity=True
+            )
     hits = {way: {str(cut): (of < cut).astype(float) for cut in CUTS[name]} for way, of in ranks.items()}
     rates = {way: {cut: float(hit.mean()) for cut, hit in found.items()} for way, found in hits.items()}
     gains = {
@@ -211,9 +226,7 @@ def common_items(visits: Visits) -> np.ndarray:
 def near_in_time(visits: Visits) -> np.ndarray:
     """The same where a common item counts exp(−|Δt| / NEAR), Δt between the users' last events of it."""
     weights = rarity(visits) ** 2
-    keys = visits.users * visits.num_items + visits.items  # rows are sorted by user and time: the last one stays
-    _, last = np.unique(keys[::-1], return_index=True)
-    last = len(keys) - 1 - last
+    last = visits.last_of_pairs()
     order = last[np.argsort(visits.items[last], kind="stable")]
     similar = np.zeros((len(visits.wanted),) * 2, np.float32)
     for group in np.split(order, np.flatnonzero(np.diff(visits.items[order])) + 1):
@@ -244,21 +257,25 @@ def ranks_by_popularity(visits: Visits, users: np.ndarray) -> np.ndarray:
 
 
 def ranks_of(
-    similar: np.ndarray, visits: Visits, users: np.ndarray, k: int, with_popularity: bool = False
+    similar: np.ndarray, visits: Visits, users: np.ndarray, k: int, fades: bool, with_popularity: bool = False
 ) -> np.ndarray:
     """Places of the wanted items among what the user has not had, from 0, of the `users` that want one; float64.
 
     similar [all users, all users]. Items with the score of the wanted one share their places; one without a
     similar user that had it comes last.
     """
-    had = visits.matrix()
+    had = visits.last_times()
+    newest = np.zeros(len(visits.wanted))
+    np.maximum.at(newest, visits.users, visits.times)
     popular = popularity(visits, users)
     among = similar[:, users]
     found = []
     for user in users[visits.wanted[users] >= 0]:
         row = np.where(users == user, 0, among[user])
         nearest = np.argpartition(-row, min(k, len(row) - 1))[:k]
-        scores = np.maximum(row[nearest], 0) @ had[users[nearest]]
+        theirs = had[users[nearest]]
+        theirs.data = np.exp(-np.abs(theirs.data - newest[user]) / NEAR) if fades else np.ones_like(theirs.data)
+        scores = np.maximum(row[nearest], 0) @ theirs
         if with_popularity:
             scores = scores / max(scores.max(), 1e-12) + popular
         found.append(rank(np.asarray(scores, np.float32), had[user].indices, visits.wanted[user]))

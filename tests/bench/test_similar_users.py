@@ -43,9 +43,11 @@ def test_similarities_are_those_of_a_loop(events: list[tuple[int, int, int]]) ->
         assert np.allclose(found, expected / norms[:, None] / norms, atol=1e-5)
 
 
-@given(EVENTS, st.integers(0, 9), st.integers(1, 5), st.booleans())
+@given(EVENTS, st.integers(0, 9), st.integers(1, 5), st.booleans(), st.booleans())
 @settings(deadline=None)
-def test_ranks_are_those_of_a_loop(events: list[tuple[int, int, int]], seed: int, k: int, popular: bool) -> None:
+def test_ranks_are_those_of_a_loop(
+    events: list[tuple[int, int, int]], seed: int, k: int, popular: bool, fades: bool
+) -> None:
     rng = np.random.default_rng(seed)
     visits = visits_from(events)
     wanted = rng.integers(-1, 7, 5)
@@ -61,20 +63,26 @@ def test_ranks_are_those_of_a_loop(events: list[tuple[int, int, int]], seed: int
     for user in users[wanted[users] >= 0]:
         row = {int(other): 0.0 if other == user else float(similar[user, other]) for other in users}
         nearest = sorted(row, key=lambda other: -row[other])[:k]
-        scores = {i: sum(row[other] for other in nearest if i in had[other]) for i in range(7)}
+        own = max((day for u, _, day in events if u == user), default=0)
+        scores = dict.fromkeys(range(7), 0.0)
+        for other in nearest:
+            for i in had[other]:
+                day = max(day for u, item, day in events if (u, item) == (other, i))
+                scores[i] += row[other] * (np.exp(-abs(day - own) * DAY / NEAR) if fades else 1.0)
         if popular:
             best = max(scores.values()) or 1.0
             scores = {i: s / best + sum(i in had[u] for u in users) / most for i, s in scores.items()}
         left = {i: np.float32(s) for i, s in scores.items() if i not in had[user]}
-        own = left[int(wanted[user])]
-        if own <= 0:
+        score = left[int(wanted[user])]
+        if score <= 0:
             expected.append(7.0)
         else:
-            better, equal = sum(s > own + 1e-6 for s in left.values()), sum(abs(s - own) <= 1e-6 for s in left.values())
+            apart = [s - score for s in left.values()]
+            better, equal = sum(s > 1e-6 for s in apart), sum(abs(s) <= 1e-6 for s in apart)
             expected.append(better + (equal - 1) / 2)
-    found = similar_users.ranks_of(similar, visits, users, k, with_popularity=popular)
+    found = similar_users.ranks_of(similar, visits, users, k, fades, with_popularity=popular)
     # scores that differ by less than float32 tells apart may take half a place from each other
-    assert found == pytest.approx(expected, abs=1.0 if popular else 1e-9)
+    assert found == pytest.approx(expected, abs=1.0 if popular or fades else 1e-9)
 
 
 @given(EVENTS)

@@ -3,12 +3,14 @@
 import os
 import shutil
 import signal
+import subprocess
 import sys
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import numpy as np
 import pytest
 from support.refresh import jagged_log, rows_of, save_model
 
@@ -17,6 +19,7 @@ from alure.engine.refresh import RefreshJob, RefreshReport
 from alure.engine.store import EmbeddingStore
 
 pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).parents[2] / "examples"
 SMALL = RefreshConfig(unit_users=4, token_budget=60, precision="float32")
 
 
@@ -64,6 +67,29 @@ def check(world: Path, store: Path, report: RefreshReport) -> None:
     assert rows_of(opened) == rows_of(EmbeddingStore(world / "alone"))
     assert opened.count_written(report.generation) == report.users
     opened.check_integrity()
+
+
+def run_example(world: Path, store: Path, name: str) -> None:
+    """examples/NAME as a user runs it; its store has the embeddings of one process, whose batches are others."""
+    command = [sys.executable, str(EXAMPLES / name), *map(str, (world / "model", world / "events", store))]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    found, alone = (EmbeddingStore(path).read_matrix() for path in (store, world / "alone"))
+    assert f": {len(found.user_ids)} users, by country {{'" in done.stdout
+    assert found.user_ids == alone.user_ids
+    assert np.allclose(found.values, alone.values, atol=1e-5)
+
+
+def test_the_example_on_ray(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("ray", reason="needs Ray: pip install ray")
+    run_example(world, tmp_path, "refresh_on_ray.py")
+
+
+def test_the_example_on_spark(world: Path, tmp_path: Path) -> None:
+    pytest.importorskip("pyspark.sql", reason="needs Spark: pip install pyspark")
+    if shutil.which("java") is None:
+        pytest.skip("Spark needs Java 17 (Debian: openjdk-17-jre-headless)")
+    run_example(world, tmp_path, "refresh_on_spark.py")
 
 
 def test_two_ray_actors_of_which_one_is_killed(world: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
