@@ -48,7 +48,7 @@ def profile_refresh(model_path: Path, events_path: Path, out: Path, num_users: i
     trace.export_chrome_trace(str(out))
     with profile(activities=activities) as timed, LeastWork() as least:
         embedder.embed(users, tokens, Work().add)
-    limits = matrix_limit(device, embedder.model.dtype, seconds=1.0), copy_rate(device)
+    limits = matrix_limit(device, embedder.model.dtype, seconds=2.0), copy_rate(device)
     return {
         "trace": str(out),
         "device": str(device),

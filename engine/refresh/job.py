@@ -213,15 +213,13 @@ class RefreshJob:
         return min(threads, os.cpu_count() or 1)
 
     def _matrix_rate(self, embedder: Embedder) -> float:
-        """FLOP/s of all devices together."""
-        devices, threads = self._num_devices(), torch.get_num_threads()
-        on_cpu = embedder.device.type == "cpu"
-        torch.set_num_threads(devices if on_cpu else threads)
+        """FLOP/s of all devices together: one's times their number, as threads that wait for a core say little."""
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)
         try:
-            rate = matrix_limit(embedder.device, embedder.model.dtype, seconds=SHORT_S)
+            return self._num_devices() * matrix_limit(embedder.device, embedder.model.dtype, seconds=SHORT_S)
         finally:
             torch.set_num_threads(threads)
-        return rate if on_cpu else rate * devices
 
     def _limited(self, snapshot: Snapshot, outlook: Outlook, rate: float) -> Snapshot:
         """`snapshot` with what max_minutes allows at `rate` tokens a second."""

@@ -30,7 +30,7 @@ FIGURES = {
     "seconds": "since this run began",
     "users_per_second": "users embedded a second",
     "tokens_per_second": "events that the model read a second",
-    "share_of_matrix_rate": "FLOP/s of the model's products as a part of the matrix rate measured on this machine",
+    "share_of_matrix_rate": "FLOP/s of the model's products as a part of the measured matrix rate of all devices",
     "workers": "processes, Ray actors or Spark tasks",
     "devices": "GPUs, or cores where there are none",
     "device_hours": "GPU-hours of this run, or core-hours",

@@ -16,7 +16,7 @@ class Watch:
         self.began, self.embedding_since = time.monotonic(), math.inf
         self.done, self.outlook = Work(), Outlook()
         self.units = self.reused = 0
-        self.matrix_rate: float | None = None  # FLOP/s of all devices together; None: not measured
+        self.matrix_rate: float | None = None  # FLOP/s, one device's times their number; None: not measured
         self.bar: Track | None = None
 
     def plan(self, outlook: Outlook, units: int, reused: int) -> None:

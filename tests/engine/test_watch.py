@@ -27,6 +27,7 @@ from alure.engine import progress, ranges
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import InputError
 from alure.engine.events import Events
+from alure.engine.limits import matrix_rate
 from alure.engine.metrics import exposition, serve_metrics
 from alure.engine.model import UserModel
 from alure.engine.model.flops import ForwardFlops, within
@@ -426,3 +427,18 @@ def test_the_profilers_ranges_are_closed_on_an_exception() -> None:
     rows = {row.key: row.count for row in trace.key_averages()}
     assert rows["alure.refresh"] == 2
     assert rows["alure.refresh/embed"] == 1
+
+
+def test_the_matrix_rate_keeps_to_its_time() -> None:
+    """A machine of 1 GFLOP/s with a slow first lap: sizes are tried while the time lasts, the fastest lap counts."""
+    spent: list[float] = []
+
+    def lap(run: Any) -> float:
+        size = run.__defaults__[0].shape[0]
+        spent.append(2 * size**3 / 1e9 * (3.0 if not spent else 1.0))
+        return spent[-1]
+
+    for seconds in (0.0, 0.2, 1.0, 30.0):
+        spent.clear()
+        assert matrix_rate(torch.device("cpu"), lap=lap, seconds=seconds) == pytest.approx(1e9)
+        assert sum(spent) <= max(seconds, 4 * 2 * 256**3 / 1e9)
