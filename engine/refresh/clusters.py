@@ -8,6 +8,7 @@ readable, and the store's writable, from every machine of the cluster.
 import os
 import sys
 from collections.abc import Callable, Iterator
+from dataclasses import fields
 from typing import Any
 
 import pyarrow as pa
@@ -17,7 +18,8 @@ from alure.engine.progress import say
 from alure.engine.refresh.embedder import Work
 from alure.engine.refresh.shard import Job, run_shard
 
-WORK_SCHEMA = "embedded long, tokens long, batches long, flops double, units long, bad long, pending long"
+SPARK_TYPES = {int: "long", float: "double"}
+WORK_SCHEMA = ", ".join(f"{field.name} {SPARK_TYPES[field.type]}" for field in fields(Work))  # type: ignore[index]
 
 
 def run_on_ray(job: Job, workers: int, check: Callable[[], None]) -> Work:
