@@ -1,5 +1,6 @@
 """A batch of users: per source, one time-sorted jagged sequence of events a user, as tensors."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
 
 import torch
@@ -40,9 +41,14 @@ class EventSequence:
         return replace(self, offsets=kept[self.offsets], **chosen)
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "EventSequence":
+        return self._each(lambda column: column.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "EventSequence":
+        return self._each(Tensor.pin_memory)
+
+    def _each(self, change: Callable[[Tensor], Tensor]) -> "EventSequence":
         columns = {f.name: getattr(self, f.name) for f in fields(self)}
-        moved = {n: c.to(device, non_blocking=non_blocking) for n, c in columns.items() if c is not None}
-        return replace(self, **moved)
+        return replace(self, **{n: change(c) for n, c in columns.items() if c is not None})
 
 
 @dataclass(frozen=True)
@@ -82,6 +88,11 @@ class EventBatch:
             self.as_of.to(device, non_blocking=non_blocking),
             {name: s.to(device, non_blocking=non_blocking) for name, s in self.sequences.items()},
         )
+
+    def pin_memory(self) -> "EventBatch":
+        """In memory that a CUDA device copies from while the host goes on."""
+        pinned = {name: s.pin_memory() for name, s in self.sequences.items()}
+        return EventBatch(self.users.pin_memory(), self.as_of.pin_memory(), pinned)
 
     def check_integrity(self) -> None:
         """Raise ValueError or TypeError unless shapes agree, times are sorted and nothing is later than `as_of`."""

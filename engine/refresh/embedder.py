@@ -2,7 +2,9 @@
 
 import copy
 import time
+from collections import deque
 from collections.abc import Callable
+from contextlib import closing
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -10,6 +12,7 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 import torch
+from torch import Tensor
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError
@@ -18,6 +21,7 @@ from alure.engine.model import UserModel
 from alure.engine.model.flops import ForwardFlops
 from alure.engine.ranges import op
 from alure.engine.refresh.earlier import Earlier, earlier_rows
+from alure.engine.refresh.overlap import ahead
 from alure.engine.refresh.planner import Unit, count_events, pack
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.vectors import Vectors
@@ -32,6 +36,11 @@ def resolve_precision(precision: str, device: torch.device) -> str:
         return precision
     fast = device.type == "cuda" or native_instruction_set() in ("amx", "avx512 bf16")
     return "bfloat16" if fast else "float32"
+
+
+def overlap_depth(device: torch.device) -> int:
+    """Batches that are read ahead, and that may be on their way back: see `alure.engine.refresh.overlap`."""
+    return 2 if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -81,10 +90,36 @@ class UnitResult:
     work: Work
 
 
+@dataclass(frozen=True)
+class Arriving:
+    """Embeddings on their way from the device; on the CPU they are there."""
+
+    places: np.ndarray
+    values: Tensor
+    scales: Tensor | None
+    sent: torch.cuda.Event | None
+
+    @classmethod
+    def send(cls, places: np.ndarray, values: Tensor, scales: Tensor | None) -> "Arriving":
+        """values [n, k·d], scales [n, k]."""
+        host = values.to("cpu", non_blocking=True)
+        host_scales = None if scales is None else scales.to("cpu", non_blocking=True)
+        sent = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
+        return cls(places, host, host_scales, sent)
+
+    def store(self, vectors: Vectors) -> None:
+        if self.sent is not None:
+            self.sent.synchronize()
+        vectors.values[self.places] = self.values.numpy()
+        if self.scales is not None and vectors.scales is not None:
+            vectors.scales[self.places] = self.scales.numpy()
+
+
 class Embedder:
     """One model on one device, over one event log."""
 
     def __init__(self, model: UserModel, events: Events, snapshot: Snapshot, device: torch.device) -> None:
+        self.depth = overlap_depth(device)
         dtype = DTYPES[resolve_precision(snapshot.config.precision, device)]
         if dtype != model.dtype:
             model = copy.deepcopy(model)  # the caller's keeps its own
@@ -100,22 +135,33 @@ class Embedder:
         """
         config, model = self.snapshot.config, self.model.config
         vectors, done = Vectors.empty(len(users), model.num_embeddings, model.width, config.output_dtype), Work()
-        with torch.inference_mode():
-            for places in pack(tokens, config.token_budget):
-                flops = self._fill(vectors, places, users)
+        batches = ahead(lambda places: self._read(users[places]), pack(tokens, config.token_budget), self.depth)
+        arriving: deque[Arriving] = deque()
+        with torch.inference_mode(), closing(batches):
+            for places, batch in batches:
+                flops = self._fill(vectors, arriving, places, users, batch)
+                while len(arriving) > self.depth:
+                    arriving.popleft().store(vectors)
                 work = Work(len(places), int(tokens[places].sum()), batches=1, flops=flops)
                 done.add(work)
                 after_batch(work)
+            for last in arriving:
+                last.store(vectors)
         return vectors, done
 
-    def _fill(self, vectors: Vectors, places: np.ndarray, users: np.ndarray) -> float:
-        """Embed users[places] into their rows; FLOPs. Users that do not fit in memory together go in halves."""
+    def _read(self, users: np.ndarray) -> EventBatch:
         with op("read"):
-            batch = self.events.batch(users[places], self.snapshot.as_of, self.snapshot.config.max_events)
+            batch = self.events.batch(users, self.snapshot.as_of, self.snapshot.config.max_events)
+            return batch.pin_memory() if self.device.type == "cuda" else batch
+
+    def _fill(
+        self, vectors: Vectors, arriving: deque[Arriving], places: np.ndarray, users: np.ndarray, batch: EventBatch
+    ) -> float:
+        """Embed users[places], which `batch` holds; FLOPs. Users that do not fit in memory together go in halves."""
         try:
             with op("to_device"):
-                on_device = batch.to(self.device)
-            self._embed(vectors, places, on_device)
+                on_device = batch.to(self.device, non_blocking=True)
+            arriving.append(self._embed(places, on_device))
             return self.flops({name: s.lengths.numpy() for name, s in batch.sequences.items()})
         except (torch.OutOfMemoryError, MemoryError):
             if len(places) == 1:
@@ -123,20 +169,20 @@ class Embedder:
                     f"refresh: the {batch.total:,} events of one user do not fit in the memory of {self.device}; "
                     "limit histories by max_events in the configuration's section refresh"
                 ) from None
+        while arriving:  # what is under way has memory too
+            arriving.popleft().store(vectors)
         halves = np.array_split(places, 2)  # outside the handler, which would hold on to the failed pass's tensors
-        return sum(self._fill(vectors, half, users) for half in halves)
+        return sum(self._fill(vectors, arriving, half, users, self._read(users[half])) for half in halves)
 
-    def _embed(self, vectors: Vectors, places: np.ndarray, batch: EventBatch) -> None:
+    def _embed(self, places: np.ndarray, batch: EventBatch) -> Arriving:
         scales = None
         with op("embed"):
-            if vectors.scales is None:
-                found = self.model(batch, self.catalog).to(DTYPES[self.snapshot.config.output_dtype])
-            else:
+            if self.snapshot.config.output_dtype == "int8":
                 found, scales = self.model.forward_int8(batch, self.catalog)
+            else:
+                found = self.model(batch, self.catalog).to(DTYPES[self.snapshot.config.output_dtype])
         with op("to_host"):
-            vectors.values[places] = found.flatten(1).cpu().numpy()
-            if vectors.scales is not None and scales is not None:
-                vectors.scales[places] = scales.cpu().numpy()
+            return Arriving.send(places, found.flatten(1), scales)
 
     def unit_rows(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[Work], None]) -> UnitResult:
         """The unit's users that have an event up to as_of: those who need it embedded, the others carried forward."""

@@ -5,6 +5,7 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Protocol
 
@@ -16,6 +17,7 @@ from alure.engine.model import UserModel
 from alure.engine.ranges import marker_of, op, stage
 from alure.engine.refresh.embedder import Embedder, Snapshot, UnitResult, Work
 from alure.engine.refresh.leases import Leases
+from alure.engine.refresh.overlap import Behind
 from alure.engine.refresh.planner import Unit
 from alure.engine.signals import stop_flag
 from alure.engine.store import EmbeddingStore
@@ -53,6 +55,7 @@ def share_units(
     """Take units that nobody works on until all are written, whoever writes them; returns what was done here.
 
     check: called between batches; what it raises abandons the unit at hand, which is then done again next time.
+    On a GPU a unit is written while the next one is embedded.
     """
     generation, done = embedder.snapshot.generation, Work()
     leases = Leases(leases_of(store, generation))
@@ -62,22 +65,37 @@ def share_units(
         leases.keep()
         check()
 
-    with closing(leases), stage("refresh", marker_of(embedder.device)):
+    def take(unit: Unit) -> None:
+        handed_on = False
+        try:
+            if not store.written_units(generation, [unit.name]):
+                result = embedder.unit_rows(unit, store, after_batch)
+                done.add(result.work)
+                refuse_many_bad(embedder.snapshot, done.bad, result)
+                behind.wait()
+                handed_on = True
+                behind.run(partial(write, unit, result), then=partial(count, result.work))
+        finally:
+            if not handed_on:
+                leases.release(unit.name)
+
+    def write(unit: Unit, result: UnitResult) -> None:
+        try:
+            write_unit(store, generation, unit, result)
+        finally:
+            leases.release(unit.name)
+
+    def count(work: Work) -> None:
+        done.units += 1
+        progress.add(Work(units=1, bad=work.bad, pending=-work.embedded))
+
+    with closing(leases), stage("refresh", marker_of(embedder.device)), Behind(embedder.depth) as behind:
         while units:
             for unit in units:
                 check()
-                if not leases.claim(unit.name):
-                    continue
-                try:
-                    if not store.written_units(generation, [unit.name]):
-                        result = embedder.unit_rows(unit, store, after_batch)
-                        done.add(result.work)
-                        refuse_many_bad(embedder.snapshot, done.bad, result)
-                        write_unit(store, generation, unit, result)
-                        done.units += 1
-                        progress.add(Work(units=1, bad=result.work.bad, pending=-result.work.embedded))
-                finally:
-                    leases.release(unit.name)
+                if leases.claim(unit.name):
+                    take(unit)
+            behind.wait()
             written = store.written_units(generation, [unit.name for unit in units])
             units = [unit for unit in units if unit.name not in written]
             if units:

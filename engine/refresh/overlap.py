@@ -1,0 +1,79 @@
+"""Work beside work, so that a device never waits for the disk: what comes next is read, what is done is written.
+
+On a CPU both take what the model would use, and `depth` is 0: everything happens in the caller's thread, in order.
+"""
+
+from collections import deque
+from collections.abc import Callable, Generator, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextvars import copy_context
+from types import TracebackType
+from typing import TypeVar
+
+T = TypeVar("T")
+U = TypeVar("U")
+
+
+def ahead(make: Callable[[T], U], things: Iterable[T], depth: int) -> Generator[tuple[T, U], None, None]:
+    """Each thing and make(thing), in order; up to `depth` of them are made beforehand, by a thread of their own.
+
+    What `make` raises is raised where its thing is due. Nothing more is begun once the iterator is closed.
+    """
+    if not depth:
+        for thing in things:
+            yield thing, make(thing)
+        return
+    with ThreadPoolExecutor(1, thread_name_prefix="alure ahead") as pool:
+        waiting: deque[tuple[T, Future[U]]] = deque()
+        try:
+            for thing in things:
+                waiting.append((thing, pool.submit(copy_context().run, make, thing)))
+                if len(waiting) > depth:
+                    due, made = waiting.popleft()
+                    yield due, made.result()
+            while waiting:
+                due, made = waiting.popleft()
+                yield due, made.result()
+        finally:
+            for _, made in waiting:
+                made.cancel()
+
+
+class Behind:
+    """Runs one task at a time beside the caller; at the end of the `with` block it is done.
+
+    What a task raises is raised by the next `run`, by `wait`, or at the end of the block unless that fails itself.
+    """
+
+    def __init__(self, depth: int) -> None:
+        self.pool = ThreadPoolExecutor(1, thread_name_prefix="alure behind") if depth else None
+        self.running: tuple[Future[None], Callable[[], None]] | None = None
+
+    def __enter__(self) -> "Behind":
+        return self
+
+    def run(self, task: Callable[[], None], then: Callable[[], None]) -> None:
+        """Waits for the task before, then starts this one; with depth 0 it is done on return.
+
+        then: called in the caller's thread once the task is done.
+        """
+        self.wait()
+        if self.pool is None:
+            task()
+            then()
+        else:
+            self.running = self.pool.submit(copy_context().run, task), then
+
+    def wait(self) -> None:
+        if self.running is not None:
+            (running, then), self.running = self.running, None
+            running.result()
+            then()
+
+    def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
+        try:
+            if kind is None:
+                self.wait()
+        finally:
+            if self.pool is not None:
+                self.pool.shutdown()

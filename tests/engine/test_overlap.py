@@ -1,0 +1,184 @@
+"""What is read ahead and written behind, as on a GPU: the same rows, and nothing that fails is lost."""
+
+import threading
+import time
+from collections.abc import Iterator
+from contextvars import ContextVar
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from support.refresh import jagged_log, rows_of, save_model
+
+from alure.engine.config import RefreshConfig
+from alure.engine.errors import AlureError
+from alure.engine.model import UserModel
+from alure.engine.refresh import RefreshJob, embedder, shard
+from alure.engine.refresh.overlap import Behind, ahead
+from alure.engine.store import EmbeddingStore
+
+SMALL = RefreshConfig(unit_users=16, token_budget=60, precision="float32")
+
+
+@pytest.fixture
+def overlapped(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(embedder, "overlap_depth", lambda device: 2)
+
+
+@pytest.fixture(autouse=True)
+def no_thread_is_left() -> Iterator[None]:
+    yield
+    assert [t.name for t in threading.enumerate() if t.name.startswith("alure")] == []
+
+
+@pytest.mark.parametrize("depth", [0, 1, 3])
+def test_things_come_in_order_and_no_more_than_depth_are_made_beforehand(depth: int) -> None:
+    made: list[int] = []
+    where = ContextVar("where", default="nowhere")
+    where.set("here")
+
+    def make(thing: int) -> tuple[int, str]:
+        made.append(thing)
+        return thing * thing, where.get()
+
+    for count, (thing, (square, context)) in enumerate(ahead(make, iter(range(9)), depth), start=1):
+        assert (thing, square, context) == (count - 1, (count - 1) ** 2, "here")
+        time.sleep(0.005)
+        assert len(made) <= count + depth
+        assert made == list(range(len(made)))
+    assert made == list(range(9))
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_what_making_raises_is_raised_in_its_place(depth: int) -> None:
+    def make(thing: int) -> float:
+        return 1 / (thing - 3)
+
+    things = ahead(make, range(9), depth)
+    assert [next(things)[0] for _ in range(3)] == [0, 1, 2]
+    with pytest.raises(ZeroDivisionError):
+        next(things)
+
+
+def test_a_closed_iterator_makes_nothing_more() -> None:
+    made: list[int] = []
+    things = ahead(lambda thing: (made.append(thing), time.sleep(0.01)), range(100), 2)
+    next(things)
+    things.close()
+    count = len(made)
+    time.sleep(0.05)
+    assert len(made) == count <= 3
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_tasks_run_one_at_a_time_and_are_counted_by_the_caller(depth: int) -> None:
+    log: list[str] = []
+    caller = threading.get_ident()
+
+    def task(name: str) -> None:
+        log.append(f"begin {name}")
+        time.sleep(0.01)
+        log.append(f"end {name}")
+
+    def then(name: str) -> None:
+        assert threading.get_ident() == caller
+        log.append(f"count {name}")
+
+    with Behind(depth) as behind:
+        for name in "abc":
+            behind.run(lambda name=name: task(name), lambda name=name: then(name))
+    assert [word for word in log if not word.startswith("count")] == [
+        f"{w} {n}" for n in "abc" for w in ("begin", "end")
+    ]
+    assert [word for word in log if word.startswith("count")] == ["count a", "count b", "count c"]
+
+
+@pytest.mark.parametrize("depth", [0, 1])
+def test_a_task_that_fails_is_not_counted_and_raises_by_the_end(depth: int) -> None:
+    counted: list[int] = []
+
+    def fail() -> None:
+        raise OSError("disk full")
+
+    with pytest.raises(OSError, match="disk full"), Behind(depth) as behind:
+        behind.run(fail, lambda: counted.append(1))
+    assert counted == []
+
+
+def test_the_failure_of_the_block_wins_and_its_task_has_ended() -> None:
+    counted: list[int] = []
+
+    def fail_both() -> None:
+        with Behind(1) as behind:
+            behind.run(lambda: 1 / 0, lambda: counted.append(1))
+            raise KeyError
+
+    with pytest.raises(KeyError):
+        fail_both()
+    assert counted == []
+
+
+@pytest.fixture(scope="module")
+def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("world")
+    save_model(folder / "model", jagged_log(folder / "events"))
+    RefreshJob(folder / "model", folder / "events", folder / "store", config=SMALL).run()
+    return folder
+
+
+def refresh(world: Path, store: Path, dtype: str = "float32") -> EmbeddingStore:
+    config = SMALL.model_copy(update={"output_dtype": dtype})
+    RefreshJob(world / "model", world / "events", store, config=config).run()
+    return EmbeddingStore(store)
+
+
+@pytest.mark.usefixtures("overlapped")
+def test_rows_are_those_of_a_refresh_that_does_one_thing_at_a_time(world: Path, tmp_path: Path) -> None:
+    assert rows_of(refresh(world, tmp_path)) == rows_of(EmbeddingStore(world / "store"))
+
+
+@pytest.mark.usefixtures("overlapped")
+def test_bytes_too(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    found = rows_of(refresh(world, tmp_path / "a", "int8"))
+    monkeypatch.setattr(embedder, "overlap_depth", lambda device: 0)
+    assert found == rows_of(refresh(world, tmp_path / "b", "int8"))
+
+
+@pytest.mark.usefixtures("overlapped")
+@pytest.mark.parametrize("broken", [0, 1, 3])
+def test_a_unit_that_cannot_be_written_ends_the_job_and_is_written_by_the_next(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, broken: int
+) -> None:
+    written: list[str] = []
+    write = shard.write_unit
+
+    def fail(store, generation, unit, result) -> None:
+        if len(written) == broken:
+            raise AlureError("disk full")
+        written.append(unit.name)
+        write(store, generation, unit, result)
+
+    monkeypatch.setattr(shard, "write_unit", fail)
+    with pytest.raises(AlureError, match="disk full"):
+        refresh(world, tmp_path)
+    assert EmbeddingStore(tmp_path).generations() == []
+    assert not [path for path in (tmp_path / "leases").rglob("*") if path.is_file()]
+    monkeypatch.setattr(shard, "write_unit", write)
+    assert rows_of(refresh(world, tmp_path)) == rows_of(EmbeddingStore(world / "store"))
+
+
+@pytest.mark.usefixtures("overlapped")
+def test_users_that_do_not_fit_in_memory_go_in_halves_after_those_under_way_have_arrived(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    forward = UserModel.forward
+
+    def crowded(self: UserModel, batch, catalog):
+        if len(batch) > 2:
+            raise torch.OutOfMemoryError
+        return forward(self, batch, catalog)
+
+    monkeypatch.setattr(UserModel, "forward", crowded)
+    found, expected = (store.read_matrix() for store in (refresh(world, tmp_path), EmbeddingStore(world / "store")))
+    np.testing.assert_allclose(found.values, expected.values, atol=2e-6)
