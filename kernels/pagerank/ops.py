@@ -4,6 +4,7 @@ Shapes, dtypes and numbers are checked in Python; offsets, ids and weights insid
 through them.
 """
 
+from importlib import import_module
 from typing import Any, NamedTuple
 
 import torch
@@ -13,7 +14,7 @@ from alure.kernels.backend import resolve_backend
 from alure.kernels.jagged import check_offsets
 from alure.kernels.operators import operator
 
-BACKENDS = ("native", "reference")
+BACKENDS = ("native", "reference", "cupy")
 MAX_NODES = (1 << 31) - 1  # ids are int32
 LEAST_ALPHA = 1e-3  # steps grow as 1 / alpha
 
@@ -55,7 +56,8 @@ def personalized_pagerank(
     The native backend pushes forward (Andersen, Chung and Lang 2006) from each source, and sweeps eight sources at a
     time over all nodes where pushing would cost more. The result does not depend on the number of threads, nor a row on
     other sources. Memory: 24 bytes a node for each of torch.get_num_threads() threads; where sweeps are needed, 64 for
-    each, and the edges once more. All tensors are on the CPU.
+    each, and the edges once more. The backends reference (SciPy) and cupy (on a GPU) iterate over all nodes to the
+    exact answer, 4 million (node, source) pairs at a time. All tensors are on the CPU.
 
     Raises TypeError or ValueError for other shapes or dtypes, offsets that do not tile the edges, ids that are no node,
     weights that are not finite and above 0, and numbers out of range.
@@ -117,11 +119,16 @@ def _personalized_pagerank(
         arguments = [*arrays, alpha, epsilon, *out, torch.get_num_threads()]
         _native.personalized_pagerank(*arguments)
     else:
-        from alure.kernels.pagerank import reference  # only here: it needs scipy.sparse, 0.2 s of every command
-
-        arguments = [*arrays, alpha, *out]
-        reference.personalized_pagerank(*arguments)
+        _iterate(backend, [*arrays, alpha, *out])
     return scores, ids, lost
+
+
+def _iterate(backend: str, arguments: list[Any]) -> None:
+    # imported only here: scipy.sparse takes 0.2 s of every command
+    from alure.kernels.pagerank.reference import personalized_pagerank as iterate
+
+    xp, sparse = ("cupy", "cupyx.scipy.sparse") if backend == "cupy" else ("numpy", "scipy.sparse")
+    iterate(import_module(xp), import_module(sparse), *arguments)
 
 
 @_personalized_pagerank.register_fake

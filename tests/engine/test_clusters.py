@@ -72,7 +72,7 @@ def check(world: Path, store: Path, report: RefreshReport) -> None:
 def run_example(world: Path, store: Path, name: str) -> None:
     """examples/NAME as a user runs it; its store has the embeddings of one process, whose batches are others."""
     command = [sys.executable, str(EXAMPLES / name), *map(str, (world / "model", world / "events", store))]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=240, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
     found, alone = (EmbeddingStore(path).read_matrix() for path in (store, world / "alone"))
     assert f": {len(found.user_ids)} users, by country {{'" in done.stdout

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from alure.kernels import PageRanks, personalized_pagerank
+from alure.kernels.backend import has_cupy
 
 BACKENDS = ("native", "reference")
 INT32, INT64, FLOAT32 = torch.int32, torch.int64, torch.float32
@@ -284,3 +285,20 @@ def test_opcheck(backend: str) -> None:
     for weights in (tensors[2], None):
         arguments = (*tensors[:2], weights, tensors[3], 2, 0.15, 1e-4, backend)
         torch.library.opcheck(torch.ops.alure.personalized_pagerank.default, arguments)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not has_cupy(), reason="needs CuPy")
+@pytest.mark.parametrize("weighted", [True, False])
+def test_a_gpu_iterates_to_the_same_scores(weighted: bool) -> None:
+    offsets, neighbors, weights = random_graph(400, 3000)
+    graph = (offsets, neighbors, weights if weighted else None, torch.arange(400))
+    found, expected = (personalized_pagerank(*graph, 400, backend=b) for b in ("cupy", "reference"))
+    np.testing.assert_allclose(dense(found, 400), dense(expected, 400), atol=1e-7)
+
+
+def test_cupy_is_named_where_it_is_missing(monkeypatch: pytest.MonkeyPatch) -> None:
+    offsets, neighbors, _ = random_graph(10, 30)
+    monkeypatch.setattr("alure.kernels.backend.has_cupy", lambda: False)
+    with pytest.raises(ValueError, match="'cupy' needs the package CuPy"):
+        personalized_pagerank(offsets, neighbors, None, torch.arange(10), 3, backend="cupy")
