@@ -1,12 +1,14 @@
 """A stage's figures as Prometheus reads them: scraped while the job runs, or from a file when it is over."""
 
 import math
+import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from http.server import BaseHTTPRequestHandler
 from numbers import Real
 from pathlib import Path
+from socketserver import ThreadingTCPServer
 from typing import Any
 
 from alure.engine.errors import InputError
@@ -52,6 +54,17 @@ def write_metrics(path: Path, text: str) -> None:
     temporary.replace(path)
 
 
+class _Server(ThreadingTCPServer):
+    """http.server's own asks the name service for its host's full name first, which may take seconds."""
+
+    allow_reuse_address = daemon_threads = True
+
+    def handle_error(self, request: Any, client_address: Any) -> None:
+        """A scraper that hangs up is no news."""
+        if not isinstance(sys.exception(), ConnectionError):
+            super().handle_error(request, client_address)
+
+
 @contextmanager
 def serve_metrics(host: str, port: int, text: Callable[[], str]) -> Iterator[str]:
     """GET /metrics answers `text()`, called in a thread of its own, until the block ends; yields the address.
@@ -77,7 +90,7 @@ def serve_metrics(host: str, port: int, text: Callable[[], str]) -> Iterator[str
             pass  # a line for every scrape says nothing
 
     try:
-        server = ThreadingHTTPServer((host, port), Handler)
+        server = _Server((host, port), Handler)
     except (OSError, OverflowError) as error:
         raise InputError(
             f"--metrics-port: cannot listen on {host}:{port}: {error}; give another port, or 0 for a free one"
@@ -85,7 +98,7 @@ def serve_metrics(host: str, port: int, text: Callable[[], str]) -> Iterator[str
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.1}, name="metrics", daemon=True)
     thread.start()
     try:
-        yield f"http://{host}:{server.server_port}/metrics"
+        yield f"http://{host}:{server.server_address[1]}/metrics"
     finally:
         server.shutdown()
         server.server_close()

@@ -3,6 +3,7 @@
 import json
 import math
 import socket
+import struct
 import threading
 import urllib.error
 import urllib.request
@@ -119,13 +120,29 @@ def test_any_label_and_number_is_read_back(group: dict[str, float]) -> None:
     assert found["alure_test_one"].value == 1
 
 
-def test_only_metrics_are_served() -> None:
-    with serve_metrics("127.0.0.1", 0, lambda: "") as address:
+def test_rude_scrapers_leave_the_job_alone(capfd: pytest.CaptureFixture[str]) -> None:
+    asked: list[int] = []
+
+    def text() -> str:
+        asked.append(1)
+        return "# HELP one 1\n# TYPE one gauge\none 1.0\n" * 100_000  # more than a socket takes at once
+
+    with serve_metrics("127.0.0.1", 0, text) as address:
+        port = int(address.split(":")[2].split("/")[0])
         with pytest.raises(urllib.error.HTTPError, match="404"):
             scrape(address.replace("/metrics", "/etc/passwd"))
-        with socket.create_connection(("127.0.0.1", int(address.split(":")[2].split("/")[0]))) as rude:
-            rude.sendall(b"\x00\xff not http\r\n\r\n")
-        assert scrape(f"{address}?collect=all") == {}
+        idle = socket.create_connection(("127.0.0.1", port))  # says nothing until all is over
+        for said in (b"", b"\x00\xff not http\r\n\r\n", b"GET /metrics?collect=all HTTP/1.0\r\n\r\n"):
+            with socket.create_connection(("127.0.0.1", port)) as rude:
+                rude.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))  # close is a reset
+                rude.sendall(said)
+                if said.startswith(b"GET"):
+                    rude.recv(1)
+        with pytest.raises(ValueError, match="a second group"):
+            scrape(address)  # whole, after all of them
+    idle.close()
+    assert len(asked) == 2
+    assert capfd.readouterr() == ("", "")
 
 
 def test_a_taken_port_stops_before_the_work(
