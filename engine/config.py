@@ -294,6 +294,7 @@ class EvaluationConfig(Section):
         None, description="event types that count as engagement (default: all but view)"
     )
     bootstrap: int = Field(500, ge=10)
+    cold_events: int = Field(10, ge=0, description="users with at most so many events up to the snapshot are cold")
 
 
 class SemanticsConfig(Section):

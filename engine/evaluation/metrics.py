@@ -4,6 +4,7 @@ A hit is (user, relevant item, rank in the user's list); everything here is made
 never have to be held at once.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -23,10 +24,10 @@ class Interval:
 def hits_of_lists(
     users: np.ndarray, items: np.ndarray, ranks: np.ndarray, relevant: np.ndarray, num_items: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Which list entries are relevant: (user, rank) of every hit, each relevant item of a user once, at its best rank.
+    """Which list entries are relevant: (pair, rank) of every hit, each pair once, at its best rank.
 
     users, items, ranks: int64 [entries]; ranks from 0; item −1 is none. relevant: int64 [r] sorted, distinct keys
-    user · num_items + item.
+    user · num_items + item; a pair is a position there.
     """
     keys = users * num_items + items
     if len(relevant) == 0 or len(keys) == 0:
@@ -37,7 +38,7 @@ def hits_of_lists(
     first = np.ones(len(found), bool)
     first[1:] = keys[found[1:]] != keys[found[:-1]]
     found = found[first]
-    return users[found], ranks[found]
+    return place[found], ranks[found]
 
 
 def recall(users: np.ndarray, ranks: np.ndarray, num_relevant: np.ndarray, k: int) -> np.ndarray:
@@ -98,23 +99,62 @@ def normalized_entropy(labels: np.ndarray, probabilities: np.ndarray) -> float:
     return float(log_loss(labels, probabilities).mean() / base_entropy(rate))
 
 
-def bootstrap_means(values: np.ndarray, count: int, seed: int, chunk: int = 1 << 23) -> np.ndarray:
-    """Means of `values` [n, columns] in `count` resamples of the n rows: float64 [count, columns].
+def auc(labels: np.ndarray, scores: np.ndarray) -> float:
+    """Area under the ROC curve: the probability that a positive scores above a negative, where equals count half.
 
-    Columns share the resamples, so a difference of two columns is a paired difference. At most about `chunk` draws
-    are held at once.
+    Raises ValueError where only one class occurs.
     """
-    n = len(values)
+    positive = labels > 0
+    if positive.all() or not positive.any():
+        raise ValueError(
+            f"AUC: expected both classes, got {len(labels)} labels, {int(positive.sum())} of them positive"
+        )
+    _, place = np.unique(scores, return_inverse=True)
+    return area(
+        np.bincount(place[positive], minlength=len(labels)), np.bincount(place[~positive], minlength=len(labels))
+    )
+
+
+def area(positives: np.ndarray, negatives: np.ndarray) -> float:
+    """AUC from the weights of positives and of negatives at each distinct score, ascending; NaN of one class."""
+    below = np.cumsum(negatives) - 0.5 * negatives
+    pairs = float(positives.sum()) * float(negatives.sum())
+    return float((positives * below).sum() / pairs) if pairs else float("nan")
+
+
+def resamples(n: int, count: int, seed: int, chunk: int = 1 << 23) -> Iterator[np.ndarray]:
+    """How often each of n rows is drawn in each of `count` bootstrap samples: float64 [some, n], block by block.
+
+    At most about `chunk` draws are held at once.
+    """
     rng = np.random.default_rng(seed)
     per_block = max(1, chunk // n)
-    means = np.empty((count, values.shape[1]))
     for first in range(0, count, per_block):
         size = min(per_block, count - first)
         drawn = rng.integers(0, n, (size, n))
         drawn += np.arange(size)[:, None] * n
-        times = np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n)  # how often each row is drawn
-        means[first : first + size] = times.astype(np.float64) @ values / n
-    return means
+        yield np.bincount(drawn.ravel(), minlength=size * n).reshape(size, n).astype(np.float64)
+
+
+def bootstrap_means(values: np.ndarray, count: int, seed: int, chunk: int = 1 << 23) -> np.ndarray:
+    """Means of `values` [n, columns] in `count` resamples of the n rows: float64 [count, columns].
+
+    Columns share the resamples, so a difference of two columns is a paired difference.
+    """
+    return np.concatenate([times @ values / len(values) for times in resamples(len(values), count, seed, chunk)])
+
+
+def bootstrap_auc(rows: np.ndarray, labels: np.ndarray, scores: np.ndarray, count: int, seed: int) -> np.ndarray:
+    """AUC in the same `count` resamples of the rows' owners, int64 [n] from 0: float64 [count], NaN of one class."""
+    _, place = np.unique(scores, return_inverse=True)
+    size, positive = int(place.max()) + 1, labels > 0
+    found = []
+    for block in resamples(int(rows.max()) + 1, count, seed):
+        for times in block:
+            each = times[rows]
+            all_of, hit = (np.bincount(place, weights=w, minlength=size) for w in (each, each * positive))
+            found.append(area(hit, all_of - hit))
+    return np.array(found)
 
 
 def interval(value: float, samples: np.ndarray) -> Interval:

@@ -64,7 +64,9 @@ def measure_ranking(
     bootstrap: int,
     seed: int,
 ) -> dict[str, Any]:
-    """{task: {ne_without, ne_with, gain {value, low, high} (share of ne_without), …} or {reason}}."""
+    """{task: {ne_without, ne_with, gain, auc_without, auc_with, …} or {reason}}; gain is a share of ne_without, and all
+    are {value, low, high}.
+    """
     if events is None:
         return {task: {"reason": "needs the event log (histories are features); pass events"} for task in TASKS}
     history = events.engagements(chosen.as_of)
@@ -94,17 +96,17 @@ def _measure_task(inputs: Inputs, exposure: str, positive: str, bootstrap: int, 
             }
     base = base_features(shown, inputs, exposure, positive)
     with_alure = np.hstack([base, alure_features(shown, inputs)])
-    losses = np.empty((2, len(shown.labels)))
+    scores = np.empty((2, len(shown.labels)))  # probabilities, without and with ALURE
     weights = np.zeros(with_alure.shape[1] + 1)
     for half in (0, 1):
         fitted, scored = halves != half, halves == half
         for row, features in enumerate((base, with_alure)):
             model = fit_logistic(features[fitted], shown.labels[fitted])
-            losses[row, scored] = metrics.log_loss(shown.labels[scored], predict(model, features[scored]))
+            scores[row, scored] = predict(model, features[scored])
         weights += model[0] / 2
     names = ("intercept", *BASE_FEATURES, *ALURE_FEATURES)
     return {
-        **_gain(shown, losses, bootstrap, seed),
+        **_gain(shown, scores, bootstrap, seed),
         "weights": {name: round(float(w), 4) for name, w in zip(names, weights)},
     }
 
@@ -308,9 +310,10 @@ def predict(model: Model, x: np.ndarray) -> np.ndarray:
     return 1.0 / (1.0 + np.exp(-(weights[0] + (x - means) / scales @ weights[1:])))
 
 
-def _gain(shown: Exposures, losses: np.ndarray, bootstrap: int, seed: int) -> dict[str, Any]:
-    """NE of both rankers and the relative gain, with an interval over users (all exposures of a user together)."""
+def _gain(shown: Exposures, scores: np.ndarray, bootstrap: int, seed: int) -> dict[str, Any]:
+    """NE and AUC of both rankers and the relative gain in NE; intervals over users (all exposures of one together)."""
     users, row = np.unique(shown.users, return_inverse=True)
+    losses = metrics.log_loss(shown.labels, scores)
     sums = np.stack(
         [
             np.bincount(row, minlength=len(users)),
@@ -340,5 +343,12 @@ def _gain(shown: Exposures, losses: np.ndarray, bootstrap: int, seed: int) -> di
         "ne_without": intervals[0],
         "ne_with": intervals[1],
         "gain": intervals[2],
+        "auc_without": _auc(shown.labels, scores[0], row, bootstrap, seed),
+        "auc_with": _auc(shown.labels, scores[1], row, bootstrap, seed),
         "significant": bool(intervals[2]["low"] > 0 or intervals[2]["high"] < 0),
     }
+
+
+def _auc(labels: np.ndarray, scores: np.ndarray, row: np.ndarray, bootstrap: int, seed: int) -> dict[str, float]:
+    samples = metrics.bootstrap_auc(row, labels, scores, bootstrap, seed)
+    return asdict(metrics.interval(metrics.auc(labels, scores), samples[np.isfinite(samples)]))

@@ -13,10 +13,11 @@ import pyarrow.compute as pc
 from alure.engine.config import EvaluationConfig
 from alure.engine.evaluation import metrics
 from alure.engine.evaluation.ranking import measure_ranking
-from alure.engine.evaluation.truth import Relevance, engagements, indices, read_truth, relevance
+from alure.engine.evaluation.slices import Slice, by_history, by_popularity, describe, measure_slice
+from alure.engine.evaluation.truth import NO_ENGAGEMENT, Relevance, engagements, indices, read_truth, relevance
 from alure.engine.events import Events
 from alure.engine.progress import say
-from alure.engine.store import EmbeddingMatrix, EmbeddingStore
+from alure.engine.store import EmbeddingMatrix, EmbeddingStore, Generation
 
 POPULARITY = "popularity"
 METRICS = {"recall": metrics.recall, "ndcg": metrics.ndcg, "hit_rate": metrics.hit_rate}
@@ -27,7 +28,10 @@ class EvaluationReport:
     """What was measured (JSON-able). What could not be measured says why in `reasons`, and is None where it would be.
 
     sets: one dict a candidate set: name, rows, users_with_candidates, mean_candidates,
-        metrics {recall | ndcg | hit_rate: {K: {value, low, high} | None}}, coverage {K: …}, p90_coverage {K: …}
+        metrics {recall | ndcg | hit_rate: {K: {value, low, high} | None}}, coverage {K: …}, p90_coverage {K: …},
+        slices {users: {cold | warm: metrics}, popularity: {1 … 10: metrics}}
+    slices: the same keys, with users, pairs and what tells them apart; popularity 1 is the least popular tenth of the
+        items to be recalled, by their engagements before the snapshot
     differences: set, baseline, metric, k, value, low, high (paired over the same users), significant
     ne: {task: figures of ranking.measure_ranking | {"reason": …}}
     """
@@ -40,6 +44,7 @@ class EvaluationReport:
     sets: list[dict[str, Any]]
     differences: list[dict[str, Any]]
     ne: dict[str, Any]
+    slices: dict[str, dict[str, Any]] = field(default_factory=dict)
     reasons: dict[str, str] = field(default_factory=dict)
     bootstrap: int = 0
 
@@ -49,12 +54,17 @@ class _Tally:
     """What one pass over a candidate set finds."""
 
     name: str
-    hit_users: list[np.ndarray] = field(default_factory=list)
+    hit_pairs: list[np.ndarray] = field(default_factory=list)
     hit_ranks: list[np.ndarray] = field(default_factory=list)
     slots: dict[int, np.ndarray] = field(default_factory=dict)  # K: list entries of each item of the catalogue
     rows: int = 0
     entries: int = 0
     evaluated_with_candidates: int = 0
+
+    def hits(self) -> tuple[np.ndarray, np.ndarray]:
+        """(position among `Relevance.keys`, rank) of every hit."""
+        nothing = np.empty(0, np.int64)
+        return np.concatenate([nothing, *self.hit_pairs]), np.concatenate([nothing, *self.hit_ranks])
 
 
 def evaluate(
@@ -100,7 +110,16 @@ def evaluate(
     elif not len(wanted.users):
         reasons["recall"] = _why_nobody(rows.counts, wanted.counts)
     sets = [_set_figures(tally, len(catalogue), ks) for tally in tallies]
-    differences = [] if "recall" in reasons else _measure(tallies, sets, wanted, ks, config.bootstrap, seed)
+    differences, slices = [], []
+    if "recall" not in reasons:
+        differences = _measure(tallies, sets, wanted, ks, config.bootstrap, seed)
+        slices = _slices(store, chosen, embeddings, wanted, events, config)
+        for tally, figures in zip(tallies, sets):
+            for part in slices:
+                found = measure_slice(part, tally.hits(), wanted, METRICS, ks, config.bootstrap, seed)
+                figures["slices"].setdefault(part.kind, {})[part.name] = found
+        if events is None:
+            reasons["slices by popularity"] = "needs the event log, whose engagements are counted; pass events"
     ne = measure_ranking(rows.table, store, chosen, embeddings, events, config.bootstrap, seed)
     return EvaluationReport(
         generation=chosen.generation,
@@ -111,6 +130,7 @@ def evaluate(
         sets=sets,
         differences=differences,
         ne=ne,
+        slices=describe(slices, wanted),
         reasons=reasons,
         bootstrap=config.bootstrap,
     )
@@ -162,13 +182,36 @@ def _count(
     if mine.any():
         codes = indices(items.filter(pa.array(mine)), wanted.items)
         hits = metrics.hits_of_lists(place[row[mine]], codes, ranks[mine], wanted.keys, max(len(wanted.items), 1))
-        tally.hit_users.append(hits[0])
+        tally.hit_pairs.append(hits[0])
         tally.hit_ranks.append(hits[1])
     if len(catalogue):
         codes = indices(items, catalogue)
         for k in ks:
             shown = np.bincount(codes[(ranks < k) & (codes >= 0)], minlength=len(catalogue))
             tally.slots[k] = tally.slots.get(k, 0) + shown
+
+
+def _slices(
+    store: EmbeddingStore,
+    chosen: Generation,
+    embeddings: EmbeddingMatrix,
+    wanted: Relevance,
+    events: Events | None,
+    config: EvaluationConfig,
+) -> list[Slice]:
+    """Of the users' and, where the log is there, the items' past up to the snapshot."""
+    users = embeddings.user_ids.take(pa.array(wanted.users))
+    rows = store.read_written(chosen.generation, users.to_pylist(), ["user_id", "num_events"])
+    num_events = rows["num_events"].to_numpy()[indices(users, rows["user_id"])]
+    slices = by_history(num_events, wanted, config.cold_events)
+    if events is not None:
+        history = events.engagements(chosen.as_of)
+        types = np.array([*events.manifest.event_types, ""])[history.event_types]  # −1: none
+        counted = ~np.isin(types, NO_ENGAGEMENT) if config.truth_types is None else np.isin(types, config.truth_types)
+        engaged = np.bincount(history.items[counted], minlength=len(events.items))
+        place = events.item_indices(wanted.items)
+        slices += by_popularity(np.where(place >= 0, engaged[place], 0), wanted)
+    return slices
 
 
 def _has_popularity(store: EmbeddingStore, generation: str) -> bool:
@@ -216,6 +259,7 @@ def _set_figures(tally: _Tally, num_ads: int, ks: list[int]) -> dict[str, Any]:
         "users_with_candidates": tally.evaluated_with_candidates,
         "mean_candidates": tally.entries / tally.rows if tally.rows else 0.0,
         "metrics": {name: {str(k): None for k in ks} for name in METRICS},
+        "slices": {},
         "coverage": {str(k): metrics.coverage(slots[k]) if k in slots else None for k in ks},
         "p90_coverage": {str(k): metrics.p90_coverage(slots[k]) if k in slots else None for k in ks},
     }
@@ -232,11 +276,10 @@ def _measure(
     """Fill in every set's metrics with intervals; returns the paired differences. All share the bootstrap samples."""
     columns: dict[tuple[str, str, int], int] = {}
     values: list[np.ndarray] = []
-    num_relevant = wanted.num_relevant
-    empty = np.empty(0, np.int64)
+    num_relevant, pair_users = wanted.num_relevant, wanted.pair_users
     for tally in tallies:
-        users = np.concatenate([empty, *tally.hit_users])
-        ranks = np.concatenate([empty, *tally.hit_ranks])
+        pairs, ranks = tally.hits()
+        users = pair_users[pairs]
         for metric, compute in METRICS.items():
             for k in ks:
                 columns[tally.name, metric, k] = len(values)

@@ -116,8 +116,11 @@ def versions() -> dict[str, str]:
 def summary(data: ReportData) -> dict[str, Any]:
     """The run at a glance, for summary.json and the command line: counts, seconds, and the figures that matter."""
     evaluated = data.report("evaluate")
-    recall = {
-        s["name"]: {k: found and round(found["value"], 5) for k, found in s["metrics"]["recall"].items()}
+    recall = {s["name"]: _rounded(s["metrics"]["recall"]) for s in evaluated.get("sets", [])}
+    slices = {
+        s["name"]: {
+            kind: {name: _rounded(m["recall"]) for name, m in parts.items()} for kind, parts in s["slices"].items()
+        }
         for s in evaluated.get("sets", [])
     }
     gains = {
@@ -140,15 +143,26 @@ def summary(data: ReportData) -> dict[str, Any]:
         "candidates": {name: r.get("candidates") for name, r in data.report("retrieve").items()},
         "users_evaluated": evaluated.get("users"),
         "recall": recall,
+        "recall_by_slice": slices,
         "gains": gains,
         "ne": {
             task: found.get("gain") or {"reason": found.get("reason")}
             for task, found in evaluated.get("ne", {}).items()
         },
+        "auc": {
+            task: {name: round(found[f"auc_{name}"]["value"], 5) for name in ("without", "with")}
+            for task, found in evaluated.get("ne", {}).items()
+            if "auc_with" in found
+        },
         "seconds": {name: round(stage.get("seconds", 0.0), 2) for name, stage in data.stages.items()},
         "quarantine": (data.log or {}).get("quarantine", {}),
         "versions": dict(data.versions),
     }
+
+
+def _rounded(intervals: Mapping[str, Any]) -> dict[str, Any]:
+    """{K: value} of {K: interval or None}."""
+    return {k: found and round(found["value"], 5) for k, found in intervals.items()}
 
 
 def _embedding_map(

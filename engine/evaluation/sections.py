@@ -292,14 +292,36 @@ def recall(data: ReportData) -> Section:
         for s in sets
     ]  # fmt: skip
     counts = [[name.replace("_", " "), count(value)] for name, value in evaluated["truth"].items()]
+    parts = _slice_tables(sets, evaluated.get("slices") or {}, k)
     caption = (
         "Coverage: share of all ads in anybody's list. P90 coverage: share of ads that fills 90 % of all list entries."
     )
     tables = [
         Table(head, rows, caption),
+        *parts,
         Table(["Truth", "Rows"], counts, "What the truth held, and what of it was used."),
     ]
     return Section("recall", title, "Recall", lede, drawn, tables)
+
+
+def _slice_tables(sets: list[Mapping[str, Any]], slices: Mapping[str, Any], k: int) -> list[Table]:
+    """Recall@k by the users' past and by the ads'."""
+    tables = []
+    for kind, parts in slices.items():
+        if kind == "users":
+            heads = [f"{name} ({count(part['users'])} users)" for name, part in parts.items()]
+            told = f"Recall@{k}. Cold: at most {parts['cold']['most_events']} events before the snapshot."
+        else:
+            heads = [f"{name} ({count(part['pairs'])})" for name, part in parts.items()]
+            told = (
+                f"Recall@{k} by popularity: tenths of the ads to be recalled by their engagements before the snapshot, "
+                "the least popular first; equals are together. In brackets: user–ad pairs."
+            )
+        rows = [
+            [label(s["name"]), *[interval(s["slices"][kind][name]["recall"][str(k)]) for name in parts]] for s in sets
+        ]
+        tables.append(Table(["Set", *heads], rows, told))
+    return tables
 
 
 def ranking(data: ReportData) -> Section:
@@ -317,10 +339,11 @@ def ranking(data: ReportData) -> Section:
         verdict = "significant" if t["significant"] else "not significant"
         parts.append(f"{name.upper()} {gain['value']:+.2f}% ({bounds}, {verdict})")
         without, with_ = (f"{t[key]['value']:.4f}" for key in ("ne_without", "ne_with"))
+        areas = [f"{t[key]['value']:.4f}" for key in ("auc_without", "auc_with")]
         counts = [count(t["exposures"]), count(t["positives"])]
-        rows.append([name.upper(), *counts, without, with_, f"{gain['value']:+.2f}% ({bounds})"])
+        rows.append([name.upper(), *counts, without, with_, f"{gain['value']:+.2f}% ({bounds})", *areas])
     lede = f"NE gain of a logistic ranker when it gets ALURE's embeddings as features: {'; '.join(parts)}."
-    head = ["Task", "Exposures", "Positives", "NE without", "NE with", "Gain"]
+    head = ["Task", "Exposures", "Positives", "NE without", "NE with", "Gain", "AUC without", "AUC with"]
     tables = [Table(head, rows, reasons and f"Not measurable: {reasons}.")]
     _, trained = _validation(data.report("train").get("validation") or {})
     trained = [row for row in trained if row[0].startswith("NE of")]

@@ -34,9 +34,19 @@ class Relevance:
     counts: dict[str, int]  # what was matched and what was not
 
     @property
+    def pair_users(self) -> np.ndarray:
+        """int64 [pairs], position in `users`."""
+        return self.keys // max(len(self.items), 1)
+
+    @property
+    def pair_items(self) -> np.ndarray:
+        """int64 [pairs], position in `items`."""
+        return self.keys % max(len(self.items), 1)
+
+    @property
     def num_relevant(self) -> np.ndarray:
         """int64 [n], relevant items of each user evaluated; all > 0."""
-        return np.bincount(self.keys // max(len(self.items), 1), minlength=len(self.users))
+        return np.bincount(self.pair_users, minlength=len(self.users))
 
 
 def read_truth(path: Path, as_of: int, ad_sources: list[str] | None) -> TruthRows:

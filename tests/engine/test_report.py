@@ -215,9 +215,26 @@ def test_summary_holds_the_figures_that_matter(data: ReportData) -> None:
     assert found["users"] == data.log["num_users"]
     assert set(found["recall"]) == {"alure", "popularity"}
     assert "alure − popularity, recall@10" in found["gains"]
+    assert set(found["recall_by_slice"]["alure"]["users"]) == {"cold", "warm"}
+    assert list(found["recall_by_slice"]["alure"]["popularity"]) == [str(part) for part in range(1, 11)]
     assert found["seconds"]["retrieve"] == 1.5
     json.dumps(found, allow_nan=False)
     json.dumps(summary(ReportData(name="Nothing", seed=0, as_of=None, config={})), allow_nan=False)
+
+
+def test_recall_is_shown_by_slice_and_auc_beside_entropy(data: ReportData, page: Path) -> None:
+    html = page.read_text()
+    assert "Cold: at most 10 events before the snapshot" in html
+    assert "tenths of the ads to be recalled" in html
+    interval = {"value": 0.5, "low": 0.4, "high": 0.6}
+    figures = dict.fromkeys(("ne_without", "ne_with", "gain", "auc_without"), interval)
+    ctr = {**figures, "auc_with": {**interval, "value": 0.8125}, "exposures": 9, "positives": 2, "significant": False,
+           "weights": {"intercept": 0.0}}  # fmt: skip
+    evaluated = {**data.report("evaluate"), "ne": {"ctr": ctr}}
+    measured = replace(data, stages={**data.stages, "evaluate": {"report": evaluated, "seconds": 1.0}})
+    table = ranking(measured).tables[0]
+    assert dict(zip(table.head, table.rows[0]))["AUC with"] == "0.8125"
+    assert summary(measured)["auc"] == {"ctr": {"without": 0.5, "with": 0.8125}}
 
 
 def test_stories_are_of_known_users_and_reasons(data: ReportData, world: World) -> None:
