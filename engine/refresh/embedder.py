@@ -65,7 +65,7 @@ class Snapshot:
 @dataclass
 class Work:
     """How much was done. flops: of the model's products. bad: users whose embedding was not finite. pending: users
-    embedded in units that are not written yet.
+    embedded in units that are not written yet; ready: batches read ahead. Of these two, the change.
     """
 
     embedded: int = 0
@@ -75,6 +75,7 @@ class Work:
     units: int = 0
     bad: int = 0
     pending: int = 0
+    ready: int = 0
 
     def add(self, other: "Work") -> None:
         for name, more in vars(other).items():
@@ -138,11 +139,11 @@ class Embedder:
         batches = ahead(lambda places: self._read(users[places]), pack(tokens, config.token_budget), self.depth)
         arriving: deque[Arriving] = deque()
         with torch.inference_mode(), closing(batches):
-            for places, batch in batches:
+            for places, batch, ready in batches:
                 flops = self._fill(vectors, arriving, places, users, batch)
                 while len(arriving) > self.depth:
                     arriving.popleft().store(vectors)
-                work = Work(len(places), int(tokens[places].sum()), batches=1, flops=flops)
+                work = Work(len(places), int(tokens[places].sum()), batches=1, flops=flops, ready=ready - done.ready)
                 done.add(work)
                 after_batch(work)
             for last in arriving:

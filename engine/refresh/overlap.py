@@ -14,26 +14,30 @@ T = TypeVar("T")
 U = TypeVar("U")
 
 
-def ahead(make: Callable[[T], U], things: Iterable[T], depth: int) -> Generator[tuple[T, U], None, None]:
-    """Each thing and make(thing), in order; up to `depth` of them are made beforehand, by a thread of their own.
+def ahead(make: Callable[[T], U], things: Iterable[T], depth: int) -> Generator[tuple[T, U, int], None, None]:
+    """Each thing, make(thing), and how many more are ready, in order; up to `depth` are made beforehand, by a thread of
+    their own.
 
     What `make` raises is raised where its thing is due. Nothing more is begun once the iterator is closed.
     """
     if not depth:
         for thing in things:
-            yield thing, make(thing)
+            yield thing, make(thing), 0
         return
     with ThreadPoolExecutor(1, thread_name_prefix="alure ahead") as pool:
         waiting: deque[tuple[T, Future[U]]] = deque()
+
+        def first() -> tuple[T, U, int]:
+            due, made = waiting.popleft()
+            return due, made.result(), sum(other.done() for _, other in waiting)
+
         try:
             for thing in things:
                 waiting.append((thing, pool.submit(copy_context().run, make, thing)))
                 if len(waiting) > depth:
-                    due, made = waiting.popleft()
-                    yield due, made.result()
+                    yield first()
             while waiting:
-                due, made = waiting.popleft()
-                yield due, made.result()
+                yield first()
         finally:
             for _, made in waiting:
                 made.cancel()

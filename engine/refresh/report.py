@@ -42,6 +42,7 @@ FIGURES = {
     "events_to_embed": "events of the users to embed",
     "events_embedded_total": "events that the model read in this run",
     "batches_total": "batches of this run",
+    "batches_ready": "batches that are read ahead and wait for the device",
     "flops_total": "floating-point operations of the model's products in this run",
     "units_written_total": "units written by this run",
     "units_waiting": "units that this run has not written: they wait, or another command has them",

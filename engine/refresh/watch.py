@@ -49,6 +49,7 @@ class Watch:
         parts = [f"{short(self.rate(done.embedded))} users/s"]
         parts += [] if share is None else [f"MFU {share:.1%}"]
         parts += [f"{self.reused + done.units}/{self.units} units", f"{short(done.pending)} to write"]
+        parts += [f"{done.ready} read ahead"] if done.ready else []
         return " · ".join(parts)
 
     def figures(self) -> dict[str, Any]:
@@ -62,6 +63,7 @@ class Watch:
             "events_to_embed": outlook.tokens,
             "events_embedded_total": done.tokens,
             "batches_total": done.batches,
+            "batches_ready": done.ready,
             "flops_total": done.flops,
             "units": self.units,
             "units_reused": self.reused,

@@ -36,7 +36,7 @@ def run_workers(job: Job, devices: list[str], flag: StopFlag, progress: Progress
 
 def _collect(workers: dict[Connection, SpawnProcess], flag: StopFlag, progress: Progress) -> Work:
     done, finished, code = Work(), 0, None
-    pending = dict.fromkeys(workers, 0)
+    told = {receiver: Work() for receiver in workers}
     while workers:
         flag.check()
         ready = wait(list(workers), timeout=0.5)
@@ -47,12 +47,13 @@ def _collect(workers: dict[Connection, SpawnProcess], flag: StopFlag, progress: 
                 process = workers.pop(receiver)
                 process.join()
                 code = process.exitcode or code
-                progress.add(Work(pending=-pending[receiver]))  # a dead one's unit is done again
+                lost = told[receiver]  # of a dead one, whose unit is done again
+                progress.add(Work(pending=-lost.pending, ready=-lost.ready))
                 if process.exitcode:
                     say(f"refresh: a worker died with exit code {process.exitcode}; the others take its unit over")
                 continue
             if kind == "work":
-                pending[receiver] += value.pending
+                told[receiver].add(value)
                 progress.add(value)
             elif kind == "done":
                 done.add(value)

@@ -5,6 +5,7 @@ import time
 from collections.abc import Iterator
 from contextvars import ContextVar
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from alure.engine.errors import AlureError
 from alure.engine.model import UserModel
 from alure.engine.refresh import RefreshJob, embedder, shard
 from alure.engine.refresh.overlap import Behind, ahead
+from alure.engine.refresh.watch import Watch
 from alure.engine.store import EmbeddingStore
 
 SMALL = RefreshConfig(unit_users=16, token_budget=60, precision="float32")
@@ -42,8 +44,9 @@ def test_things_come_in_order_and_no_more_than_depth_are_made_beforehand(depth: 
         made.append(thing)
         return thing * thing, where.get()
 
-    for count, (thing, (square, context)) in enumerate(ahead(make, iter(range(9)), depth), start=1):
+    for count, (thing, (square, context), ready) in enumerate(ahead(make, iter(range(9)), depth), start=1):
         assert (thing, square, context) == (count - 1, (count - 1) ** 2, "here")
+        assert ready <= min(depth, 9 - count)
         time.sleep(0.005)
         assert len(made) <= count + depth
         assert made == list(range(len(made)))
@@ -136,6 +139,23 @@ def refresh(world: Path, store: Path, dtype: str = "float32") -> EmbeddingStore:
 @pytest.mark.usefixtures("overlapped")
 def test_rows_are_those_of_a_refresh_that_does_one_thing_at_a_time(world: Path, tmp_path: Path) -> None:
     assert rows_of(refresh(world, tmp_path)) == rows_of(EmbeddingStore(world / "store"))
+
+
+@pytest.mark.usefixtures("overlapped")
+def test_what_is_read_ahead_and_not_yet_written_is_watched(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    job = RefreshJob(world / "model", world / "events", tmp_path, config=SMALL)
+    seen: list[dict[str, Any]] = []
+    add = Watch.add
+    monkeypatch.setattr(Watch, "add", lambda watch, work: (add(watch, work), seen.append(watch.figures())))
+    forward = UserModel.forward
+    monkeypatch.setattr(UserModel, "forward", lambda *inputs: (time.sleep(0.02), forward(*inputs))[1])
+    report = job.run()
+    assert {0, 1} <= {figures["batches_ready"] for figures in seen} <= {0, 1, 2}
+    assert max(figures["users_pending"] for figures in seen) > 16  # a unit is written while the next is embedded
+    assert (seen[-1]["batches_ready"], seen[-1]["users_pending"]) == (0, 0)
+    assert seen[-1]["units_written_total"] == report.units
 
 
 @pytest.mark.usefixtures("overlapped")
