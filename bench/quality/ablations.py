@@ -7,6 +7,7 @@ part has not been shown to earn its place.
 """
 
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -110,18 +111,37 @@ def section(results: Results) -> str:
 def table(rows: list[dict[str, Any]], variants: dict[str, dict[str, Any]]) -> list[str]:
     lines = ["| | seeds | recall@50 | difference | NE (CTR) | difference |", "|---|---|---|---|---|---|"]
     for name in variants:
-        by_seed = {row["seed"]: row for row in rows if row["variant"] == name}
-        whole = {row["seed"]: row for row in rows if row["variant"] == WHOLE}
+        own = [row for row in rows if row["variant"] == name]
         cells = []
         for read in (recall_of, ne_of):
-            own = [read(row) for row in by_seed.values()]
-            values = [value for value in own if value is not None]
-            pairs = [(read(by_seed[seed]), read(whole[seed])) for seed in by_seed if seed in whole]
-            apart = [a - b for a, b in pairs if a is not None and b is not None]
-            cells += [spread(values), difference(apart) if name != WHOLE else ""]
-        lines.append(f"| {name} | {len(by_seed)} | " + " | ".join(cells) + " |")
+            values = [value for row in own if (value := read(row)) is not None]
+            cells += [spread(values), difference(apart_of(rows, name, read)) if name != WHOLE else ""]
+        lines.append(f"| {name} | {len(own)} | " + " | ".join(cells) + " |")
     seconds = np.mean([row["training_seconds"] for row in rows])
+    lines += ["", verdict(rows, variants)]
     return [*lines, "", f"Trained in {seconds:.0f} s a run ({rows[0]['device']}, {rows[0]['threads']} thread)."]
+
+
+def verdict(rows: list[dict[str, Any]], variants: dict[str, dict[str, Any]]) -> str:
+    """Which variants lose recall or NE against the whole model beyond the interval, in words."""
+    worse, better = [], []
+    for name in variants:
+        signs = [sign * beyond(apart_of(rows, name, read)) for read, sign in ((recall_of, 1), (ne_of, -1))]
+        worse += [name] if min(signs) < 0 else []
+        better += [name] if max(signs) > 0 else []
+    named = "; ".join(
+        f"{text}: {', '.join(names)}" for text, names in (("Worse than the whole", worse), ("better", better)) if names
+    )
+    rest = "For all others" if named else "For all of them"
+    return (f"{named}. " if named else "") + f"{rest} the interval includes zero: they are not shown to matter here."
+
+
+def apart_of(rows: list[dict[str, Any]], name: str, read: Callable[[dict[str, Any]], float | None]) -> list[float]:
+    """A variant's differences from the whole model, one a seed that has both."""
+    whole = {row["seed"]: read(row) for row in rows if row["variant"] == WHOLE}
+    own = {row["seed"]: read(row) for row in rows if row["variant"] == name and name != WHOLE}
+    pairs = [(value, whole.get(seed)) for seed, value in own.items()]
+    return [a - b for a, b in pairs if a is not None and b is not None]
 
 
 def recall_of(row: dict[str, Any]) -> float | None:
@@ -142,7 +162,18 @@ def difference(apart: list[float]) -> str:
     """Mean and Student's 95 % interval; one seed has no interval."""
     if len(apart) < 2:
         return f"{apart[0]:+.4f}, one seed" if apart else "–"
-    mean, error = float(np.mean(apart)), float(np.std(apart, ddof=1)) / len(apart) ** 0.5
-    reach = error * float(stats.t.ppf(0.975, len(apart) - 1))
-    verdict = "excludes zero" if abs(mean) > reach else "includes zero"
-    return f"{mean:+.4f} ± {reach:.4f}: {verdict}"
+    found = "excludes zero" if beyond(apart) else "includes zero"
+    return f"{np.mean(apart):+.4f} ± {reach(apart):.4f}: {found}"
+
+
+def reach(apart: list[float]) -> float:
+    """Half of Student's 95 % interval of the mean."""
+    error = float(np.std(apart, ddof=1)) / len(apart) ** 0.5
+    return error * float(stats.t.ppf(0.975, len(apart) - 1))
+
+
+def beyond(apart: list[float]) -> int:
+    """The sign of the mean where its interval excludes zero, else 0."""
+    if len(apart) < 2 or abs(np.mean(apart)) <= reach(apart):
+        return 0
+    return 1 if np.mean(apart) > 0 else -1

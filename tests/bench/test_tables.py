@@ -153,6 +153,21 @@ def test_an_interval_that_includes_zero_is_said_to() -> None:
     assert ablations.difference([0.1, 0.11, 0.105]).endswith("excludes zero")
 
 
+def test_the_page_says_in_words_what_was_shown() -> None:
+    def rows(name: str, recalls: list[float]) -> list[dict]:
+        found = [{"retrieval": {"recall": {"50": recall}}, "tasks": {"ctr": {"ne": 0.9}}} for recall in recalls]
+        return [{"variant": name, "seed": seed, "validation": v} for seed, v in enumerate(found)]
+
+    whole = rows(ablations.WHOLE, [0.50, 0.51, 0.52])
+    worse, same = rows("k = 1", [0.40, 0.41, 0.43]), rows("k = 4", [0.51, 0.49, 0.52])
+    parts = {name: {} for name in (ablations.WHOLE, "k = 1", "k = 4")}
+    said = ablations.verdict(whole + worse + same, parts)
+    assert said == (
+        "Worse than the whole: k = 1. For all others the interval includes zero: they are not shown to matter here."
+    )
+    assert ablations.verdict(whole + same, parts).startswith("For all of them the interval includes zero")
+
+
 def test_only_rows_of_these_settings_count_and_the_newest_wins(tmp_path: Path) -> None:
     results = Results(tmp_path, "x")
     results.append("a", 0, {"n": 1}, {"figure": 1})
