@@ -17,13 +17,25 @@ import typer
 from alure.engine.cli_quantize import quantize
 from alure.engine.config import Config, EventsConfig, TrainingConfig
 from alure.engine.errors import AlureError, InputError, Interrupted
-from alure.engine.options import AsOf, ConfigFile, Json, Out, Seed, finish, load_config, override, parse_time
+from alure.engine.options import (
+    AsOf,
+    Commands,
+    ConfigFile,
+    Json,
+    Out,
+    Seed,
+    StoreArgument,
+    finish,
+    load_config,
+    override,
+    parse_time,
+)
 from alure.engine.progress import say
 from alure.engine.signals import interruptible
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
 
-app = typer.Typer(
+app = Commands(
     name="alure",
     help="User embeddings from event histories, similarity graphs from embeddings, ad candidates from graphs.",
     no_args_is_help=True,
@@ -218,7 +230,7 @@ def align(
 def refresh(
     model: Annotated[Path, typer.Argument(help="What `alure train` wrote.")],
     events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote.")],
-    store: Annotated[Path, typer.Option(help="The embedding store; made when it is missing.")],
+    store: Annotated[str, typer.Option(help="The embedding store, a folder or s3://bucket/prefix; made when missing.")],
     as_of: AsOf = None,
     incremental: Annotated[bool, typer.Option(help="Only users with new events; others are carried forward.")] = False,
     max_age_days: Annotated[float | None, typer.Option(min=0, help="With --incremental: older ones anew.")] = None,
@@ -245,6 +257,8 @@ def refresh(
     """Embed the whole user base into a new generation of the store, published all at once. Run again to resume.
 
     Example: `alure refresh model events --store store --as-of 2026-11-22`
+
+    Example: `alure refresh model events --store s3://bucket/store`; credentials, region and endpoint: `AWS_…` variables
     """
     from alure.engine.metrics import serve_metrics, write_metrics
     from alure.engine.refresh import RefreshJob
@@ -283,7 +297,7 @@ def refresh(
 
 @app.command()
 def graph(
-    store: Annotated[Path, typer.Argument(help="The embedding store.")],
+    store: StoreArgument,
     nlist: Annotated[
         str | None,
         typer.Option(help="k1: clusters a country (400), or auto: √users of each, which is about the fastest."),
@@ -357,10 +371,10 @@ def graph(
 
 @app.command()
 def retrieve(
-    store: Annotated[Path, typer.Argument(help="The store with the graphs.")],
+    store: StoreArgument,
     events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote.")],
     out: Annotated[
-        Path | None, typer.Option("--out", help="The store that gets the candidates (default: STORE).")
+        str | None, typer.Option("--out", help="The store that gets the candidates (default: STORE).")
     ] = None,
     cap: Annotated[int | None, typer.Option(min=1, help="Candidates a user at most (1500).")] = None,
     graphs: Annotated[str | None, typer.Option(help="Which graphs to blend: alure,social,ppr (default: all).")] = None,
@@ -410,7 +424,7 @@ def retrieve(
 
 @app.command()
 def evaluate(
-    store: Annotated[Path, typer.Argument(help="The store with the candidates.")],
+    store: StoreArgument,
     truth: Annotated[Path, typer.Option(help="Future engagements: user_id, item_id, …")],
     k: Annotated[list[int] | None, typer.Option("-k", min=1, help="Cut-offs; repeat the option.")] = None,
     events: Annotated[Path | None, typer.Option(help="The event log: adds Normalized Entropy of a ranker.")] = None,
@@ -453,7 +467,7 @@ def rank(
 
 @app.command()
 def inspect(
-    path: Annotated[Path, typer.Argument(help="A store, a model or an event log.")],
+    path: Annotated[str, typer.Argument(help="A store (also s3://bucket/prefix), a model or an event log.")],
     user: Annotated[str | None, typer.Option(help="One user: history, or neighbours and candidates.")] = None,
     as_json: Json = False,
 ) -> None:
@@ -468,7 +482,7 @@ def inspect(
 
 @app.command()
 def verify(
-    store: Annotated[Path, typer.Argument(help="The store.")],
+    store: StoreArgument,
     generation: Annotated[str | None, typer.Option(help="Only this one (default: all that are published).")] = None,
     as_json: Json = False,
 ) -> None:
@@ -484,7 +498,7 @@ def verify(
 
 @app.command()
 def rollback(
-    store: Annotated[Path, typer.Argument(help="The store.")],
+    store: StoreArgument,
     to: Annotated[
         str | None, typer.Option(help="This generation becomes the newest (default: the one before).")
     ] = None,
@@ -502,7 +516,7 @@ def rollback(
 
 @app.command()
 def vacuum(
-    store: Annotated[Path, typer.Argument(help="The store.")],
+    store: StoreArgument,
     keep: Annotated[
         int | None, typer.Option(min=1, help="Newest generations to keep (default: all published).")
     ] = None,
@@ -522,7 +536,7 @@ def vacuum(
 
 @app.command()
 def export(
-    store: Annotated[Path, typer.Argument(help="The store.")],
+    store: StoreArgument,
     to: Annotated[str, typer.Option(help="faiss, parquet, lance or npy.")],
     out: Out,
     flat: Annotated[bool, typer.Option("--flat", help="One row an edge or a candidate instead of one a user.")] = False,

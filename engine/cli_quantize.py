@@ -7,9 +7,9 @@ import typer
 
 from alure.engine.config import SemanticsConfig
 from alure.engine.errors import InputError
-from alure.engine.options import Json, Out, Seed, finish, override
+from alure.engine.options import Commands, Json, Out, Seed, finish, override
 
-quantize = typer.Typer(
+quantize = Commands(
     name="quantize",
     help="Semantic ids: learn codebooks from the items' content vectors, then encode items by them.",
     no_args_is_help=True,

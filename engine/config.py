@@ -4,15 +4,23 @@ from pathlib import Path
 from typing import Annotated, Any, Literal, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
 
-from alure.engine.errors import InputError
+from alure.engine.errors import InputError, refuse_s3
 
 DAY = 86_400
 
 
 class Section(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True)
+
+    @field_validator("*")
+    @classmethod
+    def _paths_are_local(cls, value: Any, field: ValidationInfo) -> Any:
+        for path in value if isinstance(value, list) else [value]:
+            if isinstance(path, Path):
+                refuse_s3(path, str(field.field_name))
+        return value
 
 
 class EventsConfig(Section):

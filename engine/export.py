@@ -16,7 +16,7 @@ FORMATS = ("faiss", "parquet", "lance", "npy")
 
 
 def export_store(
-    store_path: Path, to: str, out: Path, *, flat: bool = False, generation: str | None = None
+    store_path: str | Path, to: str, out: Path, *, flat: bool = False, generation: str | None = None
 ) -> dict[str, Any]:
     """Write the tables of one published generation (default: the newest) of a store into the folder `out`.
 

@@ -11,12 +11,17 @@ import pyarrow.compute as pc
 from alure.engine.errors import InputError
 from alure.engine.events import Events
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.location import Location, locate, size_of
+from alure.engine.store.s3 import S3Location
 
 STORY_LENGTH = 20
 
 
-def inspect_path(path: Path, user: str | None = None) -> dict[str, Any]:
-    """A summary of whatever alure wrote at `path`; with `user`, that user's story."""
+def inspect_path(place: str | Path, user: str | None = None) -> dict[str, Any]:
+    """A summary of whatever alure wrote at `place`; with `user`, that user's story."""
+    path = locate(place)
+    if isinstance(path, S3Location):
+        return inspect_store(path, user)
     if not path.exists():
         raise InputError(f"inspect: {path} does not exist")
     if (path / "events.json").exists():
@@ -44,7 +49,7 @@ def inspect_model(path: Path) -> dict[str, Any]:
     return {"kind": "model", "path": str(path), "size_bytes": size_of(path), **config, "metrics": metrics}
 
 
-def inspect_store(path: Path, user: str | None) -> dict[str, Any]:
+def inspect_store(path: Location, user: str | None) -> dict[str, Any]:
     store = EmbeddingStore(path)
     published = [
         {"table": table, "name": g.name, "generation": g.generation, "rows": g.rows, "as_of": g.as_of,
@@ -107,7 +112,3 @@ def typed_id(kind: pa.DataType, text: str) -> int | str:
         return int(text)
     except ValueError:
         raise InputError(f"--user: user ids here are integers, got {text!r}") from None
-
-
-def size_of(path: Path) -> int:
-    return sum(file.stat().st_size for file in path.rglob("*") if file.is_file())

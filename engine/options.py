@@ -2,15 +2,18 @@
 
 import json
 import re
+from collections.abc import Callable
 from datetime import UTC, datetime
+from functools import wraps
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 from pydantic import ValidationError
+from typer.models import CommandFunctionType
 
 from alure.engine.config import Config, describe
-from alure.engine.errors import InputError
+from alure.engine.errors import InputError, refuse_s3
 from alure.engine.results import to_dict
 
 MOST_LINES = 20  # a longer list is only counted for a person
@@ -18,12 +21,34 @@ MOST_LINES = 20  # a longer list is only counted for a person
 Json = Annotated[bool, typer.Option("--json", help="Print one JSON object with what was done as the last line.")]
 Seed = Annotated[int, typer.Option(help="The same seed gives the same bits.")]
 Out = Annotated[Path, typer.Option("--out", help="Where the result goes.")]
+StoreArgument = Annotated[str, typer.Argument(metavar="STORE", help="The store: a folder, or s3://bucket/prefix.")]
 AsOf = Annotated[
     str | None, typer.Option("--as-of", help="Snapshot time: unix seconds or 2026-11-22T03:00 (UTC). Default: newest.")
 ]
 ConfigFile = Annotated[
     Path | None, typer.Option("--config", help="YAML with the sections of `alure run`; options given here win.")
 ]
+
+
+class Commands(typer.Typer):
+    """Commands whose paths are local: one that begins with s3:// is refused, not taken for a folder of that name."""
+
+    def command(self, name: str | None = None, **options: Any) -> Callable[[CommandFunctionType], CommandFunctionType]:
+        register = super().command(name, **options)
+
+        def add(function: CommandFunctionType) -> CommandFunctionType:
+            @wraps(function)
+            def checked(**given: Any) -> Any:
+                for name, value in given.items():
+                    for path in value if isinstance(value, list) else [value]:
+                        if isinstance(path, Path):
+                            refuse_s3(path, name)
+                return function(**given)
+
+            register(checked)
+            return function
+
+        return add
 
 
 def finish(result: Any, as_json: bool) -> None:

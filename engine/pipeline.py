@@ -148,12 +148,16 @@ def run_demo(out: Path, num_users: int, seed: int, training: TrainingConfig) -> 
 
 
 def run_evaluation(
-    store: Path, truth: Path, config: EvaluationConfig, *, events: Path | None, out: Path | None, seed: int
+    store: str | Path, truth: Path, config: EvaluationConfig, *, events: Path | None, out: Path | None, seed: int
 ) -> dict[str, Any]:
-    """Evaluate a store against a truth file, and write a report of that alone."""
+    """Evaluate a store against a truth file, and write a report of that alone (out: default beside the store)."""
     log = Events.open(events) if events else None
     opened = EmbeddingStore(store)
-    chain = Chain(Config(output=out or store.parent, name=f"Evaluation of {store.name}", seed=seed, evaluation=config))
+    beside = opened.path.parent
+    if out is None and not isinstance(beside, Path):
+        raise InputError(f"evaluate: {opened.path} is not on this machine; give --out, a folder for the report")
+    name = f"Evaluation of {opened.path.name}"
+    chain = Chain(Config(output=out or beside, name=name, seed=seed, evaluation=config))
     started = time.monotonic()
     report = to_dict(evaluate(opened, truth, config, events=log, seed=seed))
     chain.stages["evaluate"] = {"seconds": time.monotonic() - started, "report": report}

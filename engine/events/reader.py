@@ -12,7 +12,7 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import torch
 
-from alure.engine.errors import InputError
+from alure.engine.errors import InputError, refuse_s3
 from alure.engine.events.batch import EventBatch, EventSequence
 from alure.engine.events.items import ItemTable, load_column, load_optional
 from alure.engine.events.manifest import Manifest, folder_name
@@ -65,6 +65,7 @@ class Events:
     def open(cls, path: Path | str) -> "Events":
         """Raises InputError where `path` is not an event log."""
         path = Path(path)
+        refuse_s3(path, "events")
         return cls(path, Manifest.read(path))
 
     @property

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from alure.engine.config import ModelConfig
-from alure.engine.errors import InputError
+from alure.engine.errors import InputError, refuse_s3
 from alure.engine.events import EventBatch, Events, EventSequence
 from alure.engine.model.alignment import turn
 from alure.engine.model.catalog import Catalog
@@ -138,6 +138,7 @@ class UserModel(nn.Module):
 
         Raises InputError where the folder is not a checkpoint, is damaged, or its tensors do not fit its configuration.
         """
+        refuse_s3(Path(path), "model")
         config, tensors = read_checkpoint(Path(path), "user")
         with torch.random.fork_rng(devices=[]):  # the start values are replaced at once
             model = cls(config.model, config.events)

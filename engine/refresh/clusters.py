@@ -2,7 +2,7 @@
 
 The work is not dealt out by the engine: every actor and task takes units from the store's leases like a process of one
 machine, so units do not depend on the engine's layout, and those of a dead one are taken over. The paths must be
-readable, and the store's writable, from every machine of the cluster.
+readable, and the store's writable, from every machine of the cluster; for a store on S3, each needs the AWS variables.
 """
 
 import os

@@ -8,7 +8,7 @@ import pyarrow.compute as pc
 
 from alure.engine.events import Events
 from alure.engine.refresh.planner import Unit
-from alure.engine.store import EmbeddingStore
+from alure.engine.store import EmbeddingStore, Generation
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,7 @@ class Earlier:
 
 
 def earlier_rows(
-    store: EmbeddingStore, base: str | None, events: Events, unit: Unit, columns: list[str] | None = None
+    store: EmbeddingStore, base: str | Generation | None, events: Events, unit: Unit, columns: list[str] | None = None
 ) -> Earlier:
     """`columns` (default: all, embeddings as they are stored) of the base generation for the unit's users, by whose
     (country, user_id) the log is sorted.
@@ -50,10 +50,10 @@ def earlier_rows(
     )
     if base is None:
         return nobody
-    rows = []
+    rows, chosen = [], store.published(base, "embeddings")
     for country in pc.unique(known["country"]).to_pylist():
         ids = known.filter(pc.equal(known["country"], country))["user_id"]
-        rows.append(store.read_range(base, country, (ids[0], ids[-1]), columns))
+        rows.append(store.read_range(chosen, country, (ids[0], ids[-1]), columns))
     found = pa.concat_tables(rows)
     if found["user_id"].type != known["user_id"].type or not len(found):
         return nobody

@@ -6,7 +6,6 @@ carries the unit's name, and a unit whose name is in the store is not done again
 
 import hashlib
 import os
-import shutil
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -34,6 +33,7 @@ from alure.engine.refresh.workers import run_workers, threads_of
 from alure.engine.results import to_dict
 from alure.engine.signals import StopFlag, stop_flag
 from alure.engine.store import EmbeddingStore, Generation
+from alure.engine.store.location import remove
 
 ENGINES = ("local", "ray", "spark")
 CALIBRATE_FROM = 16  # batches; shorter jobs are over before an estimate helps
@@ -41,7 +41,8 @@ LATEST = 253_402_300_799  # the end of the year 9999, the last that a date can n
 
 
 class RefreshJob:
-    """model, events, store: paths, or the opened things (several workers need paths). The store is made when missing.
+    """model, events, store: paths, or the opened things (several workers need paths); the store's may be an s3:// URL.
+    It is made when missing.
 
     as_of: unix seconds; events after it are not seen (default: the log's last). incremental: users whose events have
     not changed since the newest earlier generation are carried forward from it. workers: processes.
@@ -104,7 +105,7 @@ class RefreshJob:
             new = self._generation(snapshot, names, outlook.present)
             drift = self._check_drift(new)
             published = self.store.publish(new)
-        shutil.rmtree(leases_of(self.store, snapshot.generation), ignore_errors=True)  # those of the dead
+        remove(leases_of(self.store, snapshot.generation))  # those of the dead
         return self._report(snapshot, published, (units, len(done)), work, drift)
 
     def metrics(self, report: RefreshReport | None = None) -> str:

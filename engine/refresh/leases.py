@@ -1,4 +1,4 @@
-"""Who works on which unit: any number of processes that share the store's disk take units as they come free.
+"""Who works on which unit: any number of processes that share the store take units as they come free.
 
 A lease saves work, it does not guard the result: a unit that two write is committed once. So a lease may be lost, or
 taken over from a holder that is only slow, at no cost but time.
@@ -9,21 +9,42 @@ import socket
 import time
 from contextlib import suppress
 from pathlib import Path
+from typing import Protocol
+
+from alure.engine.store.location import Location
+from alure.engine.store.s3 import S3Location
 
 EXPIRES_S = 120.0  # without a sign of life from a holder on another machine; of a dead process on this one at once
 
 
-class Leases:
-    """STORE/leases/<generation>: a file a holder, touched while it lives, and hard links to it named as the units."""
+class Leases(Protocol):
+    """Of one holder, in STORE/leases/<generation>."""
+
+    def claim(self, unit: str) -> bool:
+        """Take the unit, unless someone alive has it."""
+
+    def keep(self) -> None:
+        """A sign of life."""
+
+    def release(self, unit: str) -> None: ...
+
+    def close(self) -> None: ...
+
+
+def open_leases(folder: Location) -> Leases:
+    return S3Leases(folder) if isinstance(folder, S3Location) else FileLeases(folder)
+
+
+class FileLeases:
+    """A file a holder, touched while it lives, and hard links to it named as the units."""
 
     def __init__(self, folder: Path) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        self.folder, self.holder = folder, f"{socket.gethostname()}:{os.getpid()}"
+        self.folder, self.holder = folder, _this_process()
         self.mine = folder / f"holder {self.holder}"
         self.mine.write_text(self.holder)
 
     def claim(self, unit: str) -> bool:
-        """Take the unit, unless someone alive has it."""
         try:
             os.link(self.mine, self.folder / unit)
         except FileExistsError:
@@ -36,7 +57,6 @@ class Leases:
         return True
 
     def keep(self) -> None:
-        """A sign of life."""
         with suppress(FileNotFoundError):
             os.utime(self.mine)
 
@@ -51,10 +71,53 @@ class Leases:
             holder, touched = path.read_text(), path.stat().st_mtime
         except FileNotFoundError:
             return True
-        host, _, process = holder.rpartition(":")
-        if host == self.holder.rpartition(":")[0]:
-            return holder == self.holder or not _alive(int(process))
-        return time.time() - touched > EXPIRES_S
+        return _abandoned(holder, self.holder, time.time() - touched)
+
+
+class S3Leases:
+    """An object a unit, that holds its holder's name and is written again while the holder lives."""
+
+    def __init__(self, folder: S3Location) -> None:
+        self.folder, self.holder = folder, _this_process()
+        self.held: dict[str, S3Location] = {}
+        self.kept_at = time.monotonic()
+
+    def claim(self, unit: str) -> bool:
+        lease = self.folder / unit
+        while not lease.write_once(self.holder.encode()):
+            found = lease.read()
+            if found is not None:
+                holder, age_s = found
+                if not _abandoned(holder.decode(), self.holder, age_s):
+                    return False
+                lease.delete()
+        self.held[unit] = lease
+        return True
+
+    def keep(self) -> None:
+        if time.monotonic() - self.kept_at > EXPIRES_S / 4:
+            for lease in list(self.held.values()):
+                lease.write(self.holder.encode())
+            self.kept_at = time.monotonic()
+
+    def release(self, unit: str) -> None:
+        self.held.pop(unit, None)
+        (self.folder / unit).delete()
+
+    def close(self) -> None:
+        pass
+
+
+def _this_process() -> str:
+    return f"{socket.gethostname()}:{os.getpid()}"
+
+
+def _abandoned(holder: str, mine: str, age_s: float) -> bool:
+    """Whether a lease may be taken over, given its holder, who asks, and the age of the holder's last sign of life."""
+    host, _, process = holder.rpartition(":")
+    if host == mine.rpartition(":")[0]:
+        return holder == mine or not _alive(int(process))
+    return age_s > EXPIRES_S
 
 
 def _alive(process: int) -> bool:

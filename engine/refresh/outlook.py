@@ -47,11 +47,12 @@ def look_ahead(
 ) -> Outlook:
     """One pass over the log's offsets, and over the counts of the generation that is carried forward."""
     outlook = Outlook()
+    base = None if snapshot.base is None else store.published(snapshot.base, "embeddings")
     for unit in units:
         num_events, tokens = count_events(events, unit, snapshot.as_of, snapshot.config.max_events)
         outlook.present += int((num_events > 0).sum())
         if unit.name not in written:
-            earlier = earlier_rows(store, snapshot.base, events, unit, ["user_id", "num_events", "as_of"])
+            earlier = earlier_rows(store, base, events, unit, ["user_id", "num_events", "as_of"])
             chosen = (num_events > 0) & needs_refresh(snapshot, earlier, num_events)
             outlook.add(unit, chosen, tokens, earlier.unseen_share(num_events))
     return outlook

@@ -16,11 +16,12 @@ from alure.engine.events import Events
 from alure.engine.model import UserModel
 from alure.engine.ranges import marker_of, op, stage
 from alure.engine.refresh.embedder import Embedder, Snapshot, UnitResult, Work
-from alure.engine.refresh.leases import Leases
+from alure.engine.refresh.leases import open_leases
 from alure.engine.refresh.overlap import Behind
 from alure.engine.refresh.planner import Unit
 from alure.engine.signals import stop_flag
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.location import Location
 
 LOOK_AGAIN_S = 0.2  # while others work on all that is left
 
@@ -37,7 +38,7 @@ class Job:
 
     model: Path
     events: Path
-    store: Path
+    store: Location
     snapshot: Snapshot
     units: list[Unit]
 
@@ -57,8 +58,8 @@ def share_units(
     check: called between batches; what it raises abandons the unit at hand, which is then done again next time.
     On a GPU a unit is written while the next one is embedded.
     """
-    generation, done = embedder.snapshot.generation, Work()
-    leases = Leases(leases_of(store, generation))
+    generation, done, written = embedder.snapshot.generation, Work(), set[str]()
+    leases = open_leases(leases_of(store, generation))
 
     def after_batch(work: Work) -> None:
         progress.add(replace(work, pending=work.embedded))
@@ -66,9 +67,11 @@ def share_units(
         check()
 
     def take(unit: Unit) -> None:
+        nonlocal written
         handed_on = False
         try:
-            if not store.written_units(generation, [unit.name]):
+            written = store.written_units(generation, [unit.name for unit in units])
+            if unit.name not in written:
                 result = embedder.unit_rows(unit, store, after_batch)
                 done.add(result.work)
                 refuse_many_bad(embedder.snapshot, done.bad, result)
@@ -93,7 +96,7 @@ def share_units(
         while units:
             for unit in units:
                 check()
-                if leases.claim(unit.name):
+                if unit.name not in written and leases.claim(unit.name):
                     take(unit)
             behind.wait()
             written = store.written_units(generation, [unit.name for unit in units])
@@ -103,7 +106,7 @@ def share_units(
     return done
 
 
-def leases_of(store: EmbeddingStore, generation: str) -> Path:
+def leases_of(store: EmbeddingStore, generation: str) -> Location:
     return store.path / "leases" / generation
 
 

@@ -4,12 +4,13 @@ import hashlib
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import pyarrow.dataset as ds
+import pyarrow.fs as fs
 
 from alure.engine.store.delta import DataTable
+from alure.engine.store.location import Location, filesystem
 
 COLUMNS = ["table", "file", "size_bytes", "sha256"]
 TEXTS = ("generation", "write", "table", "file", "sha256")
@@ -30,7 +31,7 @@ class Checked:
 class Checksums:
     """Recorded before a publication, so what is published has them."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.path = path
         self.table = DataTable(path / "checksums", ["generation", "write"])
 
@@ -65,9 +66,10 @@ class Checksums:
                 problems.append(f"{file}: expected SHA-256 {recorded[file]['sha256'][:16]}…, got {found[:16]}")
         return Checked(len(recorded), sum(row["size_bytes"] for row in recorded.values()), sorted(problems))
 
-    def _digests(self, folder: Path, files: Iterable[str]) -> Iterator[tuple[str, str]]:
+    def _digests(self, folder: Location, files: Iterable[str]) -> Iterator[tuple[str, str]]:
+        where = filesystem(folder)
         with ThreadPoolExecutor(READERS) as pool:
-            yield from zip(files, pool.map(lambda file: digest_of(folder / file), files))
+            yield from zip(files, pool.map(lambda file: digest_of(where, file), files))
 
 
 def files_of(data: DataTable, generation: str, write: str) -> dict[str, int]:
@@ -76,10 +78,10 @@ def files_of(data: DataTable, generation: str, write: str) -> dict[str, int]:
     return {file.path: file.size_bytes for file in data.files(**part)}
 
 
-def digest_of(path: Path) -> str:
+def digest_of(where: fs.FileSystem, path: str) -> str:
     """SHA-256 of a file; "none" where it is gone."""
     try:
-        with path.open("rb") as file:
+        with where.open_input_stream(path) as file:
             return hashlib.file_digest(file, "sha256").hexdigest()
     except FileNotFoundError:
         return "none"

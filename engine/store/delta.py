@@ -1,4 +1,4 @@
-"""One Delta table on disk: created on first write, appended to exactly once a key, streamed into, scanned."""
+"""One Delta table: created on first write, appended to exactly once a key, streamed into, scanned."""
 
 import math
 import queue
@@ -6,17 +6,19 @@ import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from pathlib import Path
+from contextlib import contextmanager, suppress
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-import pyarrow.fs as fs
 from deltalake import ColumnProperties, CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from alure.engine.errors import AlureError, InputError
+from alure.engine.store.location import Location, filesystem, half_written, storage_options
+from alure.engine.store.s3 import without_xml
+from alure.engine.store.transactions import read_transactions
 
 COMMIT_ATTEMPTS = 50  # each after losing a race to another commit, so some writer gains with every one
 
@@ -31,28 +33,26 @@ class DataFile(NamedTuple):
 class DataTable:
     """A Delta table. Its schema is that of the first write (the type of ids is the input's), then it is fixed."""
 
-    def __init__(self, path: Path, partition_by: list[str], row_group_rows: int = 65_536) -> None:
+    def __init__(self, path: Location, partition_by: list[str], row_group_rows: int = 65_536) -> None:
         self.path = path
         self.partition_by = partition_by
         self.row_group_rows = row_group_rows
 
     def exists(self) -> bool:
-        return DeltaTable.is_deltatable(str(self.path))
+        with reading(self.path):
+            return DeltaTable.is_deltatable(str(self.path), storage_options(self.path))
 
     def open(self) -> DeltaTable:
-        return DeltaTable(str(self.path))
+        with reading(self.path):
+            return DeltaTable(str(self.path), storage_options=storage_options(self.path))
 
     def schema(self) -> pa.Schema:
-        return pa.schema(self.open().schema().to_arrow(as_large_types=False))
+        return _schema_of(self.open())
 
-    def ensure(self, schema: pa.Schema) -> None:
-        """Create the table, or raise InputError where it exists with other columns or types."""
-        if not self.exists():
-            try:
-                DeltaTable.create(str(self.path), schema, mode="ignore", partition_by=self.partition_by)
-            except (DeltaError, OSError) as error:
-                raise refused(self.path, error) from error
-        have = self.schema()
+    def ensure(self, schema: pa.Schema) -> DeltaTable:
+        """A snapshot, of the table made where there is none. InputError where it has other columns or types."""
+        table = self.open() if self.exists() else self._create(schema)
+        have = _schema_of(table)
         for field in schema:
             place = have.get_field_index(field.name)
             if place < 0 or not _same(have.field(place), field):
@@ -61,30 +61,47 @@ class DataTable:
                     f"{self.path}: column {field.name}: the store has {found}, this write has {_described(field)}; "
                     "use another store for data of another shape"
                 )
+        return table
+
+    def _create(self, schema: pa.Schema) -> DeltaTable:
+        """The table, or that of another process that was first."""
+        try:
+            return DeltaTable.create(
+                str(self.path),
+                schema,
+                mode="ignore",
+                partition_by=self.partition_by,
+                storage_options=storage_options(self.path),
+                commit_properties=CommitProperties(max_commit_retries=0),  # a retry would define the table anew
+            )
+        except (DeltaError, OSError) as error:
+            if self.exists():
+                return self.open()
+            raise refused(self.path, error) from error
 
     def written(self, group: str, parts: Sequence[str]) -> set[str]:
         """Those of `parts` that `append_once` wrote to the group, from one snapshot."""
         if not self.exists():
             return set()
-        table = self.open()
-        version = _removals(table, group) + 1
-        return {part for part in parts if table.transaction_version(f"{group}/{part}") == version}
+        known = self.transactions(self.open())
+        version = known.get(_removal(group), 0) + 1
+        return {part for part in parts if known.get(f"{group}/{part}") == version}
 
     def append_once(self, data: pa.Table, group: str, part: str) -> bool:
         """Append `data` in one commit unless this part of the group is there already; whether it was appended.
 
         Two writers of one part may race: Delta lets one commit, the other sees it here and returns False.
         """
-        self.ensure(data.schema)
-        app_id = f"{group}/{part}"
+        table, app_id = self.ensure(data.schema), f"{group}/{part}"
         for _ in range(COMMIT_ATTEMPTS):
-            table = self.open()
-            version = _removals(table, group) + 1
-            if table.transaction_version(app_id) == version:
+            known = self.transactions(table)
+            version = known.get(_removal(group), 0) + 1
+            if known.get(app_id) == version:
                 return False
             once = CommitProperties(app_transactions=[Transaction(app_id, version)])
             if self.commit(table, data, once):
                 return True
+            table = self.open()
         raise AlureError(f"{self.path}: lost {COMMIT_ATTEMPTS} races to commit {app_id}; run again")
 
     def commit(self, table: DeltaTable, data: pa.Table, properties: CommitProperties) -> bool:
@@ -101,12 +118,18 @@ class DataTable:
     def remove(self, group: str, **partition: str) -> None:
         """Remove a partition, which is the whole of a group; the group's parts then count as not written."""
         table = self.open()
-        removed = CommitProperties(app_transactions=[Transaction(_removal(group), _removals(table, group) + 1)])
+        removals = self.transactions(table).get(_removal(group), 0)
+        removed = CommitProperties(app_transactions=[Transaction(_removal(group), removals + 1)])
         table.delete(_predicate(partition), commit_properties=removed)
 
     def delete(self, **partition: str) -> None:
         """Remove a partition (no file is rewritten); losing a race to an append is retried by Delta itself."""
         self.open().delete(_predicate(partition))
+
+    def transactions(self, snapshot: DeltaTable) -> dict[str, int]:
+        """{application: version}. Parts of a group that was removed since have an earlier one than is asked for."""
+        with reading(self.path):
+            return read_transactions(filesystem(self.path), snapshot.version())
 
     def append_stream(self, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> int:
         """Append all `batches` in one commit and return the number of rows; nothing is committed if `batches` raises.
@@ -114,13 +137,13 @@ class DataTable:
         The writer has its own thread: it compresses one batch while the caller's iterator makes the next, and signals
         reach the main thread between batches.
         """
-        self.ensure(schema)
+        table = self.ensure(schema)
         waiting: queue.Queue[object] = queue.Queue(maxsize=2)
         reader = pa.RecordBatchReader.from_batches(schema, _handed_over(waiting))
         rows = 0
         with ThreadPoolExecutor(1, thread_name_prefix=f"write {self.path.name}") as pool:
             writer = writer_properties(schema, self.row_group_rows)
-            write = pool.submit(write_deltalake, str(self.path), reader, mode="append", writer_properties=writer)
+            write = pool.submit(write_deltalake, table, reader, mode="append", writer_properties=writer)
             try:
                 for batch in batches:
                     rows += batch.num_rows
@@ -157,13 +180,14 @@ class DataTable:
         if not self.exists():
             return []
         before = time.time() - 3600 * grace_hours
-        torn = [path for path in self.path.rglob("*#*") if path.stat().st_mtime < before]
+        torn = half_written(self.path, before)
         if not dry_run:
             for path in torn:
-                path.unlink(missing_ok=True)
+                with suppress(FileNotFoundError):
+                    filesystem(self.path).delete_file(path)
         hours = math.ceil(grace_hours)
         unread = self.open().vacuum(hours, dry_run, enforce_retention_duration=False, full=True)
-        return [*unread, *(str(path.relative_to(self.path)) for path in torn)]
+        return [*unread, *torn]
 
     def dataset(self, snapshot: DeltaTable | None = None) -> ds.Dataset:
         """The rows of a snapshot (None: of now).
@@ -171,8 +195,7 @@ class DataTable:
         Read by Arrow's own file system: Delta's is in Python, and threads of Arrow that still hold its files when the
         interpreter ends abort the process.
         """
-        local = fs.SubTreeFileSystem(str(self.path.resolve()), fs.LocalFileSystem())
-        return (snapshot or self.open()).to_pyarrow_dataset(filesystem=local)
+        return (snapshot or self.open()).to_pyarrow_dataset(filesystem=filesystem(self.path))
 
     def part(self, where: ds.Expression) -> ds.Dataset:
         """The files of now that `where` does not rule out by their partition, as a dataset to be read many times."""
@@ -194,10 +217,28 @@ class DataTable:
         return self.dataset().count_rows(filter=where)
 
 
-def refused(path: Path, error: Exception) -> AlureError:
-    """What a failed write says: one line, without the library's colours."""
-    said = " ".join(re.sub(r"\x1b\[[0-9;]*m", "", str(error)).split())
+def refused(path: Location, error: Exception) -> AlureError:
+    """What a failed write says."""
+    said = in_one_line(error)
     return AlureError(f"{path}: nothing was committed: {said}; run the same command again once that is mended")
+
+
+@contextmanager
+def reading(path: Location) -> Iterator[None]:
+    """Turns the error of a disk or a server that cannot be read into ours."""
+    try:
+        yield
+    except OSError as error:
+        raise AlureError(f"{path}: cannot be read: {in_one_line(error)}") from error
+
+
+def in_one_line(error: Exception) -> str:
+    """Without the library's colours and a server's XML."""
+    return without_xml(re.sub(r"\x1b\[[0-9;]*m", "", str(error)))
+
+
+def _schema_of(table: DeltaTable) -> pa.Schema:
+    return pa.schema(table.schema().to_arrow(as_large_types=False))
 
 
 def _partition(row: dict[str, Any]) -> dict[str, str]:
@@ -210,11 +251,6 @@ def _predicate(partition: dict[str, str]) -> str:
 
 def _removal(group: str) -> str:
     return f"{group}/removed"
-
-
-def _removals(table: DeltaTable, group: str) -> int:
-    """How often the group was removed. Parts written before carry an earlier version than what is asked for now."""
-    return table.transaction_version(_removal(group)) or 0
 
 
 def writer_properties(schema: pa.Schema, row_group_rows: int) -> WriterProperties:

@@ -1,4 +1,4 @@
-"""EmbeddingStore: a folder of Delta tables that stages meet in.
+"""EmbeddingStore: a folder of Delta tables, on a disk or in an S3-compatible bucket, that stages meet in.
 
 STORE/generations   the publication log; what is not there is invisible
 STORE/embeddings    one row a user and generation, written in units of users, each unit exactly once
@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from pathlib import Path
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -27,6 +26,7 @@ from alure.engine.errors import AlureError, InputError
 from alure.engine.store.checksums import Checksums
 from alure.engine.store.delta import DataTable
 from alure.engine.store.generations import Generation, GenerationLog
+from alure.engine.store.location import Location, locate, make, reach
 from alure.engine.store.rows import (
     EMBEDDING_COLUMNS,
     check_unit,
@@ -55,15 +55,17 @@ class EmbeddingMatrix:
 
 
 class EmbeddingStore:
-    """`EmbeddingStore(path, create=True)` makes the folder where there is none.
+    """`EmbeddingStore(path, create=True)` makes the folder where there is none. path: of a disk, or s3://bucket/prefix,
+    with credentials, region and endpoint in the environment (AWS_ACCESS_KEY_ID and the like).
 
     `generation=None` means the newest published one everywhere; a `Generation` that was looked up before is
     read without another look at the log. Reading what is not published raises InputError. Embeddings are float32 to
     readers, whatever type the store keeps them in, which is one for all its generations.
     """
 
-    def __init__(self, path: str | Path, *, create: bool = False) -> None:
-        self.path = Path(path)
+    def __init__(self, path: str | Location, *, create: bool = False) -> None:
+        self.path = locate(path)
+        reach(self.path)
         self.log = GenerationLog(self.path / "generations")
         self.checksums = Checksums(self.path)
         self.embeddings = DataTable(self.path / "embeddings", ["generation", "country"], ROW_GROUP_ROWS)
@@ -74,7 +76,7 @@ class EmbeddingStore:
         if not self.log.log.exists():
             if not create:
                 raise InputError(f"store: {self.path} is not an embedding store; `alure refresh --store` makes one")
-            self.path.mkdir(parents=True, exist_ok=True)
+            make(self.path)
             self.log.create()
 
     def tables(self) -> list[DataTable]:
@@ -302,7 +304,7 @@ class EmbeddingStore:
         return rows
 
     def read_range(
-        self, generation: str, country: str, bounds: tuple[Any, Any], columns: Sequence[str] | None = None
+        self, generation: GenerationName, country: str, bounds: tuple[Any, Any], columns: Sequence[str] | None = None
     ) -> pa.Table:
         """`columns` (default: all) of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order;
         embeddings as they are stored, to be written again.

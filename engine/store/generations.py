@@ -8,7 +8,6 @@ import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -17,6 +16,7 @@ from deltalake import CommitProperties, Transaction
 
 from alure.engine.errors import AlureError, InputError
 from alure.engine.store.delta import COMMIT_ATTEMPTS, DataTable
+from alure.engine.store.location import Location
 
 TABLES = ("embeddings", "graph", "candidates", "popularity", "clusters")
 
@@ -75,7 +75,7 @@ class Generation:
 
 
 class GenerationLog:
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Location) -> None:
         self.log = DataTable(path, partition_by=[])
 
     def create(self) -> None:

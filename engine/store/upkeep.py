@@ -1,15 +1,14 @@
 """Upkeep of a store: verify what is published, roll it back, vacuum what nobody reads any more."""
 
-import shutil
 import time
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 from alure.engine.errors import AlureError, InputError
 from alure.engine.store.checksums import EMBEDDINGS
 from alure.engine.store.delta import DataTable
 from alure.engine.store.embedding_store import EmbeddingStore
 from alure.engine.store.generations import Generation
+from alure.engine.store.location import remove, size_of
 
 GRACE_HOURS = 168.0  # a week: readers that began before, and a job that may still be resumed
 
@@ -128,7 +127,7 @@ def vacuum(
     files, size = 0, 0
     for data in store.tables():
         unread = data.vacuum(grace_hours, dry_run=True)
-        files, size = files + len(unread), size + sum(_size(data.path / file) for file in unread)
+        files, size = files + len(unread), size + size_of(data.path, unread)
         if not dry_run:
             data.vacuum(grace_hours, dry_run=False)
     return VacuumReport(dry_run, kept, list(removed), files, size)
@@ -158,11 +157,7 @@ def _writes(data: DataTable) -> dict[tuple[str, str], float]:
 def _remove(store: EmbeddingStore, data: DataTable, generation: str, write: str) -> None:
     if write == EMBEDDINGS:
         data.remove(generation, generation=generation)
-        shutil.rmtree(store.path / "leases" / generation, ignore_errors=True)
+        remove(store.path / "leases" / generation)
     else:
         data.delete(write_id=write)
     store.checksums.forget(generation, write)
-
-
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0

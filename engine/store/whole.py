@@ -5,7 +5,6 @@ So a rewrite replaces the old rows at the stroke of its publication, and rows of
 
 import uuid
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
@@ -15,6 +14,7 @@ from alure.engine.errors import AlureError, InputError
 from alure.engine.store.checksums import Checksums
 from alure.engine.store.delta import DataTable
 from alure.engine.store.generations import Generation, GenerationLog
+from alure.engine.store.location import Location
 from alure.engine.store.rows import STRINGS, conform, id_type, in_order
 from alure.engine.store.vectors import FLOATS
 
@@ -36,7 +36,7 @@ COLUMNS: dict[str, list[str]] = {
 class WholeTable:
     """One of `SHAPES` in the folder of a store."""
 
-    def __init__(self, path: Path, table: str, log: GenerationLog, checksums: Checksums) -> None:
+    def __init__(self, path: Location, table: str, log: GenerationLog, checksums: Checksums) -> None:
         self.table, self.log, self.checksums = table, log, checksums
         self.named_by, row_group_rows = SHAPES[table]
         partitions = ["generation", *([self.named_by] if self.named_by else []), "write_id"]

@@ -12,7 +12,7 @@ from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
 from alure.engine.refresh import RefreshJob, RefreshReport
 from alure.engine.refresh.embedder import Work
-from alure.engine.refresh.leases import EXPIRES_S, Leases
+from alure.engine.refresh.leases import EXPIRES_S, FileLeases
 from alure.engine.refresh.watch import Watch
 from alure.engine.store import EmbeddingStore
 
@@ -64,10 +64,10 @@ def test_a_dead_workers_unit_is_taken_over(
 
 
 def test_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def held_by(holder: str, seconds_ago: float) -> Leases:
+    def held_by(holder: str, seconds_ago: float) -> FileLeases:
         monkeypatch.setattr("alure.engine.refresh.leases.socket.gethostname", lambda: holder.rpartition(":")[0])
         monkeypatch.setattr("alure.engine.refresh.leases.os.getpid", lambda: int(holder.rpartition(":")[2]))
-        leases = Leases(tmp_path)
+        leases = FileLeases(tmp_path)
         os.utime(leases.mine, (time.time() - seconds_ago,) * 2)
         return leases
 

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -11,11 +12,13 @@ from typing import Any
 
 import pyarrow as pa
 import pytest
+from deltalake import DeltaTable
 from support.store import generation, graph, unit
 
 from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.signals import stop_flag
 from alure.engine.store import EmbeddingStore, Generation
+from alure.engine.store.delta import DataTable
 
 
 @pytest.fixture
@@ -50,6 +53,36 @@ def test_units_are_remembered_past_a_checkpoint_of_the_log(store: EmbeddingStore
     store.embeddings.open().create_checkpoint()
     store.write_unit("g", "1-2", unit([2]))
     assert store.written_units("g", ["0-1", "1-2", "2-3"]) == {"0-1", "1-2"}
+
+
+def test_the_log_is_read_as_delta_reads_it(tmp_path: Path) -> None:
+    """Of every version: parts of two groups, one of them removed, before a checkpoint and after."""
+    data = DataTable(tmp_path, ["letter"])
+    names = [f"{group}/{part}" for group in "ab" for part in ("0", "1", '"txn"', "removed")] + ["never/0"]
+    for group, part in (("a", "0"), ("b", "0"), ("a", '"txn"'), ("", ""), ("a", "1"), ("b", '"txn"'), ("a", "0")):
+        if group:
+            data.append_once(pa.table({"letter": [group], "x": [1]}), group, part)
+        else:
+            data.remove("a", letter="a")
+            data.open().create_checkpoint()
+    for version in range(data.open().version() + 1):
+        snapshot = DeltaTable(tmp_path, version=version)
+        expected = {name: snapshot.transaction_version(name) for name in names}
+        assert data.transactions(snapshot) == {name: found for name, found in expected.items() if found is not None}
+    assert expected["a/0"] == 2
+    assert data.written("a", ["0", "1", '"txn"']) == {"0", "1"}
+
+
+def test_first_writers_at_once_make_one_table(tmp_path: Path) -> None:
+    start = threading.Barrier(4)
+
+    def ensure(folder: Path) -> int:
+        start.wait()
+        return DataTable(folder, []).ensure(pa.schema([("x", pa.int64())])).version()
+
+    with ThreadPoolExecutor(4) as pool:
+        for round_number in range(8):
+            assert list(pool.map(ensure, [tmp_path / f"{round_number}"] * 4)) == [0] * 4
 
 
 def test_writers_of_one_unit_at_once_add_it_once(store: EmbeddingStore) -> None:
