@@ -118,10 +118,10 @@ def summary(data: ReportData) -> dict[str, Any]:
     evaluated = data.report("evaluate")
     recall = {s["name"]: _rounded(s["metrics"]["recall"]) for s in evaluated.get("sets", [])}
     slices = {
-        s["name"]: {
-            kind: {name: _rounded(m["recall"]) for name, m in parts.items()} for kind, parts in s["slices"].items()
-        }
+        f"{s['name']}, {f'{part} users' if kind == 'users' else f'popularity {part}'}": _rounded(found["recall"])
         for s in evaluated.get("sets", [])
+        for kind, parts in s["slices"].items()
+        for part, found in parts.items()
     }
     gains = {
         f"{d['set']} − {d['baseline']}, recall@{d['k']}": {

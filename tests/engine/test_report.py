@@ -215,8 +215,8 @@ def test_summary_holds_the_figures_that_matter(data: ReportData) -> None:
     assert found["users"] == data.log["num_users"]
     assert set(found["recall"]) == {"alure", "popularity"}
     assert "alure − popularity, recall@10" in found["gains"]
-    assert set(found["recall_by_slice"]["alure"]["users"]) == {"cold", "warm"}
-    assert list(found["recall_by_slice"]["alure"]["popularity"]) == [str(part) for part in range(1, 11)]
+    parts = ["cold users", "warm users", *(f"popularity {tenth}" for tenth in range(1, 11))]
+    assert list(found["recall_by_slice"]) == [f"{name}, {part}" for name in ("alure", "popularity") for part in parts]
     assert found["seconds"]["retrieve"] == 1.5
     json.dumps(found, allow_nan=False)
     json.dumps(summary(ReportData(name="Nothing", seed=0, as_of=None, config={})), allow_nan=False)
