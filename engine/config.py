@@ -155,6 +155,11 @@ class TrainingConfig(Section):
     log_q: Literal["negatives", "tfrs", "none"] = Field(
         "negatives", description="log-Q correction: of negatives alone, of the positive too (as TFRS does), or none"
     )
+    item_probability: Literal["exact", "streaming"] = Field(
+        "exact",
+        description="Q of log-Q. exact: counted from the log, of one target a user; streaming: learned from the "
+        "positives as they are drawn (Yi et al. 2019), which needs labels all_action",
+    )
     view_weight: float = Field(
         0.0, ge=0, description="of the user–user loss: two halves of a user's history are each other's positive"
     )
@@ -173,9 +178,11 @@ class TrainingConfig(Section):
     threads: int | None = Field(None, ge=1, description="default: 1 up to width 64, else PyTorch's")
 
     @model_validator(mode="after")
-    def check_validation(self) -> "TrainingConfig":
+    def check_combinations(self) -> "TrainingConfig":
         if self.held_out == "last_event" and self.labels == "all_action":
             raise ValueError("held_out: last_event needs labels next_event or dense_all_action, got all_action")
+        if self.item_probability == "streaming" and self.labels != "all_action":
+            raise ValueError(f"item_probability: streaming needs labels all_action, got {self.labels}")
         if self.patience is not None and self.validate_every is None:
             raise ValueError("patience: counts validations on the way; set validate_every too")
         if self.validate_every is not None and self.held_out == "time" and not self.validation_share:

@@ -105,7 +105,7 @@ class Loop:
         self.model.fill(under("model", saved.tensors), f"training: {self.state.folder}")
         self.optimization.load_state(under("optimizer", saved.tensors))
         facts = saved.facts
-        self.material.sampler.load_state({**facts["sampler"], "round": saved.tensors["sampler.round"].numpy()})
+        self.material.sampler.load_state(facts["sampler"], under("sampler", saved.tensors))
         self.curve.load_state(facts["curve"])
         self.selection.load_state(facts["selection"], under("best", saved.tensors))
         self.step, self.kept, self.seconds = saved.step, facts["kept"], facts["seconds"]
@@ -240,8 +240,8 @@ class Loop:
         tensors = prefixed("model", self.model.state_dict()) | prefixed("optimizer", self.optimization.state())
         if self.selection.best is not None:
             tensors |= prefixed("best", self.selection.best.tensors)
-        sampler = self.material.sampler.state()
-        tensors["sampler.round"] = torch.from_numpy(sampler.pop("round"))
+        sampler, sampled = self.material.sampler.state()
+        tensors |= prefixed("sampler", sampled)
         facts = {
             "sampler": sampler,
             "curve": self.curve.state(),

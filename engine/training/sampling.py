@@ -10,6 +10,8 @@ from torch import Tensor
 from alure.engine.config import TrainingConfig
 from alure.engine.errors import InputError
 from alure.engine.events import EventSequence
+from alure.engine.training.frequency import StreamingFrequency
+from alure.engine.training.state import prefixed, under
 from alure.engine.training.targets import Exposures, Timeline
 
 NOTHING = np.empty(0, np.int64)
@@ -97,6 +99,9 @@ class Sampler:
             )
         self.round = np.empty(0, np.int64)
         self.probability = self._probabilities()
+        self.streaming = None
+        if config.item_probability == "streaming":
+            self.streaming = StreamingFrequency(len(self.probability))
         known = targets.items[targets.timestamps <= until]
         self.universe = np.unique(known)
         self.event_share = np.bincount(known, minlength=targets.items.max() + 1) / max(len(known), 1)
@@ -109,7 +114,8 @@ class Sampler:
 
     def expected_draws(self, items: np.ndarray, num_positives: int, num_negatives: int) -> np.ndarray:
         """Expected times each item is among a batch's candidates: in-batch positives and uniform negatives together."""
-        return num_positives * self.probability[items] + num_negatives / len(self.universe)
+        probability = self.probability[items] if self.streaming is None else self.streaming(items)
+        return num_positives * probability + num_negatives / len(self.universe)
 
     def is_target(self, sequence: EventSequence) -> Tensor:
         """Which events of an ad source are of the targets' types, bool [n]."""
@@ -126,10 +132,13 @@ class Sampler:
         earlier = self.generator.random(len(users)) * self.config.label_horizon
         moved = np.maximum(as_of - earlier.astype(np.int64), self.first_times[users])
         as_of = np.where(self.generator.random(len(users)) < EARLIER_SHARE, np.minimum(moved, as_of), as_of)
+        positives = self._positives(users, as_of)
+        if self.streaming is not None:
+            self.streaming.add(positives.items)
         return Sample(
             users=users,
             as_of=as_of,
-            positives=self._positives(users, as_of),
+            positives=positives,
             shown=[self._exposures(task, users, as_of) for task in self.tasks],
             negatives=self.universe[self.generator.integers(0, len(self.universe), self.config.negatives)],
         )
@@ -157,13 +166,18 @@ class Sampler:
             ends[moved] = self.targets.timestamps[last[moved]]
         return ends
 
-    def state(self) -> dict[str, Any]:
+    def state(self) -> tuple[dict[str, Any], dict[str, Tensor]]:
         """What the next draw depends on beside the log and the configuration; load_state takes it back."""
-        return {"generator": self.generator.bit_generator.state, "round": self.round}
+        tensors = {"round": torch.from_numpy(self.round)}
+        if self.streaming is not None:
+            tensors |= prefixed("streaming", self.streaming.state())
+        return {"generator": self.generator.bit_generator.state}, tensors
 
-    def load_state(self, state: dict[str, Any]) -> None:
-        self.generator.bit_generator.state = state["generator"]
-        self.round = np.asarray(state["round"], np.int64)
+    def load_state(self, facts: dict[str, Any], tensors: dict[str, Tensor]) -> None:
+        self.generator.bit_generator.state = facts["generator"]
+        self.round = tensors["round"].numpy()
+        if self.streaming is not None:
+            self.streaming.load_state(under("streaming", tensors))
 
     def _next_users(self, count: int) -> np.ndarray:
         while len(self.round) < count:

@@ -65,7 +65,15 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> Events:
     return planted_log(tmp_path_factory.mktemp("processes") / "events", num_users=40)
 
 
-@pytest.mark.parametrize("changes", [{}, {"retrieval_weight": 0.0}, {"validate_every": 2, "patience": 1}])
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"retrieval_weight": 0.0},
+        {"validate_every": 2, "patience": 1},
+        {"item_probability": "streaming", "validation_share": 0.0},
+    ],
+)
 def test_two_processes_make_the_steps_of_one(events: Events, tmp_path: Path, changes: dict) -> None:
     alone = run(events, tmp_path / "alone", **changes)
     together(tmp_path, 2, lambda rank: run(events, tmp_path / "both", **changes))

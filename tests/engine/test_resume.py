@@ -69,6 +69,7 @@ def events(tmp_path_factory: pytest.TempPathFactory) -> Events:
         ({}, [9], 8),
         ({"validate_every": 3}, [4, 5], 6),
         ({"validate_every": 2, "patience": 1}, [3], 2),
+        ({"item_probability": "streaming"}, [3, 4], 4),
     ],
 )
 def test_killed_at_any_step_it_goes_on_to_the_same_curve(

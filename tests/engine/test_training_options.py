@@ -86,6 +86,7 @@ def test_validation_on_the_way_changes_no_step(events: Events, tmp_path: Path) -
         ({"patience": 2}, "set validate_every too"),
         ({"validate_every": 2, "validation_share": 0}, "needs a validation_share above 0"),
         ({"precision": "float16"}, "precision"),
+        ({"item_probability": "streaming", "labels": "next_event"}, "streaming needs labels all_action"),
     ],
 )
 def test_options_that_do_not_fit(changes: dict, message: str) -> None:
