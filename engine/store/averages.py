@@ -1,8 +1,8 @@
 """Embeddings averaged over the last generations, when they are read; what is stored stays each generation's own.
 
 A mean over the last few (SUM serves one, arXiv 2311.09544) lets readers follow a retrained model slowly, and it takes
-out noise, where a night has any. An average that was stored would be averaged again by the next, a mean of means without
-an end, and a user carried forward could no longer be told from one whose embedding was made anew.
+out noise, where a night has any. An average that was stored would be averaged again by the next, a mean of means
+without an end, and a user carried forward could no longer be told from one whose embedding was made anew.
 """
 
 from collections.abc import Sequence
