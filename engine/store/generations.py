@@ -11,8 +11,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.dataset as ds
-from deltalake import CommitProperties, Transaction
+from deltalake import CommitProperties, DeltaTable, Transaction
 
 from alure.engine.errors import AlureError, InputError
 from alure.engine.store.delta import COMMIT_ATTEMPTS, DataTable
@@ -77,18 +76,27 @@ class Generation:
 class GenerationLog:
     def __init__(self, path: Location) -> None:
         self.log = DataTable(path, partition_by=[])
+        self._last_read: tuple[tuple[str, int], list[Generation]] | None = None
 
     def create(self) -> None:
         self.log.ensure(LOG_SCHEMA)
 
+    def _rows(self, snapshot: DeltaTable) -> list[Generation]:
+        """In order. A version of the log never changes; on S3 reading it takes three requests a publication."""
+        version, last = (str(snapshot.metadata().id), snapshot.version()), self._last_read
+        if last is None or last[0] != version:
+            rows = self.log.dataset(snapshot).to_table().sort_by("sequence").to_pylist()
+            last = self._last_read = version, [_from_row(row) for row in rows]
+        return last[1]
+
     def published(self, table: str | None = None) -> list[Generation]:
         """What is visible, in order of publication: of every (generation, table, name) its newest publication."""
-        newest = _newest(_read(self.log.dataset()))
+        newest = _newest(self._rows(self.log.open()))
         return [row for row in newest if not row.withdrawn and table in (None, row.table)]
 
     def withdrawn(self) -> list[Generation]:
         """What a rollback hid: publications whose newest row says so; `published_at` is when."""
-        return [row for row in _newest(_read(self.log.dataset())) if row.withdrawn]
+        return [row for row in _newest(self._rows(self.log.open())) if row.withdrawn]
 
     def find(self, generation: str, table: str, name: str = "") -> Generation | None:
         return next((row for row in self.published(table) if row.key == (generation, table, name)), None)
@@ -124,7 +132,7 @@ class GenerationLog:
         """
         for _ in range(COMMIT_ATTEMPTS):
             snapshot = self.log.open()
-            rows = _read(self.log.dataset(snapshot))
+            rows = self._rows(snapshot)
             chosen = decide(_newest(rows))
             if not chosen:
                 return []
@@ -167,11 +175,6 @@ def _called(generation: Generation) -> str:
 
 def _canonical(properties: Mapping[str, Any]) -> str:
     return json.dumps(properties, sort_keys=True)
-
-
-def _read(log: ds.Dataset) -> list[Generation]:
-    rows = log.to_table().sort_by("sequence").to_pylist()
-    return [_from_row(row) for row in rows]
 
 
 def _newest(rows: list[Generation]) -> list[Generation]:
