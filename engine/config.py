@@ -72,6 +72,9 @@ class ModelConfig(Section):
     compression_rank: int = Field(8, ge=1, description="r, columns of Y in X(XᵀY)")
     causal: bool = False
     window: int | None = Field(None, ge=1)
+    exchange: bool = Field(
+        False, description="between layers every source's tokens hear the means of the user's other sources"
+    )
     buckets_per_octave: int = Field(2, ge=1, description="time thresholds a doubling")
     max_position: int = Field(1024, ge=1, description="rows of the position table; older events share the last")
     periods: list[int] = Field(
@@ -98,6 +101,12 @@ class ModelConfig(Section):
         for name, heads in [("heads", self.heads), *((f"sources.{s}.heads", c.heads) for s, c in self.sources.items())]:
             if heads and self.width % heads:
                 raise ValueError(f"{name}: expected a divisor of width ({self.width}), got {heads}")
+        return self
+
+    @model_validator(mode="after")
+    def check_exchange(self) -> "ModelConfig":
+        if self.exchange and self.causal:
+            raise ValueError("exchange: the mean of a source has its later events in it; set causal to false")
         return self
 
 

@@ -11,7 +11,7 @@ import numpy as np
 from torch import nn
 
 from alure.engine.model.compression import DotLinear, Interaction
-from alure.engine.model.layers import Tap
+from alure.engine.model.layers import Exchange, Tap
 from alure.engine.model.user_model import SourceStack, UserModel
 from alure.kernels.attention.arguments import UNLIMITED
 from alure.kernels.compression.interaction import LARGEST_HEAD
@@ -38,6 +38,9 @@ class SourceFlops:
             seeds = tap.seeds.shape[0]
             event += tap.key_value.weight.numel() + 2 * seeds * width
             user += seeds * tap.output.weight.numel()
+        for exchange in stack.exchanges:
+            assert isinstance(exchange, Exchange)
+            user += exchange.weight.numel()
         left, right = stack.window or (UNLIMITED, UNLIMITED)
         return cls(2.0 * event, 2.0 * user, 4.0 * width * len(stack.layers), left, 0 if causal else right)
 

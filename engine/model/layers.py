@@ -16,6 +16,7 @@ from alure.kernels.attention import (
     position_thresholds,
     time_thresholds,
 )
+from alure.kernels.jagged import segment_ids
 
 LONGEST_POSITION = 4_096  # farther apart shares a bucket
 
@@ -122,6 +123,31 @@ def _attend(layers: list[AttentionLayer], q: Tensor, k: Tensor, v: Tensor, plan:
     time_bias = grouped_time_bias([layer.time_bias() for layer in layers if layer.time_bias])
     position_bias = grouped_position_bias([layer.position_bias() for layer in layers if layer.position_bias])
     return jagged_attention(q, k, v, plan=plan, time_bias=time_bias, position_bias=position_bias)
+
+
+class Exchange(nn.Module):
+    """What one source's tokens hear of a user's other sources between two layers (InterFormer's cross summary).
+
+    The means of the other sources' tokens, through one linear map that begins at zero.
+    """
+
+    def __init__(self, config: ModelConfig, others: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros(config.width, others * config.width))
+        self.dropout = nn.Dropout(config.dropout)
+
+    def forward(self, x: Tensor, offsets: Tensor, summaries: Tensor) -> Tensor:
+        """x [n, d] of P users, offsets [P + 1], summaries [P, others, d] → [n, d]."""
+        heard = self.dropout(F.linear(summaries.flatten(1), self.weight)).to(x.dtype)
+        # the gradient of an embedding is summed in one order, that of an index is not
+        return x + F.embedding(segment_ids(offsets, x.shape[0]), heard)
+
+
+def summarize(x: Tensor, offsets: Tensor) -> Tensor:
+    """Mean of each user's tokens, RMS 1: x [n, d], offsets [P + 1], no user without tokens → [P, d]."""
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    mean = torch.segment_reduce(wide, "mean", lengths=offsets.diff().to(torch.int64), unsafe=True)
+    return F.rms_norm(mean, mean.shape[1:], eps=1e-6).to(x.dtype)
 
 
 class SourceContext(NamedTuple):

@@ -83,27 +83,37 @@ class EventSchema(BaseModel):
 
 
 def module_plan(config: ModelConfig, schema: EventSchema) -> dict[str, list[int]]:
-    """source: its tapped layers, counted from 1, ascending. Untapped sources are left out, as nothing reads them.
+    """source: its tapped layers, counted from 1, ascending. Untapped sources are left out, and not heard by others.
 
-    Raises InputError where the configuration names a source or a layer that does not exist.
+    Raises InputError where the configuration names a source or a layer that does not exist, or an exchange has nothing to exchange.
     """
     known = ", ".join(schema.sources)
     unknown = sorted(set(config.sources) - set(schema.sources))
     if unknown:
         raise InputError(f"model.sources: the event log has no source {', '.join(unknown)}; it has {known}")
     depth = {name: _depth(config, name) for name in schema.sources}
-    if config.taps is None:
-        return {name: list(range(1, depth[name] + 1)) for name in schema.sources}
+    plan = {name: list(range(1, depth[name] + 1)) for name in schema.sources}
+    if config.taps is not None:
+        plan = _tapped(config.taps, depth)
+    if config.exchange and (len(plan) < 2 or max(layers[-1] for layers in plan.values()) < 2):
+        raise InputError(
+            "model.exchange: expected two sources and two layers or more, as sources exchange between layers; got "
+            + ", ".join(f"{name} to layer {layers[-1]}" for name, layers in plan.items())
+        )
+    return plan
+
+
+def _tapped(taps: list[tuple[int, str]], depth: dict[str, int]) -> dict[str, list[int]]:
     plan: dict[str, set[int]] = {}
-    for layer, source in config.taps:
+    for layer, source in taps:
         if source not in depth:
-            raise InputError(f"model.taps: the event log has no source {source!r}; it has {known}")
+            raise InputError(f"model.taps: the event log has no source {source!r}; it has {', '.join(depth)}")
         if not 1 <= layer <= depth[source]:
             raise InputError(f"model.taps: {source} has layers 1 to {depth[source]}, got layer {layer}")
         plan.setdefault(source, set()).add(layer)
     if not plan:
         raise InputError("model.taps: expected at least one (layer, source) pair, got none")
-    return {name: sorted(plan[name]) for name in schema.sources if name in plan}
+    return {name: sorted(plan[name]) for name in depth if name in plan}
 
 
 def _depth(config: ModelConfig, source: str) -> int:

@@ -17,7 +17,7 @@ from alure.engine.model.catalog import Catalog
 from alure.engine.model.checkpoint import fill, read_checkpoint
 from alure.engine.model.compression import make_compression
 from alure.engine.model.encoder import SourceEncoder
-from alure.engine.model.layers import AttentionLayer, SourceContext, Tap, run_together
+from alure.engine.model.layers import AttentionLayer, Exchange, SourceContext, Tap, run_together, summarize
 from alure.engine.model.schema import EventSchema, module_plan
 from alure.engine.ranges import op
 from alure.kernels import AttentionPlan
@@ -32,9 +32,11 @@ class UserState(NamedTuple):
 
 
 class SourceStack(nn.Module):
-    """One source's own encoder, layers and taps."""
+    """One source's own encoder, layers and taps; with model.exchange what it hears of the `others` between layers."""
 
-    def __init__(self, config: ModelConfig, schema: EventSchema, source: str, tapped: list[int]) -> None:
+    def __init__(
+        self, config: ModelConfig, schema: EventSchema, source: str, tapped: list[int], others: list[str]
+    ) -> None:
         super().__init__()
         own = config.sources.get(source)
         heads = own.heads if own and own.heads else config.heads
@@ -44,6 +46,8 @@ class SourceStack(nn.Module):
         self.encoder = SourceEncoder(config, len(schema.event_attributes(source)), schema.event_dense_dim(source))
         self.layers = nn.ModuleList(AttentionLayer(config, heads) for _ in range(tapped[-1]))
         self.taps = nn.ModuleDict({str(layer): Tap(config, heads) for layer in tapped})
+        self.others = others
+        self.exchanges = nn.ModuleList(Exchange(config, len(others)) for _ in self.layers[1:] if config.exchange)
 
     def layer(self, depth: int) -> AttentionLayer:
         found = self.layers[depth - 1]
@@ -55,6 +59,14 @@ class SourceStack(nn.Module):
             return None
         found = self.taps[str(depth)]
         assert isinstance(found, Tap)
+        return found
+
+    def exchange(self, depth: int) -> Exchange | None:
+        """What is between layer `depth` and the next one."""
+        if depth > len(self.exchanges):
+            return None
+        found = self.exchanges[depth - 1]
+        assert isinstance(found, Exchange)
         return found
 
 
@@ -88,6 +100,16 @@ class Stream:
             return
         self.pooled.append(spread(tap(context, self.snapshot_times), self.present, self.users))
         self.context = context._replace(offsets=self.sequence.offsets)
+
+    def summary(self) -> Tensor:
+        """[B, d], zeros for users without events in the source."""
+        return spread(summarize(self.tokens, self.offsets), self.present, self.users)
+
+    def hear(self, exchange: Exchange, summaries: dict[str, Tensor]) -> None:
+        """The tokens after an exchange, of the summaries of the sources that have any events."""
+        silent = self.tokens.new_zeros(self.users, self.tokens.shape[1])
+        others = torch.stack([summaries.get(source, silent) for source in self.stack.others], dim=1)
+        self.tokens = exchange(self.tokens, self.offsets, others[self.present])
 
 
 def plan_together(streams: list[Stream], causal: bool) -> AttentionPlan:
@@ -127,7 +149,10 @@ class UserModel(nn.Module):
         self.mixed_precision = False  # layers and taps in bfloat16 under autocast, over float32 weights
         self.table = nn.Parameter(torch.randn(config.hash_rows, config.attribute_width) * config.attribute_width**-0.5)
         plan = module_plan(config, schema)
-        self.stacks = nn.ModuleList(SourceStack(config, schema, source, tapped) for source, tapped in plan.items())
+        self.stacks = nn.ModuleList(
+            SourceStack(config, schema, source, tapped, [other for other in plan if other != source])
+            for source, tapped in plan.items()
+        )
         self.num_taps = sum(len(tapped) for tapped in plan.values())
         self.compression = make_compression(config, self.num_taps * config.seeds)
         self.register_buffer("rotations", None)
@@ -259,6 +284,17 @@ class UserModel(nn.Module):
                     for stream, tokens in zip(together, found):
                         stream.tokens = tokens
                         stream.pool(depth)
+            if self.config.exchange:
+                with op("exchange"):
+                    exchange_after(depth, streams)
+
+
+def exchange_after(depth: int, streams: list[Stream]) -> None:
+    """What the sources tell one another after layer `depth`; one that has no more layers tells what its last found."""
+    hearing = [(stream, found) for stream in streams if (found := stream.stack.exchange(depth)) is not None]
+    summaries = {stream.stack.source: stream.summary() for stream in streams} if hearing else {}
+    for stream, found in hearing:
+        stream.hear(found, summaries)
 
 
 def check_every_event(config: ModelConfig, schema: EventSchema) -> None:

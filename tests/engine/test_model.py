@@ -47,6 +47,7 @@ SHAPES = [
     {"taps": [(1, "click"), (2, "view")]},
     {"sources": {"view": {"layers": 1, "heads": 4}, "click": {"layers": 3, "window": 2}}},
     {"bias_periods": []},
+    {"exchange": True, "sources": {"view": {"layers": 1, "heads": 4}}},
 ]
 
 
@@ -68,8 +69,10 @@ def test_order_of_users_does_not_matter(events: Events) -> None:
     )
 
 
-def test_changing_one_user_leaves_the_others_bit_identical(events: Events) -> None:
-    model, catalog = make(events), make(events).catalog(events)
+@pytest.mark.parametrize("exchange", [False, True])
+def test_changing_one_user_leaves_the_others_bit_identical(events: Events, exchange: bool) -> None:
+    model = make(events, exchange=exchange)
+    catalog = model.catalog(events)
     batch = events.batch(range(12), events.manifest.last_timestamp)
     before, changed = model(batch, catalog), 5
     sequences = {}
@@ -93,8 +96,8 @@ def test_users_with_few_or_no_events(tmp_path: Path) -> None:
     view = SourceRows(user, np.array([START, START + 9, START + 9]), item)
     click = SourceRows(np.array([3]), np.array([START + 5]), np.array([1]))
     events = write_log(tmp_path, LogParts(4, 5, {"view": view, "click": click}))
-    for compression in ("dot_linear", "interaction"):
-        model = make(events, compression=compression)
+    for changes in ({}, {"compression": "interaction"}, {"exchange": True}):
+        model = make(events, **changes)
         together = embed(model, events, range(4))
         assert torch.isfinite(together).all()
         torch.testing.assert_close(

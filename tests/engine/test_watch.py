@@ -358,6 +358,7 @@ def test_visible_pairs_are_those_of_the_rules(case: tuple[list[int], list[int], 
         {"compression": "interaction", "num_embeddings": 3},
         {"compression": "interaction", "width": 272, "heads": 2},  # wider than a head: keys and values are projected
         {"sources": {"click": {"heads": 4, "window": 2}}, "bias_periods": [], "encoders": ["gap"]},
+        {"exchange": True, "layers": 3, "sources": {"click": {"layers": 2}}},
     ],
 )
 def test_flops_from_lengths_are_those_of_the_operators(world: Path, tmp_path: Path, changes: dict[str, Any]) -> None:
