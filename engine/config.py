@@ -86,6 +86,11 @@ class ModelConfig(Section):
     )
     time_bias: bool = Field(True, description="attention's bias by time difference: table and bias_periods")
     position_bias: bool = Field(True, description="attention's bias by distance in the sequence")
+    ad_level: Literal["item", "account"] = Field(
+        "item",
+        description="what the two-tower head retrieves: items, by their ids and content, or accounts (advertisers), by "
+        "their id alone, so that all items of an account have one vector",
+    )
     dropout: float = Field(0.0, ge=0, lt=1, description="share of token and branch channels left out while training")
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
 

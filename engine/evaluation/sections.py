@@ -144,7 +144,7 @@ def _validation(found: Mapping[str, Any]) -> tuple[list[tuple[str, float, float,
     for k, value in (retrieval.get("recall") or {}).items():
         base = retrieval["popularity_recall"][k]
         groups.append((f"recall@{k}", value, base, "popularity"))
-        on = f"{count(retrieval['users'])} users, {count(retrieval['items'])} items"
+        on = f"{count(retrieval['users'])} users, {count(retrieval['items'])} {retrieval.get('level', 'item')}s"
         rows.append([f"Two-tower recall@{k}", f"{value:.4f}", f"{base:.4f} (popularity)", on])
     if retrieval.get("note"):
         rows.append(["Two-tower recall", "not measured", "", retrieval["note"]])

@@ -85,7 +85,7 @@ class EventSchema(BaseModel):
 def module_plan(config: ModelConfig, schema: EventSchema) -> dict[str, list[int]]:
     """source: its tapped layers, counted from 1, ascending. Untapped sources are left out, and not heard by others.
 
-    Raises InputError where the configuration names a source or a layer that does not exist, or an exchange has nothing to exchange.
+    Raises InputError where the configuration names a source or a layer that does not exist, or an exchange is of none.
     """
     known = ", ".join(schema.sources)
     unknown = sorted(set(config.sources) - set(schema.sources))

@@ -21,12 +21,18 @@ TEMPERATURE_FLOOR = 0.01
 
 
 class AdTower(nn.Module):
-    """An ad's hashed ids and content vector to k unit embeddings, comparable with a user's."""
+    """An ad's hashed ids and content vector to k unit embeddings, comparable with a user's.
+
+    Where model.ad_level is account, the id of its account alone: an advertiser tower.
+    """
 
     def __init__(self, config: ModelConfig, schema: EventSchema) -> None:
         super().__init__()
         self.shape = (config.num_embeddings, config.width)
+        self.of_accounts = config.ad_level == "account"
         inputs = len(schema.item_attributes) * config.attribute_width + schema.dense_dim
+        if self.of_accounts:
+            inputs = config.attribute_width
         outputs = config.num_embeddings * config.width
         self.hidden = nn.Linear(inputs, 2 * config.width)
         self.output = nn.Linear(2 * config.width, outputs)
@@ -34,9 +40,10 @@ class AdTower(nn.Module):
 
     def forward(self, items: Tensor, catalog: Catalog, table: Tensor) -> Tensor:
         """items int64 [N] (index) → [N, k, d], each of length 1. `table` is the user model's."""
-        table, rows = gather_rows(table, {"items": catalog.item_rows(items)})
+        ids = catalog.item_accounts[items, None] if self.of_accounts else catalog.item_rows(items)
+        table, rows = gather_rows(table, {"items": ids})
         found = F.embedding(rows["items"].clamp_min(0), table) * (rows["items"] >= 0)[..., None]
-        dense = catalog.item_dense(items)
+        dense = None if self.of_accounts else catalog.item_dense(items)
         x = found.flatten(1) if dense is None else torch.cat([found.flatten(1), dense], dim=1)
         ads = self.skip(x) + self.output(F.silu(self.hidden(x)))
         return F.normalize(ads.view(-1, *self.shape), dim=-1)

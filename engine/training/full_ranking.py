@@ -81,6 +81,8 @@ def rank_truth(
 ) -> FullRanking:
     """HR@K and NDCG@K of a checkpoint on `truth` (Parquet: user_id, item_id; one row a user) after the whole log."""
     model = AlureModel.load(model_folder)
+    if model.config.ad_level == "account":
+        raise InputError(f"model: {model_folder} retrieves accounts (model.ad_level), it cannot rank the items of one")
     catalog = model.user.catalog(events)
     if not truth.is_file():
         raise InputError(f"truth: {truth} does not exist; expected a Parquet file with user_id and item_id")

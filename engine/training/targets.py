@@ -4,7 +4,7 @@ Everything is point-in-time: an embedding of snapshot T reads events with timest
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
@@ -104,6 +104,28 @@ class AdEvents:
             known = ", ".join(self.names) or "none"
             raise InputError(f"{what}: the log has no event type {', '.join(unknown)}; it has {known}")
         return self.where(np.isin(self.event_types, [self.names.index(name) for name in wanted]))
+
+    def of_accounts(self, item_accounts: np.ndarray) -> "AdEvents":
+        """The same with the first item of its account in place of each item; those of no account are left out.
+
+        For an ad tower that reads the account alone: what is counted, drawn and masked by item then is by account.
+        item_accounts: int [num_items] account index, −1 for none. InputError where all are −1.
+        """
+        if (item_accounts < 0).all():
+            raise InputError(
+                "model.ad_level: account needs items with accounts, this log has none; ingest it with account_id in "
+                "the events or in events.items, or set ad_level to item"
+            )
+        _, first, account = np.unique(item_accounts, return_index=True, return_inverse=True)
+        known = item_accounts[self.items] >= 0
+        users, items, timestamps = self.where(known)
+        return replace(
+            self,
+            users=users,
+            items=first[account[items]],
+            timestamps=timestamps,
+            event_types=self.event_types[known],
+        )
 
     def where(self, mask: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         return self.users[mask], self.items[mask], self.timestamps[mask]

@@ -53,10 +53,15 @@ def train(
         raise InputError(f"model: {out} is a file, expected a folder to write the checkpoint into")
     if config.tensorboard is not None:
         check_installed()
+    if model_config.ad_level == "account" and config.labels != "all_action":
+        raise InputError(
+            f"training.labels: {config.labels} has items as labels, and model.ad_level is account; expected all_action"
+        )
     as_of = events.manifest.last_timestamp if as_of is None else as_of
     with processes(device) as group, reproducible(group.device, seed, config.threads or default_threads(model_config)):
         ads = AdEvents.read(events, as_of)
-        targets, tasks, first = find_targets(ads, config), find_exposures(ads, config), first_times(events)
+        wanted = ads.of_accounts(events.items.accounts) if model_config.ad_level == "account" else ads
+        targets, tasks, first = find_targets(wanted, config), find_exposures(ads, config), first_times(events)
         if not tasks and not config.retrieval_weight and not config.view_weight:
             raise InputError(
                 "training: nothing to learn: retrieval_weight is 0 and there is no binary task, as the log lacks the "

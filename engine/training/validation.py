@@ -95,7 +95,10 @@ class Validation:
         return Shown(asked.rows[inside] - begin, line.items[places], line.timestamps[places], labels)
 
     def _retrieval(self, embedded: list[Tensor], model: AlureModel, catalog: Catalog) -> dict[str, Any]:
-        """Recall@K over all items engaged with up to as_of, beside that of the most popular items up to split."""
+        """Recall@K over all items engaged with up to as_of, beside that of the most popular items up to split.
+
+        Over accounts where the model's ads are accounts ("level").
+        """
         targets, rows = self.sampler.targets, self.targets.rows
         if not len(rows):
             return {"users": 0, "note": "no user with events before the split has a target after it"}
@@ -113,6 +116,7 @@ class Validation:
         everybody = np.broadcast_to(popular, (len(users), len(popular)))
         return {
             "users": len(users),
+            "level": model.config.ad_level,
             "items": len(candidates),
             "recall": {str(k): recall_at(top, rows, columns, k) for k in RECALL_AT},
             "popularity_recall": {str(k): recall_at(everybody, rows, columns, k) for k in RECALL_AT},
