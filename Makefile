@@ -26,7 +26,7 @@ test-slow: $(VENV)/.alure-dev  ## the long tests
 test-clusters: $(VENV)/.alure-dev  ## the refresh on real Ray and real Spark, workers killed under way, and the examples of both
 	command -v java >/dev/null || (apt-get update -qq && apt-get install -y --no-install-recommends openjdk-17-jre-headless)
 	$(PIP) install --quiet -c constraints.txt ray "pyspark[sql]" "pandas<3"
-	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -q -rs tests/engine/test_clusters.py
+	OMP_NUM_THREADS=1 $(BIN)/pytest -m slow -q -rs $(FLAGS) tests/engine/test_clusters.py
 
 crash: $(VENV)/.alure-dev  ## for the night: 1,000 kills of a refresh, and every file operation with every fault
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow" -n $$(nproc) --dist worksteal -q -rs tests/engine/test_crash.py
