@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 from matplotlib.axes import Axes
+from matplotlib.ticker import NullLocator
 from torch import nn
 
 from alure.bench.figure import INK, MUTED, OURS, apart, name_at_end, quiet, saved_figure
@@ -35,6 +36,8 @@ SETTINGS: dict[str, Any] = {
 }
 AXES: dict[str, list[int]] = {"length": [8, 32, LENGTH], "width": [16, 32, 64, 128], "depth": [1, 2, 4]}
 COLOURS = {"length": OURS, "width": "#bc4c00", "depth": "#1a7f37"}
+BESIDE = {"length": (3, -11), "width": (3, 5), "depth": (-8, 5)}  # points, from a model's dot to its size
+TICKS = (2, 5, 10, 20, 50, 100)  # MFLOP
 KEYS = {"length": "max_events", "width": "width", "depth": "layers"}
 
 
@@ -115,11 +118,15 @@ def draw(results: Results, path: Path) -> None:
             panel = figure.add_axes((0.05 + 0.5 * index, 0.17, 0.36, 0.7))
             ends = {axis: draw_axis(panel, axis, rows, read) for axis in AXES}
             panel.set_xscale("log")
+            panel.set_xticks(TICKS, [str(tick) for tick in TICKS])
+            panel.xaxis.set_minor_locator(NullLocator())
             panel.set_title(title, loc="left", color=INK, fontsize=9)
             panel.set_xlabel("MFLOP a user", color=MUTED)
             quiet(panel, "y")
             low, high = panel.get_ylim()
-            for (axis, end), place in zip(ends.items(), apart([y for _, y in ends.values()], (high - low) / 12)):
+            places = apart([y for _, y in ends.values()], (high - low) / 12)
+            panel.set_ylim(low, max(high, *places))
+            for (axis, end), place in zip(ends.items(), places):
                 name_at_end(panel, axis, end, place, COLOURS[axis])
 
 
@@ -133,5 +140,7 @@ def draw_axis(panel: Axes, axis: str, rows: list[dict[str, Any]], read: Callable
             points.append((float(np.mean([row["flops_a_user"] for row in own])) / 1e6, float(np.mean(found)), value))
     panel.plot([x for x, _, _ in points], [y for _, y, _ in points], marker="o", ms=4, color=COLOURS[axis])
     for x, y, value in points:
-        panel.annotate(str(value), (x, y), textcoords="offset points", xytext=(3, 5), fontsize=8, color=COLOURS[axis])
+        panel.annotate(
+            str(value), (x, y), textcoords="offset points", xytext=BESIDE[axis], fontsize=8, color=COLOURS[axis]
+        )
     return points[-1][:2] if points else (1.0, 0.0)
