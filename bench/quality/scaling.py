@@ -3,8 +3,7 @@
 One of the three is changed at a time, from the preset small with 128 events a source and 2 layers. Every model is
 trained on the same log of the synthetic ads world with the same steps and seeds. Recall@50 of the two-tower head and
 the click model's NE are of the newest tenth of the engagements, which training did not see. FLOPs are those of the
-products of the forward pass, a mean over the users: two for each weight that an event meets, and four for each channel,
-layer and pair of events that attend to each other.
+products of the forward pass, a mean over the users.
 """
 
 import tempfile
@@ -15,7 +14,6 @@ from typing import Any
 import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.ticker import NullLocator
-from torch import nn
 
 from alure.bench.figure import INK, MUTED, OURS, apart, name_at_end, quiet, saved_figure
 from alure.bench.quality.ablations import ne_of, recall_of, spread
@@ -24,6 +22,7 @@ from alure.bench.quality.snapshots import world_log
 from alure.engine.config import ModelConfig, TrainingConfig
 from alure.engine.events import Events
 from alure.engine.model import UserModel
+from alure.engine.model.flops import ForwardFlops
 from alure.engine.progress import say
 from alure.engine.training import train
 
@@ -79,15 +78,12 @@ def measure(left: list[str], seed: int, scratch: Path, results: Results) -> None
 
 
 def flops_a_user(model: UserModel, events: Events, max_events: int) -> float:
-    """Mean FLOPs of the products of a forward pass over every user's newest `max_events` of each source."""
-    total = 0.0
-    for stack in model.sources():
-        source = events.source(stack.source)
-        lengths = np.minimum(np.diff(np.asarray(source.offsets)), max_events).astype(np.float64)
-        met = stack.encoder.id_weight.numel() + stack.encoder.time_weight.numel()
-        met += sum(part.weight.numel() for part in stack.layers.modules() if isinstance(part, nn.Linear))
-        total += 2.0 * met * lengths.sum() + 4.0 * model.config.width * len(stack.layers) * (lengths**2).sum()
-    return total / events.num_users
+    """Mean FLOPs of a forward pass over every user's newest `max_events` of each source."""
+    lengths = {
+        stack.source: np.minimum(np.diff(np.asarray(events.source(stack.source).offsets)), max_events)
+        for stack in model.sources()
+    }
+    return ForwardFlops(model)(lengths) / events.num_users
 
 
 def section(results: Results) -> str:

@@ -4,6 +4,8 @@ The ranker is a small DLRM (Naumov et al. 2019): hashed ids of user, ad, account
 before the request, dot interactions, an MLP. "With" adds the user's embedding, the ad tower's and their cosine. The
 embeddings come from snapshots five days apart; each request reads the newest one before it, made by a model that saw
 nothing later than the first. Exposures of one window train, later ones test; the end of the first stops the training.
+A first run, 120 steps over 3,000 users, had mixed results (CTR −1.6, +1.6 and +2.5 %); 600 steps over 6,000 users,
+which are other worlds, were chosen after it.
 """
 
 import tempfile

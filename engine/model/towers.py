@@ -30,9 +30,8 @@ class AdTower(nn.Module):
         super().__init__()
         self.shape = (config.num_embeddings, config.width)
         self.of_accounts = config.ad_level == "account"
-        inputs = len(schema.item_attributes) * config.attribute_width + schema.dense_dim
-        if self.of_accounts:
-            inputs = config.attribute_width
+        attributes, dense = (1, 0) if self.of_accounts else (len(schema.item_attributes), schema.dense_dim)
+        inputs = attributes * config.attribute_width + dense
         outputs = config.num_embeddings * config.width
         self.hidden = nn.Linear(inputs, 2 * config.width)
         self.output = nn.Linear(2 * config.width, outputs)

@@ -6,7 +6,6 @@ from types import ModuleType
 import numpy as np
 import pytest
 import torch
-from torch.utils.flop_counter import FlopCounterMode
 
 from alure.bench.quality import ablations, freshness, scaling, table1, table2
 from alure.bench.quality.ranker import Examples, fit_and_score
@@ -14,6 +13,7 @@ from alure.bench.quality.results import Results, matching
 from alure.bench.quality.snapshots import world_log
 from alure.engine.config import ModelConfig
 from alure.engine.model import UserModel
+from alure.engine.model.flops import ForwardFlops
 from alure.engine.model.schema import EventSchema
 from alure.engine.training import train
 
@@ -127,25 +127,12 @@ def test_scaling_trains_equal_sizes_once_and_counts_the_flops_of_the_products(
     assert "MFLOP a user" in (tmp_path / "scaling.svg").read_text()
 
 
-def test_flops_are_those_that_torch_counts(tmp_path: Path) -> None:
+def test_flops_are_a_mean_over_the_users_of_what_one_batch_takes(tmp_path: Path) -> None:
     events = world_log(tmp_path, 40, 0)
-    config = ModelConfig(layers=1, num_embeddings=1)
-    model = UserModel(config, EventSchema.of(events.manifest)).eval()
-    counted = 0.0
-    for user in range(events.num_users):
-        batch = events.batch([user], events.manifest.last_timestamp, 16)
-        for stack in model.sources():
-            if not batch.sequences[stack.source].total:
-                continue
-            tokens = torch.randn(batch.sequences[stack.source].total, config.width)
-            layer = stack.layer(1)
-            with FlopCounterMode(display=False) as counter, torch.no_grad():
-                q, k, v = layer.project(tokens).transpose(0, 1).unbind(0)
-                layer.finish(tokens, (q.transpose(0, 1) @ k.permute(1, 2, 0) @ v.transpose(0, 1)).transpose(0, 1))
-            counted += counter.get_total_flops()
-    for stack in model.sources():  # the encoder's are not in the count above
-        stack.encoder.id_weight = stack.encoder.time_weight = torch.nn.Parameter(torch.empty(0))
-    assert scaling.flops_a_user(model, events, 16) * events.num_users == pytest.approx(counted)
+    model = UserModel(ModelConfig(layers=1), EventSchema.of(events.manifest)).eval()
+    batch = events.batch(range(events.num_users), events.manifest.last_timestamp, 16)
+    whole = ForwardFlops(model)({name: sequence.lengths.numpy() for name, sequence in batch.sequences.items()})
+    assert scaling.flops_a_user(model, events, 16) == pytest.approx(whole / events.num_users)
 
 
 def test_an_interval_that_includes_zero_is_said_to() -> None:
