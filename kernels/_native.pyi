@@ -82,12 +82,12 @@ def attention_backward(
 ) -> None: ...
 
 class Encoding:
-    """The arguments of one encoding, in the order of kernels/encoding/ops.py."""
+    """The arguments of one encoding, in the order of kernels/encoding/ops.py; a table of bfloat16 as its bits."""
 
     def __init__(
         self,
         ids: _Int64,
-        table: _Float32,
+        table: _Float32 | _Uint16,
         offsets: _Int64,
         timestamps: _Int64,
         reference_times: _Int64,
@@ -105,7 +105,7 @@ class Encoding:
         dense_weight: _Float32 | None,
     ) -> None: ...
 
-def encode_events(encoding: Encoding, out: _Float32, instruction_set: str, num_threads: int) -> bool: ...
+def encode_events(encoding: Encoding, out: _Float32 | _Uint16, instruction_set: str, num_threads: int) -> bool: ...
 def encode_events_backward(
     encoding: Encoding,
     grad_out: _Float32,

@@ -47,7 +47,7 @@ def encode_events(
     Args:
         ids: int64 [total, A], rows of `table`; −1 is a missing attribute and adds nothing. Semantic ids are
             attributes like any other, one column a level, where each level's codes have rows of their own.
-        table: [R, d_e], float32, or float16 and bfloat16 (triton, reference) or float64 (reference).
+        table: [R, d_e], float32 or bfloat16, or float16 (triton, reference) or float64 (reference).
         offsets: int32 or int64 [batch + 1].
         timestamps: int64 [total] seconds, never decreasing within a sequence.
         reference_times: int64 [batch] seconds, T of each sequence.
@@ -72,7 +72,7 @@ def encode_events(
 
 def _resolve(backend: str, table: Tensor) -> str:
     """The backend for this table. What a backend cannot do is left out of "auto" and refused where asked for."""
-    dtypes = {"triton": FLOATS[:3], "native": (torch.float32,), "reference": FLOATS}
+    dtypes = {"triton": FLOATS[:3], "native": (torch.float32, torch.bfloat16), "reference": FLOATS}
     if table.dtype not in dtypes.get(backend, FLOATS):
         expected = ", ".join(str(dtype) for dtype in dtypes[backend])
         raise ValueError(f"backend: {backend!r} takes a table of {expected}, got {table.dtype}; use 'reference'")

@@ -5,9 +5,9 @@
 #include <cstddef>
 #include <cstdint>
 
-namespace alure {
+#include "element.h"
 
-enum class Element { kFloat32, kBfloat16 };
+namespace alure {
 
 // [rows, heads, head_dim] whose channels are neighbours; strides in elements.
 struct Rows {

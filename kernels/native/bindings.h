@@ -11,6 +11,7 @@
 #include <stdexcept>
 #include <string>
 
+#include "element.h"
 #include "instruction_set.h"
 
 namespace alure {
@@ -31,6 +32,14 @@ inline auto exact(const char* name) { return nb::arg(name).noconvert(); }
 
 inline void require(bool holds, const char* message) {
     if (!holds) throw std::invalid_argument(message);
+}
+
+// bfloat16 comes as its bits, uint16.
+template <class Values>
+Element element_of(const Values& values, const char* message) {
+    if (values.dtype() == nb::dtype<float>()) return Element::kFloat32;
+    if (values.dtype() == nb::dtype<std::uint16_t>()) return Element::kBfloat16;
+    throw nb::type_error(message);
 }
 
 template <class OptionalArray>

@@ -9,12 +9,7 @@ namespace {
 
 // [rows, heads, head_dim] of any strides whose channels are neighbours; bfloat16 comes as its bits, uint16.
 using Values = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
-
-Element element_of(const Values& values) {
-    if (values.dtype() == nb::dtype<float>()) return Element::kFloat32;
-    if (values.dtype() == nb::dtype<std::uint16_t>()) return Element::kBfloat16;
-    throw nb::type_error("q, k, v: expected float32, or bfloat16 as uint16");
-}
+constexpr const char* kTypes = "q, k, v: expected float32, or bfloat16 as uint16";
 
 Rows rows_of(const Values& values) {
     require(values.size() == 0 || values.shape(2) == 1 || values.stride(2) == 1,
@@ -51,8 +46,8 @@ struct Attention {
         require(k.shape(1) >= 1 && q.shape(1) % k.shape(1) == 0 && k.shape(2) == q.shape(2) &&
                     v.shape(0) == k.shape(0) && v.shape(1) == k.shape(1) && v.shape(2) == k.shape(2),
                 "q, k, v: expected one head_dim, heads of q a multiple of those of k, and v of the shape of k");
-        const Element element = element_of(q);
-        require(element_of(k) == element && element_of(v) == element, "q, k, v: expected one type");
+        const Element element = element_of(q, kTypes);
+        require(element_of(k, kTypes) == element && element_of(v, kTypes) == element, "q, k, v: expected one type");
         require(q_offsets.size() >= 1 && q_offsets.size() == k_offsets.size(),
                 "q_offsets, k_offsets: expected one length, [batch + 1]");
         const std::size_t batch = q_offsets.size() - 1;

@@ -7,10 +7,12 @@
 namespace alure {
 namespace {
 
+using Table = nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
 // The arguments that forward and backward share; Python checks what they mean, `inputs` that all shapes fit together.
 struct Encoding {
     Array<std::int64_t, 2> ids;
-    Array<float, 2> table;
+    Table table;
     Vector<std::int64_t> offsets, timestamps, reference_times;
     std::optional<Vector<std::int64_t>> counts;
     std::optional<Array<float, 2>> dense;
@@ -61,6 +63,7 @@ struct Encoding {
             .counts = or_null(counts),
             .utc_offsets = or_null(utc_offsets),
             .dense = or_null(dense),
+            .element = element_of(table, "table: expected float32, or bfloat16 as uint16"),
             .table = table.data(),
             .id_weight = id_weight.data(),
             .dense_weight = or_null(dense_weight),
@@ -75,11 +78,12 @@ struct Encoding {
     }
 };
 
-bool bound_forward(const Encoding& encoding, Output<float, 2> out, const std::string& instruction_set,
-                   int num_threads) {
+bool bound_forward(const Encoding& encoding, nb::ndarray<nb::ndim<2>, nb::c_contig, nb::device::cpu> out,
+                   const std::string& instruction_set, int num_threads) {
     const EncodingInputs in = encoding.inputs();
-    require(out.shape(0) == encoding.ids.shape(0) && out.shape(1) == encoding.bias.size(),
-            "out: expected [total, width]");
+    require(out.shape(0) == encoding.ids.shape(0) && out.shape(1) == encoding.bias.size() &&
+                out.dtype() == encoding.table.dtype(),
+            "out: expected [total, width] in the table's type");
     const InstructionSet set = chosen(instruction_set);
     const nb::gil_scoped_release release;
     return encode_events(in, out.data(), set, num_threads);
@@ -116,7 +120,7 @@ void bind_encoding(nb::module_& m) {
     using Floats = std::optional<Array<float, 2>>;
     using Integers = std::optional<Vector<std::int64_t>>;
     nb::class_<Encoding>(m, "Encoding", "The arguments of one encoding, in the order of kernels/encoding/ops.py.")
-        .def(nb::init<Array<std::int64_t, 2>, Array<float, 2>, Vector<std::int64_t>, Vector<std::int64_t>,
+        .def(nb::init<Array<std::int64_t, 2>, Table, Vector<std::int64_t>, Vector<std::int64_t>,
                       Vector<std::int64_t>, Integers, Floats, Integers, Array<float, 3>, Array<float, 2>,
                       Vector<float>, Array<float, 2>, Array<float, 2>, Vector<std::int64_t>, Vector<float>, double,
                       Floats>(),

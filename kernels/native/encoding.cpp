@@ -82,7 +82,7 @@ void write_weights(const EncodingInputs& in, const std::vector<float>& partials,
 
 }  // namespace
 
-bool encode_events(const EncodingInputs& in, float* out, InstructionSet set, int num_threads) {
+bool encode_events(const EncodingInputs& in, void* out, InstructionSet set, int num_threads) {
     if (!sound(in)) return false;
     const EncodingKernels& kernels = kernels_of(set);
     const AlignedBytes packed_memory(kernels.packed_floats(in) * sizeof(float));

@@ -1,4 +1,4 @@
-// Event encoding on the CPU in float32: threads and the order of sums. The arithmetic is in encoding_isa.cpp.
+// Event encoding on the CPU, sums in float32: threads and the order of sums. The arithmetic is in encoding_isa.cpp.
 #pragma once
 
 #include "encoding_kernels.h"
@@ -20,8 +20,8 @@ struct EncodingGradients {
 };
 
 // Whether every value that becomes an address or a difference of times is in range; where false, outputs are unusable.
-// A row of `out` [total, width] depends on its own sequence alone, and no result depends on the threads.
-bool encode_events(const EncodingInputs& in, float* out, InstructionSet set, int num_threads);
+// A row of `out` [total, width], in.element, depends on its own sequence alone, and no result depends on the threads.
+bool encode_events(const EncodingInputs& in, void* out, InstructionSet set, int num_threads);
 
 bool encode_events_backward(const EncodingInputs& in, const EncodingGradients& gradients, InstructionSet set,
                             int num_threads);

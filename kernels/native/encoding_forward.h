@@ -39,35 +39,51 @@ inline void pack_forward(const EncodingInputs& in, float* base) {
     pack_rows(in.time_weight, in.width, in.time_features(), in.width, packed.time);
 }
 
-inline void prefetch_row(const float* row, std::int64_t size) {
-    for (std::int64_t d = 0; d < size; d += 16) __builtin_prefetch(row + d);
+template <class T>
+inline void prefetch_row(const T* row, std::int64_t size) {
+    for (std::int64_t d = 0; d < size; d += 64 / sizeof(T)) __builtin_prefetch(row + d);
 }
 
-inline void copy_row(const float* from, std::int64_t size, float* to) {
+template <class From, class To>
+inline void copy_row(const From* from, std::int64_t size, To* to) {
     std::int64_t d = 0;
     for (; d + kLanes <= size; d += kLanes) store(to + d, load(from + d));
-    for (; d < size; ++d) to[d] = from[d];
+    for (; d < size; ++d) store(to + d, to_float(from[d]));
 }
 
-// found [rows, id_stride]: the table's rows of every event's ids, zeros where one is missing.
-inline void gather(const EncodingInputs& in, const EventRows& rows, float* found) {
+template <class T>
+inline void gather(const EncodingInputs& in, const T* table, const EventRows& rows, float* found) {
     constexpr std::int64_t kAhead = 12;  // events whose rows of the table are on their way
     const std::int64_t stride = id_stride(in);
     for (std::int64_t row = rows.begin; row < rows.end; ++row, found += stride) {
         if (row + kAhead < rows.end)
             for (std::int64_t a = 0; a < in.attributes; ++a) {
                 const std::int64_t id = in.ids[(row + kAhead) * in.attributes + a];
-                if (id >= 0) prefetch_row(in.table + id * in.d_e, in.d_e);
+                if (id >= 0) prefetch_row(table + id * in.d_e, in.d_e);
             }
         for (std::int64_t a = 0; a < in.attributes; ++a) {
             const std::int64_t id = in.ids[row * in.attributes + a];
             float* to = found + a * in.d_e;
             if (id >= 0)
-                copy_row(in.table + id * in.d_e, in.d_e, to);
+                copy_row(table + id * in.d_e, in.d_e, to);
             else
                 for (std::int64_t d = 0; d < in.d_e; ++d) to[d] = 0.0f;
         }
     }
+}
+
+// found [rows, id_stride]: the table's rows of every event's ids as floats, zeros where one is missing.
+inline void gather(const EncodingInputs& in, const EventRows& rows, float* found) {
+    if (in.element == Element::kFloat32)
+        gather(in, static_cast<const float*>(in.table), rows, found);
+    else
+        gather(in, static_cast<const Bfloat16*>(in.table), rows, found);
+}
+
+template <class T>
+inline void write_rows(const EncodingInputs& in, const EventRows& rows, const float* sums, T* out) {
+    for (std::int64_t row = rows.begin; row < rows.end; ++row, sums += padded_width(in))
+        copy_row(sums, in.width, out + row * in.width);
 }
 
 // `multiply` with the depth cut so that a cut of the panels stays in the first cache; the order of sums is the same.
@@ -90,7 +106,7 @@ struct ForwardScratch {
     float *found, *times, *sums;
 };
 
-bool forward(const EncodingInputs& in, const float* packed_weights, const EventRows& rows, float* out, void* base) {
+bool forward(const EncodingInputs& in, const float* packed_weights, const EventRows& rows, void* out, void* base) {
     EventColumns columns;
     if (!read_columns(in, rows, columns)) return false;
     const ForwardScratch s(in, base);
@@ -113,8 +129,10 @@ bool forward(const EncodingInputs& in, const float* packed_weights, const EventR
                                        in.width, in.d_dense, s.sums, stride);
     multiply_deep<Left::kColumnMajor>(num_rows, s.times, kEventBlock, packed.time, in.width, in.time_features(),
                                       s.sums, stride);
-    for (std::int64_t i = 0; i < num_rows; ++i)
-        copy_row(s.sums + i * stride, in.width, out + (rows.begin + i) * in.width);
+    if (in.element == Element::kFloat32)
+        write_rows(in, rows, s.sums, static_cast<float*>(out));
+    else
+        write_rows(in, rows, s.sums, static_cast<Bfloat16*>(out));
     return true;
 }
 

@@ -4,6 +4,8 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "element.h"
+
 namespace alure {
 
 // kernels/encoding/ops.py has the formula. All arrays are packed, row after row.
@@ -18,7 +20,8 @@ struct EncodingInputs {
     const std::int64_t* counts;           // [total], or null
     const std::int64_t* utc_offsets;      // [total], or null
     const float* dense;                   // [total, d_dense], or null
-    const float* table;                   // [num_rows, d_e]
+    Element element;                      // of the table and of the output; all else is float32
+    const void* table;                    // [num_rows, d_e]
     const float* id_weight;               // [attributes · d_e, width]
     const float* dense_weight;            // [d_dense, width], or null
     const float* time_weight;             // [2 + 2 · num_periods, width]
@@ -67,7 +70,7 @@ struct EncodingKernels {
     void (*pack_backward)(const EncodingInputs&, float* packed);  // once a call
     std::size_t (*scratch_bytes)(const EncodingInputs&);          // for one thread
     // Both return false, and write nothing, where an id, a time or a count is out of range.
-    bool (*forward)(const EncodingInputs&, const float* packed, const EventRows&, float* out, void* scratch);
+    bool (*forward)(const EncodingInputs&, const float* packed, const EventRows&, void* out, void* scratch);
     bool (*backward)(const EncodingInputs&, const float* packed, const EventRows&, const BlockGradients&,
                      void* scratch);
     // Adds the gradients of rows [begin, end), whose ids have been checked, to the share's rows of the tables.

@@ -21,6 +21,7 @@ from alure.kernels.encoding.arguments import EventColumns
 
 TARGETS = [*PORTABLE_TARGETS, pytest.param("native", "cpu", id="native")]
 BACKENDS = ["reference", "native", "triton"]
+DTYPES = [torch.float32, torch.bfloat16]
 LENGTHS = [0, 5, 1, 37, 0, 3]
 SHAPES: dict[str, dict[str, Any]] = {
     "everything": {},
@@ -51,8 +52,8 @@ def test_reference_is_the_definition(shape: str) -> None:
 @pytest.mark.parametrize("shape", SHAPES)
 def test_as_exact_as_plain(shape: str, dtype: torch.dtype, backend: str, device: str) -> None:
     require(backend, device)
-    if backend == "native" and dtype != torch.float32:
-        pytest.skip("native takes float32")
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("native takes float32 and bfloat16")
     given_ = random_problem(LENGTHS, **SHAPES[shape]).to(dtype)
     exact, plain, actual = given_.to(torch.float64), given_.to(dtype), given_.to(dtype, device)
     assert_as_exact_as_plain(
@@ -90,14 +91,15 @@ def flat_arguments(p: Problem) -> tuple[Any, ...]:
     ("shape", "backend"),
     [("everything", "triton"), ("everything", "native"), ("content only", "native"), ("content only", "reference")],
 )
-def test_opcheck(shape: str, backend: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_opcheck(shape: str, backend: str, dtype: torch.dtype) -> None:
     require(backend, "cpu")
-    problem = random_problem([2, 0, 3], **SHAPES[shape]).to(torch.float32)
+    problem = random_problem([2, 0, 3], **SHAPES[shape]).to(dtype)
     arguments = flat_arguments(problem)
     torch.library.opcheck(torch.ops.alure.encode_events.default, (*arguments, backend))
     for wants_dense in (False, True):
         detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
-        grad = torch.randn(5, problem.encoder.bias.numel())
+        grad = torch.randn(5, problem.encoder.bias.numel(), dtype=dtype)
         wanted = wants_dense and problem.dense is not None
         torch.library.opcheck(torch.ops.alure.encode_events_backward.default, (grad, *detached, wanted, backend))
 
@@ -122,11 +124,12 @@ def test_few_events(lengths: list[int], backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
-def test_no_user_sees_another(backend: str, device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_no_user_sees_another(dtype: torch.dtype, backend: str, device: str) -> None:
     """Everything of user A is changed; every other user's rows keep their bits."""
     require(backend, device)
-    before = random_problem([4, 9, 6]).to(torch.float32, device)
-    other = random_problem([4, 9, 6], seed=1).to(torch.float32, device)
+    before = random_problem([4, 9, 6]).to(dtype, device)
+    other = random_problem([4, 9, 6], seed=1).to(dtype, device)
     row = torch.arange(19, device=device)
     of_a, is_a = (row >= 4) & (row < 13), torch.tensor([False, True, False], device=device)
 
@@ -161,9 +164,10 @@ def test_a_user_alone_is_the_user_in_a_batch(backend: str, lengths: list[int], s
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
-def test_the_backward_is_deterministic(backend: str, device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_the_backward_is_deterministic(dtype: torch.dtype, backend: str, device: str) -> None:
     require(backend, device)
-    problem = random_problem([60, 40], rows=3).to(torch.float32, device)  # every row of the table is hit often
+    problem = random_problem([60, 40], rows=3).to(dtype, device)  # every row of the table is hit often
     first, second = (with_gradients(problem, problem.run(backend)) for _ in range(2))
     for name in first:
         assert torch.equal(first[name], second[name]), name
@@ -204,9 +208,10 @@ def test_triton_splits_add_up() -> None:
 
 
 @pytest.mark.parametrize(("backend", "device"), TARGETS)
-def test_strided_inputs_and_int32_offsets(backend: str, device: str) -> None:
+@pytest.mark.parametrize("dtype", DTYPES, ids=["fp32", "bf16"])
+def test_strided_inputs_and_int32_offsets(dtype: torch.dtype, backend: str, device: str) -> None:
     require(backend, device)
-    problem = random_problem(LENGTHS).to(torch.float32, device)
+    problem = random_problem(LENGTHS).to(dtype, device)
 
     def strided(x: Tensor) -> Tensor:
         spread = x.detach().new_full((*x.shape[:-1], 2 * x.shape[-1]), 77)
@@ -391,8 +396,11 @@ def test_hostile_input(case: str, direct: bool, backend: str) -> None:
 
 def test_dtypes_of_the_backends() -> None:
     for backend in ("triton", "native"):
-        with pytest.raises(ValueError, match=f"'{backend}' takes a table of .*torch.float32, got torch.float64"):
+        with pytest.raises(ValueError, match=f"'{backend}' takes a table of .*torch.float32.*, got torch.float64"):
             random_problem([2]).run(backend)
-    with pytest.raises(ValueError, match=r"'native' takes a table of torch\.float32, got torch\.bfloat16"):
-        random_problem([2]).to(torch.bfloat16).run("native")
+    with pytest.raises(ValueError, match=r"'native' takes a table of torch\.float32, torch\.bfloat16, got .*float16"):
+        random_problem([2]).to(torch.float16).run("native")
+    for dtype in DTYPES:
+        problem = random_problem([9]).to(dtype)
+        assert torch.equal(problem.run("auto"), problem.run("native")), "auto takes native on a CPU"
     assert random_problem([2]).run("auto").dtype == torch.float64

@@ -19,6 +19,7 @@ from alure.kernels import EventEncoder, _native, encode_events
 from alure.kernels.encoding import native
 
 INSTRUCTION_SETS = _native.instruction_sets()
+dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
 FAR = 1 << 61
 # around the edges of blocks (96 rows), units (192 and 384) and vectors; an absent column switches its term off
 SHAPES: dict[str, dict[str, Any]] = {
@@ -42,19 +43,21 @@ def _poisoned() -> Iterator[None]:
         yield
 
 
-def assert_exact(problem: Problem) -> None:
-    exact, plain, actual = problem.to(torch.float64), problem.to(torch.float32), problem.to(torch.float32)
+def assert_exact(problem: Problem, dtype: torch.dtype) -> None:
+    """In bfloat16 plain is the definition, which rounds every step; the reference keeps its sums in float32 too."""
+    exact, plain, actual = problem.to(torch.float64), problem.to(dtype), problem.to(dtype)
     assert_as_exact_as_plain(
         with_gradients(actual, actual.run("native")),
         with_gradients(exact, exact.run("reference")),
-        with_gradients(plain, plain.run("reference")),
-        torch.float32,
+        with_gradients(plain, plain.run("reference") if dtype == torch.float32 else plain.definition()),
+        dtype,
     )
 
 
+@dtypes
 @pytest.mark.parametrize("shape", SHAPES)
-def test_blocks_and_units(shape: str, instruction_set: str) -> None:
-    assert_exact(random_problem([1, 95, 0, 97, 192, 1, 200], rows=300, **SHAPES[shape]).to(torch.float32))
+def test_blocks_and_units(shape: str, dtype: torch.dtype, instruction_set: str) -> None:
+    assert_exact(random_problem([1, 95, 0, 97, 192, 1, 200], rows=300, **SHAPES[shape]).to(dtype), dtype)
 
 
 @settings(max_examples=20, deadline=None)
@@ -75,10 +78,21 @@ def test_any_shape(lengths: list[int], seed: int, **shape: Any) -> None:
     wanted = with_gradients(exact, exact.run("reference"))
     for name, got in with_gradients(problem, problem.run("native")).items():
         torch.testing.assert_close(got.double(), wanted[name], rtol=1e-5, atol=3e-4, msg=lambda m, n=name: f"{n}: {m}")
+    assert_bfloat16_is_float32_rounded(problem.to(torch.bfloat16))
 
 
-def test_threads_do_not_change_a_bit(instruction_set: str) -> None:
-    problem = random_problem([3000, 0, 4000, *[7] * 300], rows=50).to(torch.float32)  # two rounds of 32 units
+def assert_bfloat16_is_float32_rounded(problem: Problem) -> None:
+    """Bit for bit: the same sums of the same values, rounded once, to the nearest even, as PyTorch rounds."""
+    wide = problem.to(torch.float32)
+    wanted = with_gradients(wide, wide.run("native").bfloat16())
+    for name, got in with_gradients(problem, problem.run("native")).items():
+        assert got.dtype == torch.bfloat16, name
+        assert torch.equal(got, wanted[name].bfloat16()), name
+
+
+@dtypes
+def test_threads_do_not_change_a_bit(dtype: torch.dtype, instruction_set: str) -> None:
+    problem = random_problem([3000, 0, 4000, *[7] * 300], rows=50).to(dtype)  # two rounds of 32 units
     before, results = torch.get_num_threads(), []
     try:
         for num_threads in (1, 2, 3, 3):
@@ -91,13 +105,14 @@ def test_threads_do_not_change_a_bit(instruction_set: str) -> None:
             assert torch.equal(x, other[name]), name
 
 
-def test_a_user_is_the_same_in_any_batch(instruction_set: str) -> None:
+@dtypes
+def test_a_user_is_the_same_in_any_batch(dtype: torch.dtype, instruction_set: str) -> None:
     """Bit for bit: whatever comes before it, and however far from now the others' times are."""
-    mine = random_problem([150], seed=1).to(torch.float32)
+    mine = random_problem([150], seed=1).to(dtype)
     alone = mine.run("native")
     names = ("ids", "timestamps", "counts", "dense", "utc_offsets")
     for length in (1, 5, 96, 131):
-        other = random_problem([length], seed=2).to(torch.float32)
+        other = random_problem([length], seed=2).to(dtype)
         for shift in (0, FAR - 2 * NOW):
             moved = replace(other, timestamps=other.timestamps + shift)
             both = replace(
@@ -107,6 +122,33 @@ def test_a_user_is_the_same_in_any_batch(instruction_set: str) -> None:
                 **{n: torch.cat([getattr(p, n) for p in (moved, mine, moved)]) for n in names},
             )
             assert torch.equal(both.run("native")[length : length + 150], alone)
+
+
+def test_bfloat16_of_every_kind(instruction_set: str) -> None:
+    """Ties to the even, denormals, overflow, infinity and NaN, in whole vectors and in what is left over."""
+    below = 2.0**-133  # the smallest denormal
+    table = torch.tensor([1.0, 1 + 2.0**-7, -1 - 2.0**-7, -0.0, below, 3e38, math.inf, math.nan]).bfloat16()
+    half = 2.0**-8  # half of the last place of 1
+    for width in (1, 7, 16, 33):
+        for factor, bias, expected in (
+            (1.0, half, [1, 1 + 2.0**-6, -1, half, half, table[5].item(), math.inf, math.nan]),
+            (1.0, 0.0, table.tolist()),
+            (2.0, 0.0, [2, 2 + 2.0**-6, -2 - 2.0**-6, 0, 2 * below, math.inf, math.inf, math.nan]),
+        ):
+            encoder = EventEncoder(
+                id_weight=torch.full((1, 1, width), factor, dtype=torch.bfloat16),
+                time_weight=torch.zeros(2, width, dtype=torch.bfloat16),
+                bias=torch.full((width,), bias, dtype=torch.bfloat16),
+                position_table=torch.zeros(1, width, dtype=torch.bfloat16),
+                frequency_table=torch.zeros(1, width, dtype=torch.bfloat16),
+                periods=torch.zeros(0, dtype=torch.int64),
+                phases=torch.zeros(0),
+                tau=1.0,
+            )
+            columns = torch.tensor([0, 8]), torch.zeros(8, dtype=torch.int64), torch.zeros(1, dtype=torch.int64)
+            got = encode_events(torch.arange(8)[:, None], table[:, None], *columns, encoder, backend="native")
+            wanted = torch.tensor(expected).bfloat16()[:, None].expand(8, width)
+            torch.testing.assert_close(got, wanted, rtol=0, atol=0, equal_nan=True)
 
 
 def one_term(time_weight: list[float], periods: list[int], tau: float = 60.0) -> EventEncoder:
@@ -193,10 +235,11 @@ HOSTILE: dict[str, tuple[dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+@dtypes
 @pytest.mark.parametrize("case", HOSTILE)
-def test_hostile_values_reach_no_address(case: str, instruction_set: str) -> None:
+def test_hostile_values_reach_no_address(case: str, dtype: torch.dtype, instruction_set: str) -> None:
     changes, message = HOSTILE[case]
-    problem = replace(random_problem([2, 2]).to(torch.float32), **changes)
+    problem = replace(random_problem([2, 2]).to(dtype), **changes)
     with pytest.raises(ValueError, match=message):
         problem.run("native")
     columns = (problem.ids, problem.offsets, problem.timestamps, problem.reference_times)
@@ -205,7 +248,9 @@ def test_hostile_values_reach_no_address(case: str, instruction_set: str) -> Non
     dense_weight = weights.pop("dense_weight").detach()
     arguments = (*columns, *(x.detach() for x in weights.values()), problem.encoder.tau, dense_weight)
     with pytest.raises(ValueError, match=message):
-        torch.ops.alure.encode_events_backward(torch.ones(4, 7), problem.table.detach(), *arguments, True, "native")
+        torch.ops.alure.encode_events_backward(
+            torch.ones(4, 7, dtype=dtype), problem.table.detach(), *arguments, True, "native"
+        )
 
 
 def test_the_module_checks_shapes() -> None:
@@ -213,6 +258,8 @@ def test_the_module_checks_shapes() -> None:
     encoding = native._encoding(problem.table, events_of(problem), problem.encoder)
     with pytest.raises(ValueError, match=r"out: expected \[total, width\]"):
         _native.encode_events(encoding, np.empty((4, 6), np.float32), INSTRUCTION_SETS[0], 1)
+    with pytest.raises(ValueError, match=r"out: expected .* in the table's type"):
+        _native.encode_events(encoding, np.empty((4, 7), np.uint16), INSTRUCTION_SETS[0], 1)
     with pytest.raises(ValueError, match="does not run 'sse9'"):
         _native.encode_events(encoding, np.empty((4, 7), np.float32), "sse9", 1)
     short = replace(problem.encoder, phases=problem.encoder.phases[1:])
