@@ -13,7 +13,7 @@ from alure.engine.graph.engines import faiss_gpus, has_faiss
 from alure.kernels.backend import has_native, has_triton, native_instruction_set, resolve_backend
 
 OPERATORS: dict[str, str] = {  # operator: the module whose BACKENDS names its implementations
-    "jagged_attention": "alure.kernels.attention.ops",
+    "jagged_attention": "alure.kernels.attention.backends",
     "encode_events": "alure.kernels.encoding.ops",
     "compress": "alure.kernels.compression.ops",
     "grouped_topk": "alure.kernels.neighbors.ops",

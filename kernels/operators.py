@@ -22,21 +22,21 @@ class operator:
     def __call__(self, implementation: Callable[..., Any]) -> "RegisteredOperator":
         _LIBRARY.define(self._name + torch.library.infer_schema(implementation, mutates_args=()))
         _LIBRARY.impl(self._name, implementation, "CompositeExplicitAutograd")
-        return RegisteredOperator(self._name)
+        return RegisteredOperator(self._name, implementation)
 
 
 class RegisteredOperator:
     """A callable that goes through torch's dispatcher. Under autocast it computes in the dtypes it is given."""
 
-    def __init__(self, name: str) -> None:
+    def __init__(self, name: str, implementation: Callable[..., Any]) -> None:
         self._qualified_name = f"alure::{name}"
-        self._overload = getattr(torch.ops.alure, name).default
+        self.overload, self.implementation = getattr(torch.ops.alure, name).default, implementation
 
     def __call__(self, *arguments: Any) -> Any:
         if torch._C._is_any_autocast_enabled():
             with torch._C._DisableAutocast():
-                return self._overload(*arguments)
-        return self._overload(*arguments)
+                return self.overload(*arguments)
+        return self.overload(*arguments)
 
     def register_fake(self, fake: Callable[..., Any]) -> Callable[..., Any]:
         """Decorates a function of the same arguments that makes results of the right shapes and reads no values."""

@@ -36,10 +36,14 @@ class LearnedTimeBias(nn.Module):
         self.cosine = nn.Parameter(torch.zeros(heads, len(config.bias_periods)))
         self.sine = nn.Parameter(torch.zeros(heads, len(config.bias_periods)))
 
-    def forward(self) -> TimeBias:
-        if not self.periods.numel():
-            return TimeBias(self.thresholds, self.table)
-        return TimeBias(self.thresholds, self.table, self.periods, self.cosine, self.sine)
+    def forward(self, plan: AttentionPlan | None = None) -> TimeBias:
+        """plan: of a bias of the same configuration; then over the plan's own tensors, so that none are compared."""
+        thresholds, periods = self.thresholds, self.periods
+        if plan is not None and plan.time_thresholds is not None and plan.periods is not None:
+            thresholds, periods = plan.time_thresholds, plan.periods
+        if not periods.numel():
+            return TimeBias(thresholds, self.table)
+        return TimeBias(thresholds, self.table, periods, self.cosine, self.sine)
 
 
 def grouped_time_bias(biases: list[TimeBias]) -> TimeBias | None:
@@ -68,8 +72,10 @@ class LearnedPositionBias(nn.Module):
         self.register_buffer("thresholds", thresholds, persistent=False)
         self.table = nn.Parameter(torch.randn(heads, thresholds.numel() + 1) * 0.02)
 
-    def forward(self) -> PositionBias:
-        return PositionBias(self.thresholds, self.table)
+    def forward(self, plan: AttentionPlan | None = None) -> PositionBias:
+        """plan: as for `LearnedTimeBias`."""
+        known = None if plan is None else plan.position_thresholds
+        return PositionBias(self.thresholds if known is None else known, self.table)
 
 
 def grouped_position_bias(biases: list[PositionBias]) -> PositionBias | None:
@@ -120,8 +126,8 @@ def run_together(layers: list[AttentionLayer], tokens: list[Tensor], plan: Atten
 
 
 def _attend(layers: list[AttentionLayer], q: Tensor, k: Tensor, v: Tensor, plan: AttentionPlan) -> Tensor:
-    time_bias = grouped_time_bias([layer.time_bias() for layer in layers if layer.time_bias])
-    position_bias = grouped_position_bias([layer.position_bias() for layer in layers if layer.position_bias])
+    time_bias = grouped_time_bias([layer.time_bias(plan) for layer in layers if layer.time_bias])
+    position_bias = grouped_position_bias([layer.position_bias(plan) for layer in layers if layer.position_bias])
     return jagged_attention(q, k, v, plan=plan, time_bias=time_bias, position_bias=position_bias)
 
 

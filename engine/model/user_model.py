@@ -124,6 +124,7 @@ def plan_together(streams: list[Stream], causal: bool) -> AttentionPlan:
         q_timestamps=torch.cat([stream.sequence.timestamps for stream in streams]) if layer.time_bias else None,
         time_thresholds=layer.time_bias.thresholds if layer.time_bias else None,
         position_thresholds=layer.position_bias.thresholds if layer.position_bias else None,
+        periods=layer.time_bias.periods if layer.time_bias else None,
         causal=causal,
         window_size=[stream.stack.window for stream in streams],
         groups=groups.repeat_interleave(groups.new_tensor([len(begin) for begin in begins])),

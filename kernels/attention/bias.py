@@ -3,11 +3,12 @@
     b_h(i, j) = A_h[bucket(t_i − t_j)] + P_h[bucket(i − j)] + Σ_p c_hp·cos(2π(t_i − t_j)/p) + s_hp·sin(2π(t_i − t_j)/p)
 
 A bucket is the number of integer thresholds <= the difference, so it needs no logarithm and every backend finds the
-same one. The cyclic sum is separable and becomes 2·P extra channels of q and k (`cyclic_channels`).
+same one. The cyclic sum is separable and becomes 2·P extra channels of q and k (`cycles`, `cyclic_queries`).
 """
 
 import math
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -63,35 +64,53 @@ def _log_spaced(per_octave: int, longest: int, bidirectional: bool) -> Tensor:
     return torch.tensor(backward + forward, dtype=torch.int64)
 
 
-def cyclic_channels(
-    bias: TimeBias, q_timestamps: Tensor, k_timestamps: Tensor, q_groups: Tensor | None, dtype: torch.dtype
-) -> tuple[Tensor, Tensor]:
-    """(q_cyclic [total_q, H, 2P], k_cyclic [total_k, 2P]), whose dot product is the cyclic sum of `bias`.
+class Cycles(NamedTuple):
+    """Where in each period the times of a batch lie; heads and layers share it."""
+
+    q_cos: Tensor  # [total_q, P]
+    q_sin: Tensor  # [total_q, P]
+    k_cyclic: Tensor  # [total_k, 2P], the keys' channels: cosines, then sines
+
+
+def cycles(periods: Tensor, q_timestamps: Tensor, k_timestamps: Tensor, dtype: torch.dtype) -> Cycles:
+    """Times are reduced modulo the period as int64: seconds of this decade in float32 round by up to 64 s."""
+    k_cos, k_sin = _cos_sin(periods, k_timestamps, dtype)
+    q_cos, q_sin = (k_cos, k_sin) if q_timestamps is k_timestamps else _cos_sin(periods, q_timestamps, dtype)
+    return Cycles(q_cos, q_sin, torch.cat([k_cos, k_sin], dim=-1))
+
+
+def _cos_sin(periods: Tensor, timestamps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    phase = torch.remainder(timestamps[:, None], periods)
+    angle = phase.to(dtype) * (2 * math.pi / periods.to(dtype))
+    return angle.cos(), angle.sin()
+
+
+def cyclic_queries(bias: TimeBias, found: Cycles, q_groups: Tensor | None) -> Tensor:
+    """q_cyclic [total_q, H, 2P], whose dot product with k_cyclic is the cyclic sum of `bias`.
 
     c·cos(a − b) + s·sin(a − b) = (c·cos a + s·sin a)·cos b + (c·sin a − s·cos a)·sin b: a rotation per head goes into
-    q, k is shared by the heads. Times are reduced modulo the period as int64: seconds of this decade in float32 round
-    by up to 64 s. q_groups int64 [total_q] where cosine and sine are those of groups [G, H, P].
+    q, k is shared by the heads. q_groups int64 [total_q] where cosine and sine are those of groups [G, H, P].
     """
-    assert bias.periods is not None
     assert bias.cosine is not None
     assert bias.sine is not None
-    q_angle = _angle(q_timestamps, bias.periods, dtype)[:, None, :]  # [total_q, 1, P]
-    k_angle = _angle(k_timestamps, bias.periods, dtype)  # [total_k, P]
-    cosine, sine = bias.cosine.to(dtype), bias.sine.to(dtype)
+    cosine, sine = bias.cosine.to(found.q_cos.dtype), bias.sine.to(found.q_cos.dtype)
     if q_groups is not None:
         cosine, sine = cosine[q_groups], sine[q_groups]
-    q_cos, q_sin = q_angle.cos(), q_angle.sin()
-    q_cyclic = torch.cat([cosine * q_cos + sine * q_sin, cosine * q_sin - sine * q_cos], dim=-1)
-    return q_cyclic, torch.cat([k_angle.cos(), k_angle.sin()], dim=-1)
+    q_cos, q_sin = found.q_cos[:, None], found.q_sin[:, None]
+    return torch.cat([cosine * q_cos + sine * q_sin, cosine * q_sin - sine * q_cos], dim=-1)
 
 
-def _angle(timestamps: Tensor, periods: Tensor, dtype: torch.dtype) -> Tensor:
-    phase = torch.remainder(timestamps[:, None], periods)
-    return phase.to(dtype) * (2 * math.pi / periods.to(dtype))
+def check_periods(periods: Tensor) -> None:
+    """Raise ValueError unless all are above 0. Waits for the device."""
+    if bool((periods <= 0).any()):
+        raise ValueError(f"time_bias.periods: expected seconds > 0, got {periods.tolist()}")
 
 
 def check_time_bias(bias: TimeBias, num_heads: int, grouped: bool, device: torch.device) -> None:
-    """Raise unless the shapes, dtypes and device of `bias` fit attention of `num_heads` heads on `device`."""
+    """Raise unless the shapes, dtypes and device of `bias` fit attention of `num_heads` heads on `device`.
+
+    Reads no values; `check_periods` does.
+    """
     _check_table(bias.thresholds, bias.table, num_heads, grouped, device, "time_bias")
     cyclic = (bias.periods, bias.cosine, bias.sine)
     if all(part is None for part in cyclic):
@@ -102,8 +121,6 @@ def check_time_bias(bias: TimeBias, num_heads: int, grouped: bool, device: torch
         raise TypeError(
             f"time_bias.periods: expected int64 [P] seconds, got {bias.periods.dtype} {list(bias.periods.shape)}"
         )
-    if not torch.compiler.is_compiling() and bool((bias.periods <= 0).any()):
-        raise ValueError(f"time_bias.periods: expected seconds > 0, got {bias.periods.tolist()}")
     expected = (*bias.table.shape[:-1], bias.periods.numel())
     for name, part in (("cosine", bias.cosine), ("sine", bias.sine)):
         if part.shape != expected or not part.is_floating_point():

@@ -30,27 +30,35 @@ __all__ = ["AHEAD_OF_TIME", "AHEAD_OF_TIME_SLOW", "backward", "forward", "prepar
 
 
 def prepare(
-    q: Tensor, k: Tensor, batch: Batch, time_thresholds: Tensor | None, position_thresholds: Tensor | None
+    dtype: torch.dtype,
+    head_dim: int,
+    device: torch.device,
+    batch: Batch,
+    time_thresholds: Tensor | None,
+    position_thresholds: Tensor | None,
+    gradients: bool,
 ) -> tuple[Tensor, ...]:
-    """The plan of `batch` for values of the dtype and head_dim of q; see kernel_plan.py. Waits for the device once."""
-    forward_config, q_config, kv_config = configs(q)
-    tilings = (
+    """The plan of `batch` for values of `dtype` and `head_dim` on `device`; see kernel_plan.py. Waits for the batch's
+    device once. Without gradients it serves the forward alone.
+    """
+    forward_config, q_config, kv_config = configs(dtype, head_dim, device)
+    tilings = [
         Tiling(forward_config.block_m, forward_config.block_n),
         Tiling(q_config.block_m, q_config.block_n),
         Tiling(kv_config.block_m, kv_config.block_n, by_keys=True),
-    )
-    return make_plan(batch, time_thresholds, position_thresholds, tilings)
+    ]
+    return make_plan(batch, time_thresholds, position_thresholds, tilings[: 3 if gradients else 1])
 
 
 def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: float) -> tuple[Tensor, Tensor]:
-    """out [Tq, H, D] like q and lse [H, Tq]; see arguments.py."""
+    """out [Tq, H, D] like q and lse [H, Tq]; see arguments.py. With a plan it only launches."""
     total_q, num_heads, _ = q.shape
     out = torch.empty(q.shape, dtype=q.dtype, device=q.device)
     lse = torch.empty((num_heads, total_q), dtype=torch.float32, device=q.device)
     if total_q == 0:
         return out, lse
-    config = configs(q)[0]
-    plan = _plan(q, k, batch, bias)
+    config = configs(q.dtype, q.shape[2], q.device)[0]
+    plan = _plan(q, batch, bias, gradients=False)
     q, scale, _ = _positive(q, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
     with _device(q):
@@ -85,8 +93,8 @@ def backward(
     scale: float,
 ) -> Gradients:
     """All gradients; the weights are computed again from lse. See arguments.py."""
-    _, q_config, kv_config = configs(q)
-    plan = _plan(q, k, batch, bias)
+    _, q_config, kv_config = configs(q.dtype, q.shape[2], q.device)
+    plan = _plan(q, batch, bias, gradients=True)
     q, scale, factor = _positive(q, scale)
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
     num_heads, kv_heads = q.shape[1], k.shape[1]
@@ -159,8 +167,11 @@ def backward(
 _LOG2E = 1.4426950408889634
 
 
-def _plan(q: Tensor, k: Tensor, batch: Batch, bias: Bias) -> Plan:
-    return Plan(*(batch.plan or prepare(q, k, batch, bias.time_thresholds, bias.position_thresholds)))
+def _plan(q: Tensor, batch: Batch, bias: Bias, gradients: bool) -> Plan:
+    if batch.plan:
+        return Plan(*batch.plan)
+    thresholds = bias.time_thresholds, bias.position_thresholds
+    return Plan(*prepare(q.dtype, q.shape[2], q.device, batch, *thresholds, gradients))
 
 
 def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
@@ -211,7 +222,7 @@ def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dic
     channels = 0 if bias.q_cyclic is None else bias.q_cyclic.shape[2]
     dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    time_steps, position_steps = plan.steps.tolist()
+    time_steps, position_steps, _ = plan.steps.shape
     return {
         "HEADS": q.shape[1],
         "KV_HEADS": k.shape[1],

@@ -8,7 +8,6 @@ from typing import NamedTuple
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
 from alure.kernels.attention.kernel_forward import forward_kernel
@@ -67,13 +66,13 @@ BLACKWELL_FLOAT_CONFIGS = FLOAT_CONFIGS | {
 }
 
 
-def configs(q: Tensor) -> tuple[Config, Config, Config]:
-    """(forward, dq, dk and dv) for values like q on its device."""
-    width = block(q.shape[2], 16)
+def configs(dtype: torch.dtype, head_dim: int, device: torch.device) -> tuple[Config, Config, Config]:
+    """(forward, dq, dk and dv) for such values."""
+    width = block(head_dim, 16)
     if triton_interprets():  # one operation at a time, however large
         return HOPPER_CONFIGS[width]
-    major, _ = torch.cuda.get_device_capability(q.device)
-    if q.dtype == torch.float32:
+    major, _ = torch.cuda.get_device_capability(device)
+    if dtype == torch.float32:
         return (FLOAT_CONFIGS if major < 10 else BLACKWELL_FLOAT_CONFIGS)[width]
     table = AMPERE_CONFIGS if major < 9 else HOPPER_CONFIGS if major == 9 else BLACKWELL_CONFIGS
     return table[width]

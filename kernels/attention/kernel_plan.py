@@ -6,9 +6,10 @@ in it, and the rules say from its corners whether any and whether every pair in 
 sequence are listed together, so that its keys stay in the cache, the longest sequences first and of each the longest
 tiles: what is left for the end is short. A list holds 20 bytes for each pair of tiles, seen or not.
 
-One wait for the device, for the numbers of tiles and pairs.
+One wait for the device where the batch is, for the numbers of tiles and pairs.
 """
 
+from collections.abc import Sequence
 from typing import NamedTuple
 
 import torch
@@ -21,6 +22,7 @@ NUM_CLASSES, CELL_SHIFT = 4, 20  # as in kernel_tiles.py, which needs Triton
 FEW, SEVERAL = (1, 1), (3, 2)  # thresholds of (time, position) that the loops of these classes compare
 _SPAN = 1 << 30  # times that differ by less are kept as int32; 34 years
 _PADDING = 4  # thresholds beyond the last, which nothing reaches
+_NONE = torch.empty(0)
 
 
 class Plan(NamedTuple):
@@ -37,13 +39,13 @@ class Plan(NamedTuple):
     time_cells: Tensor  # [4096] int64, see `_cells`
     position_thresholds: Tensor  # [buckets − 1 + padding] int32
     position_cells: Tensor  # [4096] int64
-    steps: Tensor  # int64 [2] on the CPU: the most thresholds of time and of position within a cell
+    steps: Tensor  # [time, position, 0]: its shape is the most thresholds within a cell, which the host has to know
     tiles: Tensor  # of queries
     pairs: Tensor
-    q_tiles: Tensor  # of queries, of the size that dq takes
-    q_pairs: Tensor
-    kv_tiles: Tensor  # of keys, for dk and dv; the pairs say where the queries start
-    kv_pairs: Tensor
+    q_tiles: Tensor = _NONE  # of queries, of the size that dq takes; absent in a plan for the forward alone
+    q_pairs: Tensor = _NONE
+    kv_tiles: Tensor = _NONE  # of keys, for dk and dv; the pairs say where the queries start
+    kv_pairs: Tensor = _NONE
 
 
 class Tiling(NamedTuple):
@@ -55,9 +57,9 @@ class Tiling(NamedTuple):
 
 
 def make_plan(
-    batch: Batch, time_thresholds: Tensor | None, position_thresholds: Tensor | None, tilings: tuple[Tiling, ...]
+    batch: Batch, time_thresholds: Tensor | None, position_thresholds: Tensor | None, tilings: Sequence[Tiling]
 ) -> Plan:
-    """The plan of `batch` for forward, dq, and dk and dv."""
+    """The plan of `batch`; tilings: of the forward alone, or of forward, dq, and dk and dv."""
     device = batch.q_offsets.device
     sequences = _sequences(batch)
     with_time = time_thresholds is not None and batch.q_timestamps is not None and batch.k_timestamps is not None
@@ -98,7 +100,7 @@ def make_plan(
         time_cells,
         _padded(position_thresholds, True),
         position_cells,
-        torch.tensor([time_step, position_step]),
+        torch.empty(time_step, position_step, 0, device=device),
         *(part for tiling in tilings for part in made[tiling]),
     )
 

@@ -1,21 +1,22 @@
 """`jagged_attention`: validation, registration with torch.library, choice of the backend."""
 
-import importlib
 from collections.abc import Sequence
 from dataclasses import replace
-from types import ModuleType
 from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from alure.kernels.attention.arguments import Batch, Bias
+from alure.kernels.attention.backends import backend_module, choose_backend
 from alure.kernels.attention.bias import (
     PositionBias,
     TimeBias,
+    check_periods,
     check_position_bias,
     check_time_bias,
-    cyclic_channels,
+    cycles,
+    cyclic_queries,
 )
 from alure.kernels.attention.plan import (
     AttentionPlan,
@@ -26,13 +27,10 @@ from alure.kernels.attention.plan import (
     listed_windows,
     make_batch,
 )
-from alure.kernels.backend import resolve_backend
 from alure.kernels.jagged import segment_ids
 from alure.kernels.operators import operator
 
-BACKENDS = ("triton", "native", "reference")
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_LARGEST_TRITON_HEAD = 256
 
 
 @overload
@@ -99,14 +97,14 @@ def jagged_attention(  # type: ignore[misc]  # `options` are those named here
         batch = plan.batch  # tables may be of more groups than a batch has; without any, the batch says how many
         num_windows = plan.num_groups or None if time_bias is None and position_bias is None else None
         _check_plan(plan, q, k, time_bias, position_bias)
-    bias, num_groups = _bias(q, k, batch, time_bias, position_bias, num_windows)
+    bias, num_groups = _bias(q, batch, time_bias, position_bias, num_windows, plan)
     if plan is not None and plan.num_groups > num_groups:
         raise ValueError(f"plan: it has {plan.num_groups} groups, expected tables for each, got {num_groups}")
     if time_bias is None:
         batch = replace(batch, q_timestamps=None, k_timestamps=None)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
-    resolved = _backend(backend, q)
-    prepared = () if plan is None else plan.prepared(_module(resolved), q, k)
+    resolved = choose_backend(backend, q.dtype, q.shape[2], q.device)
+    prepared = () if plan is None else plan.prepared(backend_module(resolved), q.dtype, q.shape[2], q.device)
     out, lse = _attention(
         q, k, v, *_flat(batch), *_flat(bias), list(prepared), num_groups, plan is not None, scale, resolved
     )
@@ -166,22 +164,26 @@ def _check_plan(
         )
     if plan.batch.q_offsets.device != q.device:
         raise ValueError(f"plan: expected one on {q.device}, got one on {plan.batch.q_offsets.device}")
-    for bias, thresholds, name in (
-        (time_bias, plan.time_thresholds, "time"),
-        (position_bias, plan.position_thresholds, "position"),
-    ):
-        same = bias is None or bias.thresholds is thresholds
-        if not same and (thresholds is None or bias is None or not torch.equal(bias.thresholds, thresholds)):
-            raise ValueError(f"plan: expected {name}_thresholds to be those of {name}_bias; make the plan with them")
+    if time_bias is not None:
+        _check_same(plan.time_thresholds, time_bias.thresholds, "time_thresholds", "time_bias")
+        _check_same(plan.periods, time_bias.periods, "periods", "time_bias")
+    if position_bias is not None:
+        _check_same(plan.position_thresholds, position_bias.thresholds, "position_thresholds", "position_bias")
+
+
+def _check_same(known: Tensor | None, given: Tensor | None, name: str, owner: str) -> None:
+    """Tensors that are not the same object are compared, which waits for the device."""
+    if given is not None and given is not known and (known is None or not torch.equal(given, known)):
+        raise ValueError(f"plan: expected {name} to be those of {owner}; make the plan with them")
 
 
 def _bias(
     q: Tensor,
-    k: Tensor,
     batch: Batch,
     time_bias: TimeBias | None,
     position_bias: PositionBias | None,
     num_windows: int | None,
+    plan: AttentionPlan | None,
 ) -> tuple[Bias, int]:
     """The biases as the backends take them, and the number of groups that the tables or the windows have."""
     num_heads, grouped = q.shape[1], batch.groups is not None
@@ -195,10 +197,15 @@ def _bias(
         assert batch.k_timestamps is not None
         check_time_bias(time_bias, num_heads, grouped, q.device)
         time_table = _grouped(time_bias.table, grouped, accumulate)
-        if time_bias.periods is not None:
+        if time_bias.periods is not None and plan is not None:
+            q_cyclic = cyclic_queries(time_bias, plan.cycles(accumulate), plan.q_groups())
+            k_cyclic = plan.cycles(accumulate).k_cyclic
+        elif time_bias.periods is not None:
+            if not torch.compiler.is_compiling():
+                check_periods(time_bias.periods)
+            found = cycles(time_bias.periods, batch.q_timestamps, batch.k_timestamps, accumulate)
             q_groups = None if batch.groups is None else batch.groups[segment_ids(batch.q_offsets, q.shape[0])]
-            times = (batch.q_timestamps, batch.k_timestamps)
-            q_cyclic, k_cyclic = cyclic_channels(time_bias, *times, q_groups, accumulate)
+            q_cyclic, k_cyclic = cyclic_queries(time_bias, found, q_groups), found.k_cyclic
     if position_bias is not None:
         check_position_bias(position_bias, num_heads, grouped, q.device)
         position_table = _grouped(position_bias.table, grouped, accumulate)
@@ -220,28 +227,6 @@ def _bias(
 
 def _grouped(table: Tensor, grouped: bool, dtype: torch.dtype) -> Tensor:
     return table.to(dtype) if grouped else table.to(dtype)[None]
-
-
-def _backend(backend: str, q: Tensor) -> str:
-    """The backend for these values. What a backend cannot do is left out of "auto" and named where asked for."""
-    supported = ["reference"]
-    if q.dtype != torch.float64 and q.shape[2] <= _LARGEST_TRITON_HEAD:
-        supported.append("triton")
-    elif backend == "triton":
-        raise ValueError(
-            f"backend: 'triton' takes float16, bfloat16 and float32 with head_dim <= {_LARGEST_TRITON_HEAD}, "
-            f"got {q.dtype} with head_dim {q.shape[2]}; use backend='reference'"
-        )
-    if q.dtype in (torch.float32, torch.bfloat16):
-        supported.append("native")
-    elif backend == "native":
-        raise ValueError(f"backend: 'native' takes float32 and bfloat16, got {q.dtype}; use backend='reference'")
-    return resolve_backend(backend, q.device, supported)
-
-
-def _module(backend: str) -> ModuleType:
-    name = {"triton": "kernel", "native": "native"}.get(backend, "reference")
-    return importlib.import_module(f"alure.kernels.attention.{name}")
 
 
 def _flat(arguments: Batch | Bias) -> tuple[Any, ...]:
@@ -278,7 +263,7 @@ def _attention(
         check_values(batch, q.shape[0], k.shape[0], time_thresholds, position_thresholds)
         if groups is not None:
             check_groups(groups, num_groups)
-    out, lse = _module(backend).forward(q, k, v, batch, bias, scale)
+    out, lse = backend_module(backend).forward(q, k, v, batch, bias, scale)
     return out, lse
 
 
@@ -317,7 +302,7 @@ def _attention_backward(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
     batch = Batch(q_offsets, k_offsets, q_timestamps, k_timestamps, rules, groups, tuple(plan))
     bias = Bias(time_thresholds, time_table, position_thresholds, position_table, q_cyclic, k_cyclic)
-    gradients = _module(backend).backward(grad_out, grad_lse, q, k, v, out, lse, batch, bias, scale)
+    gradients = backend_module(backend).backward(grad_out, grad_lse, q, k, v, out, lse, batch, bias, scale)
     absent = [lse.new_empty(0) if gradient is None else gradient for gradient in gradients]
     return absent[0], absent[1], absent[2], absent[3], absent[4], absent[5], absent[6]
 

@@ -1,13 +1,18 @@
 """`AttentionPlan`: what attention over one batch does not learn, checked once and used by every layer and head."""
 
-from collections.abc import Sequence
-from dataclasses import replace
+import copy
+from collections.abc import Callable, Sequence
+from dataclasses import fields, replace
+from types import ModuleType
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from alure.kernels.attention.arguments import UNLIMITED, Batch
-from alure.kernels.jagged import check_offsets, check_timestamps
+from alure.kernels.attention.backends import backend_module, choose_backend
+from alure.kernels.attention.bias import Cycles, check_periods, cycles
+from alure.kernels.jagged import check_offsets, check_timestamps, segment_ids
 
 Window = int | tuple[int, int]
 
@@ -15,9 +20,11 @@ Window = int | tuple[int, int]
 class AttentionPlan:
     """Offsets, times and masks of a batch, read and checked once; `jagged_attention(…, plan=plan)` trusts them.
 
-    The arguments are those of `jagged_attention`; the thresholds are those of the biases that it will be given. On a
-    GPU a plan saves every layer the wait for the device that checks cost, and the classification of the tiles of
-    scores by the buckets they touch. Its tensors must not be changed afterwards.
+    The arguments are those of `jagged_attention`; thresholds and periods are those of the biases that it will be given.
+    A plan saves every layer the checks, the reduction of times to the periods and, on a GPU, the classification of the
+    tiles of scores by the buckets they touch. Attention of a plan that is prepared (`prepare`), with biases over the
+    plan's own tensors of thresholds and periods, never waits for the device: it only launches. The tensors must not be
+    changed afterwards.
     """
 
     def __init__(
@@ -29,6 +36,7 @@ class AttentionPlan:
         k_timestamps: Tensor | None = None,
         time_thresholds: Tensor | None = None,
         position_thresholds: Tensor | None = None,
+        periods: Tensor | None = None,
         causal: bool = False,
         window_size: Window | Sequence[Window | None] | None = None,
         num_targets: Tensor | None = None,
@@ -40,7 +48,7 @@ class AttentionPlan:
         batch = make_batch(q_offsets, k_offsets, causal, window_size, num_targets, num_contexts, groups)
         batch = replace(batch, q_timestamps=q_timestamps, k_timestamps=k_timestamps)
         self.total_q, self.total_k = (int(o[-1]) for o in (batch.q_offsets, batch.k_offsets))
-        self.time_thresholds, self.position_thresholds = time_thresholds, position_thresholds
+        self.time_thresholds, self.position_thresholds, self.periods = time_thresholds, position_thresholds, periods
         for times, total, name in (
             (q_timestamps, self.total_q, "q_timestamps"),
             (k_timestamps, self.total_k, "k_timestamps"),
@@ -50,22 +58,69 @@ class AttentionPlan:
             elif time_thresholds is not None:
                 raise ValueError(f"{name}: needed by time_thresholds; give int64 unix seconds, one a row")
         check_values(batch, self.total_q, self.total_k, time_thresholds, position_thresholds)
+        if periods is not None:
+            check_periods(periods)
         self.num_groups = 0 if groups is None or not groups.numel() else int(groups.max()) + 1
         if groups is not None:
             listed = listed_windows(window_size)
             check_groups(groups, self.num_groups if listed is None else len(listed))
         self.batch = batch
         self._prepared: dict[object, tuple[Tensor, ...]] = {}
+        self._cycles: dict[torch.dtype, Cycles] = {}
+        self._q_groups: Tensor | None = None
 
-    def prepared(self, backend: object, q: Tensor, k: Tensor) -> tuple[Tensor, ...]:
-        """What the module `backend` makes of this batch for values like q and k, made once."""
+    def prepare(
+        self, dtype: torch.dtype, head_dim: int, device: torch.device | None = None, backend: str = "auto"
+    ) -> None:
+        """Make now what attention over values of `dtype` and `head_dim` needs; else its first call does.
+
+        device: where they will be, when the plan will be `moved` there (default: where it is).
+        """
+        device = self.batch.q_offsets.device if device is None else device
+        self.prepared(backend_module(choose_backend(backend, dtype, head_dim, device)), dtype, head_dim, device)
+
+    def prepared(
+        self, backend: ModuleType, dtype: torch.dtype, head_dim: int, device: torch.device
+    ) -> tuple[Tensor, ...]:
+        """What `backend` makes of this batch for such values, made once; without gradients no more than they need."""
         prepare = getattr(backend, "prepare", None)
         if prepare is None:
             return ()
-        key = (backend, q.dtype, q.shape[1:], k.shape[1])
-        if key not in self._prepared:
-            self._prepared[key] = prepare(q, k, self.batch, self.time_thresholds, self.position_thresholds)
-        return self._prepared[key]
+        key, gradients = (backend, dtype, head_dim), torch.is_grad_enabled()
+        if (*key, True) in self._prepared:
+            return self._prepared[*key, True]
+        if (*key, gradients) not in self._prepared:
+            thresholds = self.time_thresholds, self.position_thresholds
+            self._prepared[*key, gradients] = prepare(dtype, head_dim, device, self.batch, *thresholds, gradients)
+        return self._prepared[*key, gradients]
+
+    def cycles(self, dtype: torch.dtype) -> Cycles:
+        """Of the times within the periods, made once."""
+        if dtype not in self._cycles:
+            assert self.periods is not None
+            assert self.batch.q_timestamps is not None
+            assert self.batch.k_timestamps is not None
+            self._cycles[dtype] = cycles(self.periods, self.batch.q_timestamps, self.batch.k_timestamps, dtype)
+        return self._cycles[dtype]
+
+    def q_groups(self) -> Tensor | None:
+        """The group of every query, int64 [total_q], made once; None where there are no groups."""
+        if self._q_groups is None and self.batch.groups is not None:
+            self._q_groups = self.batch.groups[segment_ids(self.batch.q_offsets, self.total_q)]
+        return self._q_groups
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> "AttentionPlan":
+        """The plan elsewhere: `move` gives a tensor's copy there, for the same tensor the same copy."""
+        plan = copy.copy(self)
+        columns = {f.name: getattr(self.batch, f.name) for f in fields(self.batch)}
+        tensors: dict[str, Any] = {name: move(x) for name, x in columns.items() if isinstance(x, Tensor)}
+        plan.batch = replace(self.batch, **tensors)
+        plan.time_thresholds, plan.position_thresholds, plan.periods = (
+            None if x is None else move(x) for x in (self.time_thresholds, self.position_thresholds, self.periods)
+        )
+        plan._prepared = {key: tuple(map(move, made)) for key, made in self._prepared.items()}
+        plan._cycles, plan._q_groups = {}, None
+        return plan
 
 
 def make_batch(

@@ -118,7 +118,7 @@ def looked_up(plan: Plan, delta: torch.Tensor) -> torch.Tensor:
     """What `look_up` of kernel_tiles.py does."""
     cell = (delta.to(torch.float32).view(torch.int32).to(torch.int64) & 0xFFFFFFFF) >> 20
     entry = plan.time_cells[cell]
-    bucket, steps = entry >> 32, int(plan.steps[0])
+    bucket, steps = entry >> 32, plan.steps.shape[0]
     if plan.q_time.dtype == torch.int32:
         bucket = bucket + (delta >= entry.to(torch.int32))
         steps -= 1
@@ -149,7 +149,7 @@ def test_look_up_finds_every_bucket(thresholds: list[int], near: int, span: int)
         ).long()
         delta = delta[delta.abs() < 2**30]
         assert torch.equal(looked_up(plan, delta), torch.bucketize(delta, chosen, right=True))
-        assert chosen is dense or plan.steps[0] == 1  # log-spaced thresholds lie in cells of their own
+        assert chosen is dense or plan.steps.shape[0] == 1  # log-spaced thresholds lie in cells of their own
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -189,8 +189,8 @@ def test_every_class_of_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
     from alure.kernels.attention.kernel import prepare
 
     problem = bursty(random_problem([120], num_heads=1, dtype=torch.float32))
-    batch = problem.plan().batch
-    plan = Plan(*prepare(problem.q, problem.k, batch, problem.time_thresholds, problem.position_thresholds))
+    batch, thresholds = problem.plan().batch, (problem.time_thresholds, problem.position_thresholds)
+    plan = Plan(*prepare(torch.float32, problem.q.shape[2], problem.q.device, batch, *thresholds, gradients=True))
     for tiles in (plan.tiles, plan.q_tiles, plan.kv_tiles):
         assert (tiles[:, 11:] > tiles[:, 10:-1]).any(0).all()  # some tile has pairs of each class
     grad_out = torch.randn(problem.q.shape, generator=torch.Generator().manual_seed(1))

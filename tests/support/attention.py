@@ -106,6 +106,7 @@ class Problem:
             k_timestamps=self.k_timestamps,
             time_thresholds=self.time_thresholds,
             position_thresholds=self.position_thresholds,
+            periods=self.periods,
             causal=self.causal,
             window_size=self.window_size,
             num_targets=self.num_targets,
