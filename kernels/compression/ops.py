@@ -20,7 +20,7 @@ from torch import Tensor
 
 from alure.kernels.backend import resolve_backend
 from alure.kernels.compression import reference
-from alure.kernels.compression.interaction import compress_interaction
+from alure.kernels.compression.interaction import InteractionPlan, compress_interaction
 from alure.kernels.compression.parameters import (
     DotLinearCompression,
     InteractionCompression,
@@ -36,7 +36,13 @@ TRITON_MAX_SUMMARY = 32768  # bytes of XᵀW [d, r + k], which stays in register
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
-def compress(x: Tensor, compression: DotLinearCompression | InteractionCompression, *, backend: str = "auto") -> Tensor:
+def compress(
+    x: Tensor,
+    compression: DotLinearCompression | InteractionCompression,
+    *,
+    plan: InteractionPlan | None = None,
+    backend: str = "auto",
+) -> Tensor:
     """Compress the n vectors of each user to k embeddings of length 1.
 
     dot-linear:   Z = W_L X;  D = X(XᵀY);  E = Norm(Z + gate ⊙ reshape(MLP(Norm(flatten D))))
@@ -49,6 +55,8 @@ def compress(x: Tensor, compression: DotLinearCompression | InteractionCompressi
     Args:
         x: [B, n, d].
         compression: the parameters, in x's dtype and on its device; they decide the form.
+        plan: for the interaction form, `InteractionPlan.of` so many users, moved to x's device: then nothing waits for
+            the device. The dot-linear form never does.
         backend: "auto", "triton", "native" (float32 and bfloat16 with float32 sums) or "reference". In the interaction
             form it is that of the attention; its projections, and the MLP of "triton", are torch.matmul.
 
@@ -58,16 +66,20 @@ def compress(x: Tensor, compression: DotLinearCompression | InteractionCompressi
     Raises:
         TypeError, ValueError: naming the tensor, what was expected, and what came.
     """
-    chosen = _check(x, compression, backend)
+    chosen = _check(x, compression, plan, backend)
     if isinstance(compression, InteractionCompression):
-        return _normalize(compress_interaction(x, compression, backend), chosen)
+        return _normalize(compress_interaction(x, compression, plan, backend), chosen)
     embeddings, _ = _dot_linear(x, *compression.tensors(), chosen)
     return embeddings
 
 
 @torch.no_grad()
 def compress_int8(
-    x: Tensor, compression: DotLinearCompression | InteractionCompression, *, backend: str = "auto"
+    x: Tensor,
+    compression: DotLinearCompression | InteractionCompression,
+    *,
+    plan: InteractionPlan | None = None,
+    backend: str = "auto",
 ) -> tuple[Tensor, Tensor]:
     """`compress` for inference, embeddings e as bytes: e ≈ scale · code, at most scale / 2 off in each value.
 
@@ -78,9 +90,9 @@ def compress_int8(
         codes int8 [B, k, d] and scales float32 [B, k]. A zero embedding has scale 0; one with a value that is not
         finite has codes 0 and a scale of NaN.
     """
-    chosen = _check(x, compression, backend)
+    chosen = _check(x, compression, plan, backend)
     if isinstance(compression, InteractionCompression):
-        codes, scales = _normalize_int8(compress_interaction(x, compression, backend), chosen)
+        codes, scales = _normalize_int8(compress_interaction(x, compression, plan, backend), chosen)
     else:
         codes, scales = _dot_linear_int8(x, *compression.tensors(), chosen)
     return codes, scales
@@ -96,7 +108,12 @@ def normalize_int8(v: Tensor, *, backend: str = "auto") -> tuple[Tensor, Tensor]
     return codes, scales
 
 
-def _check(x: Tensor, compression: DotLinearCompression | InteractionCompression, backend: str) -> str:
+def _check(
+    x: Tensor,
+    compression: DotLinearCompression | InteractionCompression,
+    plan: InteractionPlan | None,
+    backend: str,
+) -> str:
     """The backend of the operators here; raises where x and the parameters do not fit together."""
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
@@ -106,6 +123,8 @@ def _check(x: Tensor, compression: DotLinearCompression | InteractionCompression
         check_interaction(x, compression)
         chosen = _resolve(backend, x, 0)
         return "reference" if chosen == "native" else chosen  # normalising alone has no native kernel
+    if plan is not None:
+        raise ValueError("plan: the dot-linear form has none; expected None")
     check_dot_linear(x, compression)
     return _resolve(backend, x, compression.linear.shape[0] + compression.mix.shape[1])
 

@@ -1,8 +1,10 @@
 """What `encode_events` reads, and the checks that stand before its kernels."""
 
+import copy
 import math
-from dataclasses import dataclass
-from typing import NamedTuple
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -33,7 +35,7 @@ class EventEncoder:
 
 @dataclass(frozen=True)
 class EventColumns:
-    """The events of a jagged batch, one row an event."""
+    """The events of a jagged batch, one row an event. Nothing is checked before they are encoded."""
 
     ids: Tensor  # int64 [total, A], rows of the embedding table; -1 = missing
     offsets: Tensor  # [batch + 1]
@@ -42,6 +44,30 @@ class EventColumns:
     counts: Tensor | None = None  # int64 [total], occurrences so far
     dense: Tensor | None = None  # [total, d_dense]
     utc_offsets: Tensor | None = None  # int64 [total], seconds to add for local time
+
+    def moved(self, move: Callable[[Tensor], Tensor]) -> Self:
+        """The columns elsewhere: `move` gives a tensor's copy there, for the same tensor the same copy."""
+        found = copy.copy(self)
+        for name in (f.name for f in fields(self)):
+            if isinstance(x := getattr(self, name), Tensor):
+                object.__setattr__(found, name, move(x))
+        return found
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckedColumns(EventColumns):
+    """Columns whose values were read and checked once; `encode_columns` trusts them, and so never waits for the device.
+
+    num_rows: of the table, and periods: the very tensor of the encoder, that they will be encoded with. What does not
+    fit raises as in `encode_events`. The tensors must not be changed afterwards.
+    """
+
+    num_rows: int
+    periods: Tensor
+
+    def __post_init__(self) -> None:
+        check_columns(self, self.ids.device)
+        check_values(self.num_rows, self, self.periods)
 
 
 class Gradients(NamedTuple):
@@ -64,10 +90,7 @@ def check_arguments(table: Tensor, events: EventColumns, encoder: EventEncoder) 
         raise TypeError(f"table: expected float16, bfloat16, float32 or float64, got {table.dtype}")
     if table.dim() != 2:
         raise ValueError(f"table: expected shape [rows, d_e], got {list(table.shape)}")
-    if events.ids.dim() != 2:
-        raise ValueError(f"ids: expected shape [total, attributes], got {list(events.ids.shape)}")
-    if events.offsets.dim() != 1 or events.offsets.numel() < 1:
-        raise ValueError(f"offsets: expected shape [batch + 1], got {list(events.offsets.shape)}")
+    check_columns(events, table.device)
     if encoder.bias.dim() != 1:
         raise ValueError(f"bias: expected shape [D], got {list(encoder.bias.shape)}")
     if encoder.periods.dim() != 1:
@@ -75,23 +98,12 @@ def check_arguments(table: Tensor, events: EventColumns, encoder: EventEncoder) 
     if not (math.isfinite(encoder.tau) and encoder.tau > 0):
         raise ValueError(f"tau: expected a finite number of seconds > 0, got {encoder.tau}")
     total, attributes = events.ids.shape
-    batch, width, num_periods = events.offsets.numel() - 1, encoder.bias.numel(), encoder.periods.numel()
+    width, num_periods, device = encoder.bias.numel(), encoder.periods.numel(), table.device
 
-    def check(name: str, x: Tensor, shape: tuple[int | None, ...], dtypes: tuple[torch.dtype, ...]) -> None:
-        if x.dtype not in dtypes:
-            expected = " or ".join(str(dtype) for dtype in dtypes)
-            raise TypeError(f"{name}: expected {expected}, got {x.dtype}; call .to({dtypes[0]})")
-        if x.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape)):
-            expected = ", ".join("any" if size is None else str(size) for size in shape)
-            raise ValueError(f"{name}: expected shape [{expected}], got {list(x.shape)}")
-        if x.device != table.device:
-            raise ValueError(f"{name}: expected a tensor on {table.device} (where the table is), got one on {x.device}")
+    def check(name: str, x: Tensor, shape: _Shape, dtypes: tuple[torch.dtype, ...]) -> None:
+        _check(name, x, shape, dtypes, device)
 
     same, int64 = (table.dtype,), (torch.int64,)
-    check("ids", events.ids, (total, attributes), int64)
-    check("timestamps", events.timestamps, (total,), int64)
-    check("reference_times", events.reference_times, (batch,), int64)
-    check("offsets", events.offsets, (batch + 1,), (torch.int64, torch.int32))
     check("id_weight", encoder.id_weight, (attributes, table.shape[1], width), same)
     check("time_weight", encoder.time_weight, (2 + 2 * num_periods, width), same)
     check("bias", encoder.bias, (width,), same)
@@ -102,16 +114,44 @@ def check_arguments(table: Tensor, events: EventColumns, encoder: EventEncoder) 
     for name, rows in (("position_table", encoder.position_table), ("frequency_table", encoder.frequency_table)):
         if rows.shape[0] == 0:
             raise ValueError(f"{name}: expected at least one row, got shape {list(rows.shape)}")
-    if events.counts is not None:
-        check("counts", events.counts, (total,), int64)
-    if events.utc_offsets is not None:
-        check("utc_offsets", events.utc_offsets, (total,), int64)
     if (events.dense is None) != (encoder.dense_weight is None):
         given, missing = ("dense", "dense_weight") if encoder.dense_weight is None else ("dense_weight", "dense")
         raise ValueError(f"{missing}: expected a tensor because {given} is given, got None; give both or neither")
     if events.dense is not None and encoder.dense_weight is not None:
         check("dense", events.dense, (total, None), FLOATS)
         check("dense_weight", encoder.dense_weight, (events.dense.shape[1], width), same)
+
+
+def check_columns(events: EventColumns, device: torch.device) -> None:
+    """Raise unless dtypes and shapes of the integers agree and they are on `device`, the table's. Reads no values."""
+    if events.ids.dim() != 2:
+        raise ValueError(f"ids: expected shape [total, attributes], got {list(events.ids.shape)}")
+    if events.offsets.dim() != 1 or events.offsets.numel() < 1:
+        raise ValueError(f"offsets: expected shape [batch + 1], got {list(events.offsets.shape)}")
+    total, attributes = events.ids.shape
+    batch, int64 = events.offsets.numel() - 1, (torch.int64,)
+    _check("ids", events.ids, (total, attributes), int64, device)
+    _check("timestamps", events.timestamps, (total,), int64, device)
+    _check("reference_times", events.reference_times, (batch,), int64, device)
+    _check("offsets", events.offsets, (batch + 1,), (torch.int64, torch.int32), device)
+    if events.counts is not None:
+        _check("counts", events.counts, (total,), int64, device)
+    if events.utc_offsets is not None:
+        _check("utc_offsets", events.utc_offsets, (total,), int64, device)
+
+
+_Shape = tuple[int | None, ...]
+
+
+def _check(name: str, x: Tensor, shape: _Shape, dtypes: tuple[torch.dtype, ...], device: torch.device) -> None:
+    if x.dtype not in dtypes:
+        expected = " or ".join(str(dtype) for dtype in dtypes)
+        raise TypeError(f"{name}: expected {expected}, got {x.dtype}; call .to({dtypes[0]})")
+    if x.dim() != len(shape) or any(want is not None and want != got for want, got in zip(shape, x.shape)):
+        expected = ", ".join("any" if size is None else str(size) for size in shape)
+        raise ValueError(f"{name}: expected shape [{expected}], got {list(x.shape)}")
+    if x.device != device:
+        raise ValueError(f"{name}: expected a tensor on {device} (where the table is), got one on {x.device}")
 
 
 def check_values(num_rows: int, events: EventColumns, periods: Tensor) -> None:

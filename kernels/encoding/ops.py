@@ -9,6 +9,7 @@ from alure.kernels.backend import resolve_backend
 from alure.kernels.encoding import reference
 from alure.kernels.encoding.arguments import (
     FLOATS,
+    CheckedColumns,
     EventColumns,
     EventEncoder,
     Gradients,
@@ -65,9 +66,26 @@ def encode_events(
         TypeError, ValueError: naming the argument, what was expected, and what came. Ids, offsets and times are
             checked before anything is read through them.
     """
-    events = EventColumns(ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
-    check_arguments(table, events, encoder)
-    return _encode(table, *_flatten(events, encoder), _resolve(backend, table))
+    events = EventColumns(ids, offsets, timestamps, reference_times, counts, None, utc_offsets)
+    return encode_columns(events, table, encoder, dense=dense, backend=backend)
+
+
+def encode_columns(
+    events: EventColumns, table: Tensor, encoder: EventEncoder, *, dense: Tensor | None = None, backend: str = "auto"
+) -> Tensor:
+    """`encode_events` of columns; where they are `CheckedColumns` of such a table and encoder, it only launches.
+
+    dense: in place of the columns' own.
+    """
+    checked = isinstance(events, CheckedColumns) and (
+        events.num_rows <= table.shape[0] and events.periods is encoder.periods
+    )
+    e = events
+    columns = EventColumns(
+        e.ids, e.offsets, e.timestamps, e.reference_times, e.counts, e.dense if dense is None else dense, e.utc_offsets
+    )
+    check_arguments(table, columns, encoder)
+    return _encode(table, *_flatten(columns, encoder), _resolve(backend, table), checked)
 
 
 def _resolve(backend: str, table: Tensor) -> str:
@@ -111,6 +129,7 @@ def _encode(
     tau: float,
     dense_weight: Tensor | None,
     backend: str,
+    checked: bool,
 ) -> Tensor:
     events = EventColumns(ids, offsets, timestamps, reference_times, counts, dense, utc_offsets)
     tables = (position_table, frequency_table)
@@ -120,7 +139,8 @@ def _encode(
         from alure.kernels.encoding import native
 
         return _sound(native.encode_events(table, events, encoder), table, events, encoder)
-    check_values(table.shape[0], events, periods)
+    if not checked:
+        check_values(table.shape[0], events, periods)
     if backend == "triton":
         from alure.kernels.encoding import kernel
 
@@ -204,7 +224,7 @@ def _(grad: Tensor, table: Tensor, *rest: Any) -> list[Tensor]:
 
 
 def _setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
-    *tensors, ctx.tau, dense_weight, ctx.backend = inputs
+    *tensors, ctx.tau, dense_weight, ctx.backend, _ = inputs
     ctx.save_for_backward(*tensors, dense_weight)
     ctx.wants_dense = inputs[6] is not None and ctx.needs_input_grad[6]
 
@@ -214,7 +234,7 @@ def _backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
     g = Gradients(*_encode_backward(grad, *tensors, ctx.tau, dense_weight, ctx.wants_dense, ctx.backend))
     weights = (g.id_weight, g.time_weight, g.bias, g.position_table, g.frequency_table, None, g.phases)
     columns = (*[None] * 5, g.dense if ctx.wants_dense else None, None)
-    return (g.table, *columns, *weights, None, None if dense_weight is None else g.dense_weight, None)
+    return (g.table, *columns, *weights, None, None if dense_weight is None else g.dense_weight, None, None)
 
 
 _encode.register_autograd(_backward, setup_context=_setup_context)

@@ -96,7 +96,7 @@ def test_opcheck(shape: str, backend: str, dtype: torch.dtype) -> None:
     require(backend, "cpu")
     problem = random_problem([2, 0, 3], **SHAPES[shape]).to(dtype)
     arguments = flat_arguments(problem)
-    torch.library.opcheck(torch.ops.alure.encode_events.default, (*arguments, backend))
+    torch.library.opcheck(torch.ops.alure.encode_events.default, (*arguments, backend, False))
     for wants_dense in (False, True):
         detached = [x.detach() if isinstance(x, Tensor) else x for x in arguments]
         grad = torch.randn(5, problem.encoder.bias.numel(), dtype=dtype)

@@ -6,12 +6,16 @@ from dataclasses import replace
 import pytest
 import torch
 from support.attention import Problem, random_problem
+from support.encoding import Problem as Encoding
+from support.encoding import random_problem as random_encoding
 from support.tolerance import require
 from support.waits import DEVICE, DeviceWaits, Watch, launch_only
 from torch import Tensor
 
-from alure.kernels import TimeBias, jagged_attention
+from alure.kernels import TimeBias, compress, compress_int8, jagged_attention
 from alure.kernels.attention import AttentionPlan, PositionBias
+from alure.kernels.compression import DotLinearCompression, InteractionCompression, InteractionLayer, InteractionPlan
+from alure.kernels.encoding import CheckedColumns, EventColumns, EventEncoder, encode_columns
 
 
 def mover(to: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
@@ -85,6 +89,109 @@ def test_periods_are_checked_by_the_plan_and_are_those_of_the_bias() -> None:
         replace(problem, periods=torch.tensor([7, 5])).run_planned(plan, "reference")
 
 
+def checked(p: Encoding, **changes: Tensor) -> CheckedColumns:
+    columns = {name: getattr(p, name) for name in ("ids", "offsets", "timestamps", "reference_times", "counts")}
+    columns |= {"utc_offsets": p.utc_offsets, **changes}
+    return CheckedColumns(**columns, num_rows=len(p.table), periods=p.encoder.periods)
+
+
+def test_checked_columns_only_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    require("triton", "cpu")
+    launches, p = launch_only(monkeypatch), random_encoding([4, 0, 9]).to(torch.float32)
+    move = mover(lambda x: x.detach().to(DEVICE))
+    columns = checked(p).moved(move)
+    encoder = EventEncoder(**{name: move(x) if isinstance(x, Tensor) else x for name, x in vars(p.encoder).items()})
+    assert p.dense is not None
+    table, dense = move(p.table), move(p.dense)
+    with torch.no_grad(), Watch():
+        found = encode_columns(columns, table, encoder, dense=dense)
+    assert found.shape == (13, len(p.encoder.bias))
+    assert launches == {"encode_events_kernel": 1}
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_checked_columns_give_the_same_bits(backend: str) -> None:
+    require(backend, "cpu")
+    p = random_encoding([4, 0, 9]).to(torch.float32)
+    assert torch.equal(encode_columns(checked(p), p.table, p.encoder, dense=p.dense, backend=backend), p.run(backend))
+
+
+WRONG_COLUMNS: dict[str, tuple[dict[str, Tensor], str]] = {
+    "ids": ({"ids": torch.full((13, 3), 1 << 40)}, "ids: expected values from -1 to"),
+    "offsets": ({"offsets": torch.tensor([0, 4, 3, 13])}, "offsets that never decrease"),
+    "timestamps": ({"timestamps": torch.arange(13).flip(0)}, "times that never decrease"),
+    "counts": ({"counts": torch.full((13,), -1)}, "counts: expected values from 0"),
+    "shape": ({"reference_times": torch.zeros(2, dtype=torch.int64)}, "reference_times: expected shape"),
+    "dtype": ({"counts": torch.zeros(13)}, "counts: expected torch.int64"),
+}
+
+
+@pytest.mark.parametrize("case", WRONG_COLUMNS)
+def test_columns_are_checked_before_they_are_trusted(case: str) -> None:
+    changes, message = WRONG_COLUMNS[case]
+    with pytest.raises((ValueError, TypeError), match=message):
+        checked(random_encoding([4, 0, 9], attributes=3), **changes)
+
+
+@pytest.mark.parametrize("backend", ["reference", "native", "triton"])
+def test_columns_of_another_table_or_encoder_are_checked_anew(backend: str) -> None:
+    require(backend, "cpu")
+    p = random_encoding([4, 0, 9]).to(torch.float32)
+    columns, few = checked(p, ids=torch.full_like(p.ids, len(p.table) - 1)), p.table[:-1]
+    with pytest.raises(ValueError, match="ids: expected values from -1"):
+        encode_columns(columns, few, p.encoder, dense=p.dense, backend=backend)
+    zero = replace(p.encoder, periods=torch.zeros_like(p.encoder.periods))
+    with pytest.raises(ValueError, match="periods: expected values from 1"):
+        encode_columns(columns, p.table, zero, dense=p.dense, backend=backend)
+    unchecked = EventColumns(columns.ids, torch.tensor([0, 5, 4, 13]), *list(vars(columns).values())[2:7])
+    with pytest.raises(ValueError, match="offsets that never decrease"):
+        encode_columns(unchecked, p.table, p.encoder, dense=p.dense, backend=backend)
+
+
+def compression_of(kind: str, x: Tensor) -> DotLinearCompression | InteractionCompression:
+    (_, n, d), generator = x.shape, torch.Generator().manual_seed(0)
+    if kind == "dot_linear":
+        return DotLinearCompression.initialize(n, d, 2, 4, 8, generator)
+    return InteractionCompression.initialize(d, 2, 2, num_layers=3, generator=generator)
+
+
+def on_device(c: DotLinearCompression | InteractionCompression) -> DotLinearCompression | InteractionCompression:
+    if isinstance(c, DotLinearCompression):
+        return DotLinearCompression(*(x.to(DEVICE) for x in c.tensors()))
+    layers = (InteractionLayer(**{name: x.to(DEVICE) for name, x in vars(layer).items()}) for layer in c.layers)
+    return InteractionCompression(c.seeds.to(DEVICE), tuple(layers), c.num_heads)
+
+
+@pytest.mark.parametrize("d", [16, 512])  # 512: wider than a head, so keys are projected
+@pytest.mark.parametrize("kind", ["dot_linear", "interaction"])
+def test_compression_only_launches(monkeypatch: pytest.MonkeyPatch, kind: str, d: int) -> None:
+    require("triton", "cpu")
+    launches, x = launch_only(monkeypatch), torch.randn(5, 6, d)
+    compression, plan = on_device(compression_of(kind, x)), None
+    with torch.no_grad():
+        if isinstance(compression, InteractionCompression):
+            plan = InteractionPlan.of(5, 6, compression).moved(mover(lambda x: x.to(DEVICE)))
+        x = x.to(DEVICE)
+        with Watch():
+            compress(x, compression, plan=plan)
+            compress_int8(x, compression, plan=plan)
+    assert launches["forward_kernel"] == (6 if plan else 0)
+
+
+def test_a_compression_plan_gives_the_same_bits_and_is_of_its_batch() -> None:
+    x = torch.randn(5, 6, 16)
+    compression = compression_of("interaction", x)
+    assert isinstance(compression, InteractionCompression)
+    plan = InteractionPlan.of(5, 6, compression)
+    assert torch.equal(compress(x, compression, plan=plan), compress(x, compression))
+    for found, expected in zip(compress_int8(x, compression, plan=plan), compress_int8(x, compression)):
+        assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match="plan: expected one of 4 users of 6 vectors, got 5 of 6"):
+        compress(x[:4], compression, plan=plan)
+    with pytest.raises(ValueError, match="plan: the dot-linear form has none"):
+        compress(x, compression_of("dot_linear", x), plan=plan)
+
+
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_on_a_gpu_cuda_sees_no_wait() -> None:
@@ -93,11 +200,11 @@ def test_on_a_gpu_cuda_sees_no_wait() -> None:
         plan = problem.plan()
         plan.prepare(torch.float32, problem.q.shape[2], device)
         moved = plan.moved(mover(lambda x: x.to(device)))
-        on_device = problem.to(torch.float32, "cuda")
-        expected = on_device.run("triton")  # compiles
+        there = problem.to(torch.float32, "cuda")
+        expected = there.run("triton")  # compiles
         torch.cuda.set_sync_debug_mode("error")
         try:
-            found = attend(on_device, moved, device)
+            found = attend(there, moved, device)
         finally:
             torch.cuda.set_sync_debug_mode("default")
     assert torch.equal(found, expected)
