@@ -276,7 +276,7 @@ def test_attention_is_the_ops_own() -> None:
     attended = jagged_attention(q, k, v, offsets, key_offsets, backend="reference").flatten(1) @ layer.output
     silent_ffn = replace(c, layers=(replace(layer, down=torch.zeros_like(layer.down)),))
     expected = c.seeds + attended.view(3, 2, 8)
-    torch.testing.assert_close(compress_interaction(x, silent_ffn, "reference"), expected)
+    torch.testing.assert_close(compress_interaction(x, silent_ffn, None, "reference"), expected)
 
 
 BAD: dict[str, tuple[dict[str, Tensor], str]] = {
