@@ -235,6 +235,12 @@ def refresh(
     incremental: Annotated[bool, typer.Option(help="Only users with new events; others are carried forward.")] = False,
     max_age_days: Annotated[float | None, typer.Option(min=0, help="With --incremental: older ones anew.")] = None,
     max_minutes: Annotated[float | None, typer.Option(help="With --incremental: who changed most comes first.")] = None,
+    kv_cache: Annotated[
+        bool,
+        typer.Option(
+            "--kv-cache", help="Keep keys and values: --incremental then runs new events only; causal models."
+        ),
+    ] = False,
     token_budget: Annotated[int | None, typer.Option(min=1, help="Events a batch.")] = None,
     precision: Annotated[str | None, typer.Option(help="auto, float32 or bfloat16.")] = None,
     output_dtype: Annotated[
@@ -281,6 +287,7 @@ def refresh(
             output_dtype=output_dtype,
             max_age=None if max_age_days is None else round(max_age_days * 86_400),
             max_minutes=max_minutes,
+            kv_cache=kv_cache or None,
         ),
         workers=workers,
         engine=engine,

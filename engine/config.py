@@ -241,6 +241,11 @@ class RefreshConfig(Section):
     max_minutes: float | None = Field(
         None, gt=0, description="for incremental refreshes: who changed most comes first, the rest is carried forward"
     )
+    kv_cache: bool = Field(
+        False,
+        description="keep every event's keys and values beside the store, and of histories that grew since an earlier "
+        "generation run new events only; for causal models without the encoders position and age",
+    )
     max_quarantine_share: float = Field(
         0.001, ge=0, le=1, description="of users without a finite embedding: left out; a larger share stops the job"
     )

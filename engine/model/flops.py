@@ -19,9 +19,12 @@ from alure.kernels.compression.interaction import LARGEST_HEAD
 
 @dataclass(frozen=True)
 class SourceFlops:
-    """Of one source: for each event, each user with events, and each pair of events that see each other."""
+    """Of one source: for each event that runs through the layers, each that the taps look at, each user with events,
+    and each pair of events that see each other.
+    """
 
     event: float
+    pooled: float
     user: float
     pair: float
     left: int
@@ -32,21 +35,34 @@ class SourceFlops:
         encoder = stack.encoder
         parts = (encoder.id_weight, encoder.dense_weight, encoder.time_weight)
         layers = linear_weights(stack.layers)
-        event, user = sum(part.numel() for part in parts if part is not None) + layers, 0
+        event, pooled, user = sum(part.numel() for part in parts if part is not None) + layers, 0, 0
         for tap in stack.taps.values():
             assert isinstance(tap, Tap)
             seeds = tap.seeds.shape[0]
-            event += tap.key_value.weight.numel() + 2 * seeds * width
+            event += tap.key_value.weight.numel()
+            pooled += 2 * seeds * width
             user += seeds * tap.output.weight.numel()
         for exchange in stack.exchanges:
             assert isinstance(exchange, Exchange)
             user += exchange.weight.numel()
         left, right = stack.window or (UNLIMITED, UNLIMITED)
-        return cls(2.0 * event, 2.0 * user, 4.0 * width * len(stack.layers), left, 0 if causal else right)
+        pair = 4.0 * width * len(stack.layers)
+        return cls(2.0 * event, 2.0 * pooled, 2.0 * user, pair, left, 0 if causal else right)
 
     def __call__(self, lengths: np.ndarray) -> float:
-        pairs = int(lengths.sum()) + within(lengths, self.left) + within(lengths, self.right)
-        return self.event * int(lengths.sum()) + self.user * np.count_nonzero(lengths) + self.pair * pairs
+        return (
+            self.event * int(lengths.sum())
+            + self.pooled * int(lengths.sum())
+            + self.user * np.count_nonzero(lengths)
+            + self.pair * self.pairs(lengths)
+        )
+
+    def pairs(self, lengths: np.ndarray) -> int:
+        return int(lengths.sum()) + within(lengths, self.left) + within(lengths, self.right)
+
+    def saved(self, cached: np.ndarray) -> float:
+        """What it costs less where keys and values of the first events, so many of each user, are cached."""
+        return self.event * int(cached.sum()) + self.pair * self.pairs(cached)
 
 
 class ForwardFlops:
@@ -62,6 +78,9 @@ class ForwardFlops:
     def __call__(self, lengths: Mapping[str, np.ndarray]) -> float:
         users = max((len(of_source) for of_source in lengths.values()), default=0)
         return self.user * users + sum(flops(lengths[source]) for source, flops in self.sources.items())
+
+    def saved(self, cached: Mapping[str, np.ndarray]) -> float:
+        return sum(flops.saved(cached[source]) for source, flops in self.sources.items())
 
 
 def within(lengths: np.ndarray, window: int) -> int:

@@ -102,7 +102,7 @@ class AttentionLayer(nn.Module):
 
     def project(self, x: Tensor) -> Tensor:
         """x [n, d] → queries, keys and values [n, 3, H, d/H]."""
-        return self.qkv(self.attention_norm(x)).view(x.shape[0], 3, self.heads, -1)
+        return self.qkv(self.attention_norm(x)).view(x.shape[0], 3, self.heads, x.shape[1] // self.heads)
 
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """x [n, d] and what its queries found [n, H, d/H] → [n, d]."""
@@ -210,8 +210,12 @@ class Tap(nn.Module):
         self.position_bias = LearnedPositionBias(queries, bidirectional=False) if config.position_bias else None
         self.output = nn.Linear(width, width, bias=False)
 
+    def keys_and_values(self, x: Tensor) -> Tensor:
+        """x [n, d] → [n, 2, H, d/H]."""
+        return self.key_value(self.norm(x)).view(x.shape[0], 2, self.heads, x.shape[1] // self.heads)
+
     def context(self, x: Tensor, offsets: Tensor, timestamps: Tensor) -> SourceContext:
-        keys, values = self.key_value(self.norm(x)).view(x.shape[0], 2, self.heads, -1).unbind(1)
+        keys, values = self.keys_and_values(x).unbind(1)
         return SourceContext(keys, values, offsets, timestamps)
 
     def forward(self, context: SourceContext, reference_times: Tensor) -> Tensor:

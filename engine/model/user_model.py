@@ -211,9 +211,21 @@ class UserModel(nn.Module):
         """Embeddings [B, k, d] of the batch's users at batch.as_of. A user with no events has a finite one too."""
         return self.encode(batch, catalog).embeddings
 
+    def pool(self, batch: EventBatch, catalog: Catalog) -> Tensor:
+        """[B, n, d]: what all taps find, which `compress` makes the embeddings of."""
+        return self._pooled(self._run(batch, catalog), len(batch))
+
     def forward_int8(self, batch: EventBatch, catalog: Catalog) -> tuple[Tensor, Tensor]:
         """`forward` in bytes: codes int8 [B, k, d] and scales float32 [B, k], see `alure.kernels.compress_int8`."""
-        pooled = self._pooled(self._run(batch, catalog), len(batch))
+        return self.compress_int8(self.pool(batch, catalog))
+
+    def compress(self, pooled: Tensor) -> Tensor:
+        """Embeddings [B, k, d] of what all taps pooled, [B, n, d]."""
+        with op("compress"):
+            return turn(self.compression(pooled), self.rotations)
+
+    def compress_int8(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+        """`compress` in bytes."""
         with op("compress"):
             if self.rotations is None:
                 return self.compression.forward_int8(pooled)
@@ -223,9 +235,7 @@ class UserModel(nn.Module):
         """Embeddings, and the tokens that context queries attend to."""
         streams = self._run(batch, catalog)
         contexts = {source: stream.context for source, stream in streams.items() if stream.context is not None}
-        pooled = self._pooled(streams, len(batch))
-        with op("compress"):
-            return UserState(turn(self.compression(pooled), self.rotations), contexts)
+        return UserState(self.compress(self._pooled(streams, len(batch))), contexts)
 
     def encode_events(self, batch: EventBatch, catalog: Catalog, event_times: Tensor) -> Tensor:
         """The embedding after every event: [n, k, d], what `forward` gives of the events up to it, in one pass.
@@ -235,7 +245,7 @@ class UserModel(nn.Module):
         """
         check_every_event(self.config, self.schema)
         (stream,) = self._run(batch, catalog, event_times).values()
-        return turn(self.compression(torch.cat(stream.pooled, dim=1)), self.rotations)
+        return self.compress(torch.cat(stream.pooled, dim=1))
 
     def _pooled(self, streams: dict[str, Stream], users: int) -> Tensor:
         """What all taps pooled: [B, n, d], zeros of the sources without events."""
@@ -298,14 +308,20 @@ def exchange_after(depth: int, streams: list[Stream]) -> None:
         stream.hear(found, summaries)
 
 
-def check_every_event(config: ModelConfig, schema: EventSchema) -> None:
-    """Raise InputError unless a model can give an embedding after every event in one pass."""
+def snapshot_bound(config: ModelConfig) -> list[str]:
+    """What makes an event's token depend on the snapshot it is read in; empty where it is one for all later times."""
     problems = []
     if not config.causal:
         problems.append("model.causal: expected true, as an event must not see later ones")
     late = [name for name in ("position", "age") if name in config.encoders]
     if late:
         problems.append(f"model.encoders: expected neither position nor age, which count from T; got {', '.join(late)}")
+    return problems
+
+
+def check_every_event(config: ModelConfig, schema: EventSchema) -> None:
+    """Raise InputError unless a model can give an embedding after every event in one pass."""
+    problems = snapshot_bound(config)
     if len(schema.sources) != 1:
         problems.append(f"events: expected one source, got {', '.join(schema.sources)}")
     if problems:

@@ -4,7 +4,7 @@ import copy
 import time
 from collections import deque
 from collections.abc import Callable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Any
@@ -23,7 +23,9 @@ from alure.engine.ranges import op
 from alure.engine.refresh.earlier import Earlier, earlier_rows
 from alure.engine.refresh.overlap import ahead
 from alure.engine.refresh.planner import Unit, count_events, pack
+from alure.engine.refresh.reuse import KvFolders, Reuse
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.kv_cache import SegmentWriter
 from alure.engine.store.vectors import Vectors
 from alure.kernels.backend import native_instruction_set
 
@@ -49,7 +51,8 @@ class Snapshot:
 
     base: the generation to carry users forward from. most_bad: users without a finite embedding that a job puts up
     with. least_unseen, deadline (unix seconds): under a time limit, users whose embedding has seen all but a smaller
-    share of their history are carried forward, and after the deadline all are.
+    share of their history are carried forward, and after the deadline all are. kv_cache: where keys and values are
+    kept, None where they are not.
     """
 
     generation: str
@@ -60,16 +63,19 @@ class Snapshot:
     most_bad: int = 0
     least_unseen: float = 0.0
     deadline: float | None = None
+    kv_cache: KvFolders | None = None
 
 
 @dataclass
 class Work:
-    """How much was done. flops: of the model's products. bad: users whose embedding was not finite. pending: users
-    embedded in units that are not written yet; ready: batches read ahead. Of these two, the change.
+    """How much was done. tokens: events read, of which `reused` had keys and values from before. flops: of the model's
+    products. bad: users whose embedding was not finite. pending: users embedded in units that are not written yet;
+    ready: batches read ahead. Of these two, the change.
     """
 
     embedded: int = 0
     tokens: int = 0
+    reused: int = 0
     batches: int = 0
     flops: float = 0.0
     units: int = 0
@@ -128,11 +134,21 @@ class Embedder:
         self.catalog = self.model.catalog(events)
         self.flops = ForwardFlops(self.model)
         self.events, self.snapshot, self.device = events, snapshot, device
+        self.reuse = None
+        if snapshot.kv_cache is not None:
+            self.reuse = Reuse(self.model, self.catalog, events, snapshot.kv_cache, snapshot.config.max_events)
 
-    def embed(self, users: np.ndarray, tokens: np.ndarray, after_batch: Callable[[Work], None]) -> tuple[Vectors, Work]:
+    def embed(
+        self,
+        users: np.ndarray,
+        tokens: np.ndarray,
+        after_batch: Callable[[Work], None],
+        writer: SegmentWriter | None = None,
+    ) -> tuple[Vectors, Work]:
         """The embeddings of `users` (indices), in their order, whatever batches they shared.
 
-        after_batch is called with what each batch was; what it raises ends the work.
+        after_batch is called with what each batch was; what it raises ends the work. writer: takes the new keys and
+        values where they are kept.
         """
         config, model = self.snapshot.config, self.model.config
         vectors, done = Vectors.empty(len(users), model.num_embeddings, model.width, config.output_dtype), Work()
@@ -140,10 +156,10 @@ class Embedder:
         arriving: deque[Arriving] = deque()
         with torch.inference_mode(), closing(batches):
             for places, batch, ready in batches:
-                flops = self._fill(vectors, arriving, places, users, batch)
+                work = self._fill(vectors, arriving, places, users, batch, writer)
                 while len(arriving) > self.depth:
                     arriving.popleft().store(vectors)
-                work = Work(len(places), int(tokens[places].sum()), batches=1, flops=flops, ready=ready - done.ready)
+                work.add(Work(len(places), int(tokens[places].sum()), batches=1, ready=ready - done.ready))
                 done.add(work)
                 after_batch(work)
             for last in arriving:
@@ -156,14 +172,23 @@ class Embedder:
             return batch.pin_memory() if self.device.type == "cuda" else batch
 
     def _fill(
-        self, vectors: Vectors, arriving: deque[Arriving], places: np.ndarray, users: np.ndarray, batch: EventBatch
-    ) -> float:
-        """Embed users[places], which `batch` holds; FLOPs. Users that do not fit in memory together go in halves."""
+        self,
+        vectors: Vectors,
+        arriving: deque[Arriving],
+        places: np.ndarray,
+        users: np.ndarray,
+        batch: EventBatch,
+        writer: SegmentWriter | None,
+    ) -> Work:
+        """Embed users[places], which `batch` holds; its FLOPs and reused events. Users that do not fit in memory
+        together go in halves.
+        """
         try:
             with op("to_device"):
                 on_device = batch.to(self.device, non_blocking=True)
-            arriving.append(self._embed(places, on_device))
-            return self.flops({name: s.lengths.numpy() for name, s in batch.sequences.items()})
+            pooled, work = self._pool(batch, on_device, writer)
+            arriving.append(self._compress(places, pooled))
+            return work
         except (torch.OutOfMemoryError, MemoryError):
             if len(places) == 1:
                 raise AlureError(
@@ -172,16 +197,32 @@ class Embedder:
                 ) from None
         while arriving:  # what is under way has memory too
             arriving.popleft().store(vectors)
-        halves = np.array_split(places, 2)  # outside the handler, which would hold on to the failed pass's tensors
-        return sum(self._fill(vectors, arriving, half, users, self._read(users[half])) for half in halves)
+        done = Work()
+        for half in np.array_split(places, 2):  # outside the handler, which would hold on to the failed pass's tensors
+            done.add(self._fill(vectors, arriving, half, users, self._read(users[half]), writer))
+        return done
 
-    def _embed(self, places: np.ndarray, batch: EventBatch) -> Arriving:
+    def _pool(self, batch: EventBatch, on_device: EventBatch, writer: SegmentWriter | None) -> tuple[Tensor, Work]:
+        """What the taps find, [B, n, d], and what that took."""
+        flops = self.flops({name: s.lengths.numpy() for name, s in batch.sequences.items()})
+        with op("embed"):
+            if self.reuse is None:
+                return self.model.pool(on_device, self.catalog), Work(flops=flops)
+            found = self.reuse.pool(on_device)
+        if writer is not None:
+            with op("write"):
+                for segments in found.segments:
+                    writer.add(segments)
+        reused = sum(int(events.sum()) for events in found.cached.values())
+        return found.pooled, Work(reused=reused, flops=flops - self.flops.saved(found.cached))
+
+    def _compress(self, places: np.ndarray, pooled: Tensor) -> Arriving:
         scales = None
         with op("embed"):
             if self.snapshot.config.output_dtype == "int8":
-                found, scales = self.model.forward_int8(batch, self.catalog)
+                found, scales = self.model.compress_int8(pooled)
             else:
-                found = self.model(batch, self.catalog).to(DTYPES[self.snapshot.config.output_dtype])
+                found = self.model.compress(pooled).to(DTYPES[self.snapshot.config.output_dtype])
         with op("to_host"):
             return Arriving.send(places, found.flatten(1), scales)
 
@@ -193,7 +234,8 @@ class Embedder:
         present = num_events > 0
         chosen = present & needs_refresh(snapshot, earlier, num_events)
         places = np.flatnonzero(chosen)
-        vectors, work = self.embed(places + unit.first, tokens[places], after_batch)
+        with nullcontext() if self.reuse is None else self.reuse.writing(unit) as writer:
+            vectors, work = self.embed(places + unit.first, tokens[places], after_batch, writer)
         finite = vectors.finite()
         work.bad = len(places) - int(finite.sum())
         known = self.events.users.slice(unit.first, unit.last - unit.first)

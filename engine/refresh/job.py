@@ -8,6 +8,7 @@ import hashlib
 import os
 import time
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -20,19 +21,22 @@ from alure.engine.events import Events
 from alure.engine.limits import SHORT_S, matrix_limit
 from alure.engine.metrics import exposition
 from alure.engine.model import UserModel, model_digest, model_space
+from alure.engine.model.key_values import check_reusable
 from alure.engine.progress import say, track
 from alure.engine.refresh.clusters import run_on_ray, run_on_spark
 from alure.engine.refresh.drift import LOOKED_UP, Drift, check_drift
-from alure.engine.refresh.embedder import Embedder, Snapshot, Work, resolve_precision
+from alure.engine.refresh.embedder import DTYPES, Embedder, Snapshot, Work, resolve_precision
 from alure.engine.refresh.outlook import SPARE, Outlook, look_ahead, seconds_a_token
 from alure.engine.refresh.planner import Unit, generation_id, plan_units, spread
 from alure.engine.refresh.report import FIGURES, RefreshReport, freshness
+from alure.engine.refresh.reuse import KvFolders, row_bytes
 from alure.engine.refresh.shard import Job, leases_of, share_units
 from alure.engine.refresh.watch import Watch
 from alure.engine.refresh.workers import run_workers, threads_of
 from alure.engine.results import to_dict
 from alure.engine.signals import StopFlag, stop_flag
 from alure.engine.store import EmbeddingStore, Generation
+from alure.engine.store.kv_cache import kept_by, kv_cache_folder
 from alure.engine.store.location import remove
 
 ENGINES = ("local", "ray", "spark")
@@ -74,6 +78,10 @@ class RefreshJob:
         self.watch = Watch()
         if not 0 <= self.as_of <= LATEST:
             raise InputError(f"as_of: expected unix seconds from 0 to {LATEST}, got {self.as_of}; milliseconds?")
+        if self.config.kv_cache:
+            check_reusable(self.model.config)
+            if not isinstance(self.store.path, Path):
+                raise InputError(f"refresh.kv_cache: expected a store on a disk, got {self.store.path}")
         if workers < 1:
             raise InputError(f"workers: expected at least 1, got {workers}")
         if engine not in ENGINES:
@@ -126,7 +134,14 @@ class RefreshJob:
                 "carried forward from; make the first one in full"
             )
         generation = generation_id(self.as_of, self.digest, self.events, self.config, base)
-        return Snapshot(generation, self.as_of, self.digest, base, self.config)
+        kv_cache = self._kv_cache(generation, base) if self.config.kv_cache else None
+        return Snapshot(generation, self.as_of, self.digest, base, self.config, kv_cache=kv_cache)
+
+    def _kv_cache(self, generation: str, base: str | None) -> KvFolders:
+        """Of the generations that this one is carried forward from, as far back as they kept keys and values."""
+        assert isinstance(self.store.path, Path)
+        folder = partial(kv_cache_folder, self.store.path.resolve())
+        return KvFolders(tuple(map(folder, reversed(kept_by(self.store.log, base)))), folder(generation))
 
     def _base(self) -> str | None:
         """The newest generation before as_of, or one of as_of that a time limit cut short; InputError where its rows
@@ -169,6 +184,9 @@ class RefreshJob:
             f"refresh: generation {snapshot.generation}: {outlook.users:,} users with {outlook.tokens:,} events in "
             f"{len(units)} units on {', '.join(sorted(set(devices)))}"
         )
+        if snapshot.kv_cache is not None:
+            sizes = row_bytes(self.model, DTYPES[self.config.precision]).values()
+            say(f"refresh: an event's keys and values take {max(sizes):,} bytes in {snapshot.kv_cache.write}")
         alone = self.engine == "local" and self.workers == 1
         long = outlook.tokens > CALIBRATE_FROM * self.config.token_budget
         embedder = None
@@ -264,6 +282,7 @@ class RefreshJob:
             "base": snapshot.base,
             "space": self.digest if self.model_path is None else model_space(self.model_path),
             "max_minutes": self.config.max_minutes,
+            "kv_cache": self.config.kv_cache,
             "events": self.events.manifest.fingerprint,
             "quarantined": bad,
         }
@@ -305,6 +324,7 @@ class RefreshJob:
             units_reused=units[1],
             embedded_now=work.embedded,
             tokens=work.tokens,
+            tokens_reused=work.reused,
             batches=work.batches,
             flops=work.flops,
             seconds=seconds,

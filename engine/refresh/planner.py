@@ -84,5 +84,7 @@ def generation_id(as_of: int, model: str, events: Events, config: RefreshConfig,
     identity = [as_of, model, log, config.unit_users, config.max_events, config.precision, config.output_dtype, base]
     if base is not None:
         identity += [config.max_age, config.max_minutes]
+    if config.kv_cache:  # the same up to rounding
+        identity += ["kv_cache"]
     digest = hashlib.sha256(json.dumps(identity).encode()).hexdigest()[:8]
     return f"{datetime.fromtimestamp(as_of, UTC):%Y%m%dT%H%M%SZ}-{digest}"

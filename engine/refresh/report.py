@@ -24,7 +24,8 @@ FIGURES = {
     "units": "units of the generation, each one write",
     "units_reused": "units that an earlier, interrupted run wrote",
     "embedded_now": "users embedded by this run",
-    "tokens": "events that the model read in this run",
+    "tokens": "events of the users that this run embedded",
+    "tokens_reused": "those of them whose keys and values an earlier generation had kept",
     "batches": "batches of this run",
     "flops": "floating-point operations of the model's products in this run",
     "seconds": "since this run began",
@@ -41,6 +42,7 @@ FIGURES = {
     "users_pending": "users embedded in units that are not written yet",
     "events_to_embed": "events of the users to embed",
     "events_embedded_total": "events that the model read in this run",
+    "events_reused_total": "those of them whose keys and values an earlier generation had kept",
     "batches_total": "batches of this run",
     "batches_ready": "batches that are read ahead and wait for the device",
     "flops_total": "floating-point operations of the model's products in this run",
@@ -73,6 +75,7 @@ class RefreshReport:
     units_reused: int
     embedded_now: int
     tokens: int
+    tokens_reused: int
     batches: int
     flops: float
     seconds: float

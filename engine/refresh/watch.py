@@ -62,6 +62,7 @@ class Watch:
             "users_pending": done.pending,
             "events_to_embed": outlook.tokens,
             "events_embedded_total": done.tokens,
+            "events_reused_total": done.reused,
             "batches_total": done.batches,
             "batches_ready": done.ready,
             "flops_total": done.flops,

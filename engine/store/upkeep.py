@@ -2,13 +2,15 @@
 
 import time
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from alure.engine.errors import AlureError, InputError
 from alure.engine.store.checksums import EMBEDDINGS
 from alure.engine.store.delta import DataTable
 from alure.engine.store.embedding_store import EmbeddingStore
 from alure.engine.store.generations import Generation
-from alure.engine.store.location import remove, size_of
+from alure.engine.store.kv_cache import kept_by, kv_cache_folder
+from alure.engine.store.location import half_written, remove, size_of
 
 GRACE_HOURS = 168.0  # a week: readers that began before, and a job that may still be resumed
 
@@ -100,7 +102,8 @@ def vacuum(
     store: EmbeddingStore, *, keep: int | None = None, grace_hours: float = GRACE_HOURS, dry_run: bool = False
 ) -> VacuumReport:
     """Delete what no reader can ask for: of all but the newest `keep` generations (None: keep all published), of
-    generations withdrawn or never finished, of writes that died; none of it younger than `grace_hours`.
+    generations withdrawn or never finished, of writes that died; none of it younger than `grace_hours`. Keys and values
+    stay for as long as a kept generation was carried forward from theirs.
 
     A file goes `grace_hours` after the last snapshot that held it, so a reader that is under way is not disturbed; of
     what is removed now, the files go with the first vacuum after that.
@@ -124,13 +127,37 @@ def vacuum(
             removed[f"{data.path.name}/{generation}" + (f"/{write}" if write != EMBEDDINGS else "")] = None
             if not dry_run:
                 _remove(store, data, generation, write)
-    files, size = 0, 0
+    files, size = _vacuum_kv_cache(store, kept, before, removed, dry_run)
     for data in store.tables():
         unread = data.vacuum(grace_hours, dry_run=True)
         files, size = files + len(unread), size + size_of(data.path, unread)
         if not dry_run:
             data.vacuum(grace_hours, dry_run=False)
     return VacuumReport(dry_run, kept, list(removed), files, size)
+
+
+def _vacuum_kv_cache(
+    store: EmbeddingStore, kept: list[str], before: float, removed: dict[str, None], dry_run: bool
+) -> tuple[int, int]:
+    """(files, bytes) of keys and values that no incremental refresh on top of a kept generation would read."""
+    if not isinstance(store.path, Path):
+        return 0, 0
+    everything = kv_cache_folder(store.path, "")
+    wanted = {name for generation in kept for name in kept_by(store.log, generation)}
+    torn = half_written(everything, before)
+    files, size = len(torn), size_of(everything, torn)
+    if not dry_run:
+        for path in torn:
+            (everything / path).unlink(missing_ok=True)
+    for folder in sorted(everything.glob("*")):
+        found = [file.stat() for file in (folder, *folder.iterdir())]
+        if folder.name in wanted or max(stat.st_mtime for stat in found) > before:
+            continue
+        removed[f"kv_cache/{folder.name}"] = None
+        files, size = files + len(found) - 1, size + sum(stat.st_size for stat in found[1:])
+        if not dry_run:
+            remove(folder)
+    return files, size
 
 
 def _place(store: EmbeddingStore, publication: Generation) -> tuple[DataTable, str]:
