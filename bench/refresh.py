@@ -1,8 +1,9 @@
 """The refresh: the user model beside plain PyTorch with padded batches, the half of it that a refresh runs beside the
-full forward pass, an incremental job beside a full one, and the store.
+full forward pass, an incremental job beside a full one, one with cached keys and values, and the store.
 """
 
 import math
+import os
 import shutil
 from collections.abc import Callable
 from itertools import count
@@ -24,6 +25,7 @@ from alure.engine.model.checkpoint import CheckpointConfig, save_checkpoint
 from alure.engine.model.towers import Exposures, two_tower_scores
 from alure.engine.refresh import RefreshJob
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work
+from alure.engine.refresh.report import RefreshReport
 from alure.engine.store import EmbeddingStore, Generation
 
 DAY = 86_400
@@ -35,11 +37,11 @@ PADDED_USERS = 8  # users a padded batch
 CHANGED = 0.1  # of the users have an event on the last day
 
 
-def write_log(folder: Path, users: int, mean: float) -> Events:
-    """Lognormal lengths (σ 1) of the given mean, at least 1, over SPAN days and a last one that few have events on."""
+def write_log(folder: Path, users: int, mean: float, changed_share: float = CHANGED) -> Events:
+    """Lognormal lengths (σ 1) of the given mean, at least 1, over SPAN days, and an event of some on a last one."""
     rng = np.random.default_rng(0)
     lengths = np.maximum(1, rng.lognormal(math.log(mean) - 0.5, 1.0, users)).astype(int)
-    changed = rng.permutation(users)[: round(CHANGED * users)]
+    changed = rng.permutation(users)[: round(changed_share * users)]
     user = np.concatenate([np.repeat(np.arange(users), lengths), changed])
     total = len(user)
     time = START + rng.integers(0, SPAN * DAY, total)
@@ -52,10 +54,10 @@ def write_log(folder: Path, users: int, mean: float) -> Events:
     return Events.open(folder / "log")
 
 
-def new_model(events: Events, preset: str) -> AlureModel:
+def new_model(events: Events, preset: str, **changes: Any) -> AlureModel:
     """Untrained: the speed does not depend on the weights."""
     torch.manual_seed(0)
-    config = ModelConfig.model_validate({"preset": preset})
+    config = ModelConfig.model_validate({"preset": preset, **changes})
     return AlureModel(config, EventSchema.of(events.manifest), ("ctr", "cvr")).eval().requires_grad_(False)
 
 
@@ -197,6 +199,45 @@ def bench_incremental(race: Callable[[Contest], None], quick: bool, tmp_path: Pa
         Entry("alure, in full", lambda: (run(False), embedded(users))),
     ]
     race(Contest("refresh", f"{users:,} users, {CHANGED:.0%} changed", entries))
+
+
+@pytest.mark.parametrize("preset", ["small", "base"])
+def bench_kv_cache(race: Callable[[Contest], None], preset: str, quick: bool, tmp_path: Path) -> None:
+    """Whole jobs on a day on which everybody has one event more, with yesterday's keys and values and without."""
+    users = {"small": 800, "base": 160}[preset] // (8 if quick else 1)
+    events = write_log(tmp_path / "log", users, mean=256, changed_share=1.0)
+    model = new_model(events, preset, causal=True, encoders=["frequency", "gap", "cyclic"])
+    save_checkpoint(tmp_path / "model", model, CheckpointConfig(model=model.config, events=model.schema, sha256=""), {})
+    yesterday, today, number = START + SPAN * DAY, events.manifest.last_timestamp, count()
+
+    def job(store: Path, as_of: int, config: RefreshConfig) -> RefreshReport:
+        return RefreshJob(tmp_path / "model", events, store, as_of=as_of, incremental=True, config=config).run()
+
+    def entry(name: str, kv_cache: bool, reused: int) -> Entry:
+        config, before = RefreshConfig(kv_cache=kv_cache), tmp_path / f"yesterday {kv_cache}"
+
+        def once() -> RefreshReport:
+            store = tmp_path / f"store{next(number)}"
+            shutil.copytree(before, store, copy_function=os.link)  # a store's files never change
+            report = job(store, today, config)
+            shutil.rmtree(store)
+            return report
+
+        def prepare() -> tuple[Callable[[], RefreshReport], Callable[[RefreshReport], str]]:
+            job(before, yesterday, config)
+            return (
+                once,
+                lambda report: "" if report.tokens_reused == reused else f"{report.tokens_reused} events reused",
+            )
+
+        return Entry(name, prepare)
+
+    old = int(events.num_events(yesterday).sum())
+    entries = [
+        entry("alure, new events only", kv_cache=True, reused=old),
+        entry("alure, all events", kv_cache=False, reused=0),
+    ]
+    race(Contest("refresh", f"{users:,} users, {old:,} events and one more each, {preset} preset, causal", entries))
 
 
 class Stored:

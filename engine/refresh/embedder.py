@@ -186,8 +186,8 @@ class Embedder:
         try:
             with op("to_device"):
                 on_device = batch.to(self.device, non_blocking=True)
-            pooled, work = self._pool(batch, on_device, writer)
-            arriving.append(self._compress(places, pooled))
+            work = Work(flops=self.flops({name: s.lengths.numpy() for name, s in batch.sequences.items()}))
+            arriving.append(self._embed(places, on_device, writer, work))
             return work
         except (torch.OutOfMemoryError, MemoryError):
             if len(places) == 1:
@@ -202,29 +202,30 @@ class Embedder:
             done.add(self._fill(vectors, arriving, half, users, self._read(users[half]), writer))
         return done
 
-    def _pool(self, batch: EventBatch, on_device: EventBatch, writer: SegmentWriter | None) -> tuple[Tensor, Work]:
-        """What the taps find, [B, n, d], and what that took."""
-        flops = self.flops({name: s.lengths.numpy() for name, s in batch.sequences.items()})
-        with op("embed"):
-            if self.reuse is None:
-                return self.model.pool(on_device, self.catalog), Work(flops=flops)
-            found = self.reuse.pool(on_device)
-        if writer is not None:
-            with op("write"):
-                for segments in found.segments:
-                    writer.add(segments)
-        reused = sum(int(events.sum()) for events in found.cached.values())
-        return found.pooled, Work(reused=reused, flops=flops - self.flops.saved(found.cached))
-
-    def _compress(self, places: np.ndarray, pooled: Tensor) -> Arriving:
+    def _embed(self, places: np.ndarray, batch: EventBatch, writer: SegmentWriter | None, work: Work) -> Arriving:
+        """work: of the whole histories; what cached keys and values spare is taken off."""
         scales = None
         with op("embed"):
+            if self.reuse is None:
+                pooled = self.model.pool(batch, self.catalog)
+            else:
+                pooled = self._pool_grown(self.reuse, batch, writer, work)
             if self.snapshot.config.output_dtype == "int8":
                 found, scales = self.model.compress_int8(pooled)
             else:
                 found = self.model.compress(pooled).to(DTYPES[self.snapshot.config.output_dtype])
         with op("to_host"):
             return Arriving.send(places, found.flatten(1), scales)
+
+    def _pool_grown(self, reuse: Reuse, batch: EventBatch, writer: SegmentWriter | None, work: Work) -> Tensor:
+        found = reuse.pool(batch)
+        work.reused += sum(int(events.sum()) for events in found.cached.values())
+        work.flops -= self.flops.saved(found.cached)
+        if writer is not None:
+            with op("write"):
+                for segments in found.segments:
+                    writer.add(segments)
+        return found.pooled
 
     def unit_rows(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[Work], None]) -> UnitResult:
         """The unit's users that have an event up to as_of: those who need it embedded, the others carried forward."""

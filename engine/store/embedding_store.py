@@ -8,6 +8,7 @@ STORE/popularity    one row a country and generation          } so a rewrite rep
 STORE/clusters      one row a cluster of the graph alure      }
 STORE/checksums     one row a file of what is published
 STORE/quarantine    rows that were refused, and why
+STORE/kv_cache      files, not a table: see `alure.engine.store.kv_cache`
 """
 
 from collections import Counter

@@ -66,9 +66,9 @@ class Segments:
 
     def batch(self, schema: pa.Schema) -> pa.RecordBatch:
         offsets = np.concatenate([[0], np.cumsum(self.last - self.first)]) * self.values.shape[1]
-        data = np.ascontiguousarray(self.values).reshape(-1)
+        data = pa.py_buffer(np.ascontiguousarray(self.values).reshape(-1))
         checksums = [zlib.crc32(data[start:end]) for start, end in itertools.pairwise(offsets)]
-        buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+        buffers = [None, pa.py_buffer(offsets), data]
         key_values = pa.LargeBinaryArray.from_buffers(pa.large_binary(), len(self.users), buffers)
         columns = [
             self.users,

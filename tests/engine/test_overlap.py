@@ -149,8 +149,8 @@ def test_what_is_read_ahead_and_not_yet_written_is_watched(
     seen: list[dict[str, Any]] = []
     add = Watch.add
     monkeypatch.setattr(Watch, "add", lambda watch, work: (add(watch, work), seen.append(watch.figures())))
-    forward = UserModel.forward
-    monkeypatch.setattr(UserModel, "forward", lambda *inputs: (time.sleep(0.02), forward(*inputs))[1])
+    pool = UserModel.pool
+    monkeypatch.setattr(UserModel, "pool", lambda *inputs: (time.sleep(0.02), pool(*inputs))[1])
     report = job.run()
     assert {0, 1} <= {figures["batches_ready"] for figures in seen} <= {0, 1, 2}
     assert max(figures["users_pending"] for figures in seen) > 16  # a unit is written while the next is embedded
@@ -192,13 +192,13 @@ def test_a_unit_that_cannot_be_written_ends_the_job_and_is_written_by_the_next(
 def test_users_that_do_not_fit_in_memory_go_in_halves_after_those_under_way_have_arrived(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = UserModel.forward
+    pool = UserModel.pool
 
     def crowded(self: UserModel, batch, catalog):
         if len(batch) > 2:
             raise torch.OutOfMemoryError
-        return forward(self, batch, catalog)
+        return pool(self, batch, catalog)
 
-    monkeypatch.setattr(UserModel, "forward", crowded)
+    monkeypatch.setattr(UserModel, "pool", crowded)
     found, expected = (store.read_matrix() for store in (refresh(world, tmp_path), EmbeddingStore(world / "store")))
     np.testing.assert_allclose(found.values, expected.values, atol=2e-6)

@@ -371,18 +371,18 @@ def test_poison_users_are_left_out_and_kept_apart(world: Path, tmp_path: Path, c
 def test_users_that_do_not_fit_in_memory_together_go_in_halves(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    forward = UserModel.forward
+    pool = UserModel.pool
 
     def small(self: UserModel, batch: Any, catalog: Any) -> torch.Tensor:
         if len(batch) > 3:
             raise torch.OutOfMemoryError("CUDA out of memory")
-        return forward(self, batch, catalog)
+        return pool(self, batch, catalog)
 
-    monkeypatch.setattr(UserModel, "forward", small)
+    monkeypatch.setattr(UserModel, "pool", small)
     refresh(world, tmp_path)
     expected, found = EmbeddingStore(world / "store").read_matrix(), EmbeddingStore(tmp_path).read_matrix()
     np.testing.assert_allclose(found.values, expected.values, atol=2e-6)
-    monkeypatch.setattr(UserModel, "forward", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
+    monkeypatch.setattr(UserModel, "pool", lambda *a: (_ for _ in ()).throw(torch.OutOfMemoryError("no")))
     with pytest.raises(AlureError, match="events of one user do not fit in the memory"):
         refresh(world, tmp_path / "none")
 
@@ -438,8 +438,8 @@ def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatc
     snapshot = Snapshot("g", START + 20 * DAY, "m", None, RefreshConfig(token_budget=50, precision="float32"))
     embedder = Embedder(model, events, snapshot, torch.device("cpu"))
     totals: list[tuple[int, int]] = []
-    forward = model.forward
-    monkeypatch.setattr(model, "forward", lambda b, c: (totals.append((b.total, len(b))), forward(b, c))[1])
+    pool = model.pool
+    monkeypatch.setattr(model, "pool", lambda b, c: (totals.append((b.total, len(b))), pool(b, c))[1])
     users = np.array([40, 5, 8, 1, 22, 30, 31])
     tokens = events.num_events(users=users)
     vectors, work = embedder.embed(users, tokens, Work().add)

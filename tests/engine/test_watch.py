@@ -378,14 +378,14 @@ def test_halves_of_a_batch_count_once(world: Path, monkeypatch: pytest.MonkeyPat
     embedder = Embedder(model, events, Snapshot("g", START + 20 * DAY, "m", None, SMALL), torch.device("cpu"))
     users = np.arange(30)
     whole = embedder.embed(users, events.num_events(users=users), Work().add)[1]
-    forward = model.forward
+    pool = model.pool
 
     def small_memory(batch: Any, catalog: Any) -> Any:
         if len(batch) > 4:
             raise MemoryError
-        return forward(batch, catalog)
+        return pool(batch, catalog)
 
-    monkeypatch.setattr(embedder.model, "forward", small_memory)
+    monkeypatch.setattr(embedder.model, "pool", small_memory)
     halved = embedder.embed(users, events.num_events(users=users), Work().add)[1]
     assert halved == whole
     assert whole.flops > 0
