@@ -93,6 +93,7 @@ class Growth:
             k_timestamps=sequence.timestamps if layer.time_bias else None,
             time_thresholds=layer.time_bias.thresholds if layer.time_bias else None,
             position_thresholds=layer.position_bias.thresholds if layer.position_bias else None,
+            periods=layer.time_bias.periods if layer.time_bias else None,
             causal=True,
             window_size=stack.window,
         )
