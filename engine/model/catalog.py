@@ -82,10 +82,13 @@ class Catalog:
 
     def event_dense(self, source: str, sequence: EventSequence) -> Tensor | None:
         """float32 [n, schema.event_dense_dim(source)]: the item's content and the event's own; None where it is 0."""
-        parts = [self.dense[sequence.items]] if self.dense is not None else []
-        if self.schema.event_dense_dims.get(source):
-            assert sequence.dense is not None
-            parts.append(sequence.dense)
+        own = sequence.dense if self.schema.event_dense_dims.get(source) else None
+        return self.content(None if self.dense is None else sequence.items, own)
+
+    def content(self, items: Tensor | None, own: Tensor | None) -> Tensor | None:
+        """[n, dim] of items int64 [n] where they have content, beside the events' own [n, dim]; None without both."""
+        parts = [] if items is None or self.dense is None else [self.dense[items]]
+        parts += [] if own is None else [own]
         return torch.cat(parts, dim=1) if parts else None
 
     def item_rows(self, items: Tensor) -> Tensor:

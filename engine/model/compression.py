@@ -2,10 +2,17 @@
 
 import dataclasses
 
+import torch
 from torch import Tensor, nn
 
 from alure.engine.config import ModelConfig
-from alure.kernels.compression import DotLinearCompression, InteractionCompression, compress, compress_int8
+from alure.kernels.compression import (
+    DotLinearCompression,
+    InteractionCompression,
+    InteractionPlan,
+    compress,
+    compress_int8,
+)
 from alure.kernels.compression.parameters import InteractionLayer
 
 
@@ -18,13 +25,16 @@ class DotLinear(nn.Module):
         start = DotLinearCompression.initialize(n, d, k, config.compression_rank, hidden=2 * d)
         self.tensors = nn.ParameterDict({f.name: getattr(start, f.name) for f in dataclasses.fields(start)})
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, n, d] → [B, k, d], each embedding of length 1."""
-        return compress(x.to(self.tensors["linear"].dtype), self._weights())
+    def plan(self, users: int, device: torch.device) -> None:
+        """There is nothing to plan."""
 
-    def forward_int8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, plan: InteractionPlan | None = None) -> Tensor:
+        """[B, n, d] → [B, k, d], each embedding of length 1."""
+        return compress(x.to(self.tensors["linear"].dtype), self._weights(), plan=plan)
+
+    def forward_int8(self, x: Tensor, plan: InteractionPlan | None = None) -> tuple[Tensor, Tensor]:
         """The same as codes int8 [B, k, d] and scales float32 [B, k]."""
-        return compress_int8(x.to(self.tensors["linear"].dtype), self._weights())
+        return compress_int8(x.to(self.tensors["linear"].dtype), self._weights(), plan=plan)
 
     def _weights(self) -> DotLinearCompression:
         return DotLinearCompression(**self.tensors)
@@ -33,8 +43,9 @@ class DotLinear(nn.Module):
 class Interaction(nn.Module):
     """k seeds attend to the n vectors, then to each other."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, n: int) -> None:
         super().__init__()
+        self.n = n
         start = InteractionCompression.initialize(config.width, config.num_embeddings, config.heads)
         self.heads = config.heads
         self.seeds = nn.Parameter(start.seeds)
@@ -43,13 +54,17 @@ class Interaction(nn.Module):
             for layer in start.layers
         )
 
-    def forward(self, x: Tensor) -> Tensor:
-        """[B, n, d] → [B, k, d], each embedding of length 1."""
-        return compress(x.to(self.seeds.dtype), self._weights())
+    def plan(self, users: int, device: torch.device) -> InteractionPlan:
+        """Of a batch of `users`, made on `device` for where the parameters are."""
+        return InteractionPlan.of(users, self.n, self._weights(), device)
 
-    def forward_int8(self, x: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(self, x: Tensor, plan: InteractionPlan | None = None) -> Tensor:
+        """[B, n, d] → [B, k, d], each embedding of length 1. With a plan of the batch it waits for nothing."""
+        return compress(x.to(self.seeds.dtype), self._weights(), plan=plan)
+
+    def forward_int8(self, x: Tensor, plan: InteractionPlan | None = None) -> tuple[Tensor, Tensor]:
         """The same as codes int8 [B, k, d] and scales float32 [B, k]."""
-        return compress_int8(x.to(self.seeds.dtype), self._weights())
+        return compress_int8(x.to(self.seeds.dtype), self._weights(), plan=plan)
 
     def _weights(self) -> InteractionCompression:
         layers = tuple(InteractionLayer(**dict(layer.items())) for layer in self.layers)  # type: ignore[operator]
@@ -57,4 +72,4 @@ class Interaction(nn.Module):
 
 
 def make_compression(config: ModelConfig, n: int) -> DotLinear | Interaction:
-    return DotLinear(config, n) if config.compression == "dot_linear" else Interaction(config)
+    return DotLinear(config, n) if config.compression == "dot_linear" else Interaction(config, n)

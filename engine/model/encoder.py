@@ -4,8 +4,7 @@ import torch
 from torch import Tensor, nn
 
 from alure.engine.config import ModelConfig
-from alure.engine.events import EventSequence
-from alure.kernels.encoding import EventEncoder, encode_events
+from alure.kernels.encoding import CheckedColumns, EventColumns, EventEncoder, encode_columns
 
 TAU = 3_600.0  # seconds, unit of age and gap inside the logarithm
 FREQUENCY_ROWS = 16  # log2 buckets of occurrences: the last one starts at 2^15
@@ -40,12 +39,14 @@ class SourceEncoder(nn.Module):
                 self.register_buffer(name, torch.zeros(1, width), persistent=False)
         on = [float(name in config.encoders) for name in ("age", "gap", *["cyclic"] * (2 * num_periods))]
         self.register_buffer("time_mask", torch.tensor(on)[:, None], persistent=False)
-        self.register_buffer("periods", torch.tensor(config.periods, dtype=torch.int64), persistent=False)
+        self.host_periods = torch.tensor(config.periods, dtype=torch.int64)  # stay where batches are prepared
+        self.register_buffer("periods", self.host_periods.clone(), persistent=False)
 
-    def forward(
-        self, rows: Tensor, table: Tensor, dense: Tensor | None, sequence: EventSequence, reference_times: Tensor
-    ) -> Tensor:
-        """rows [n, A] of `table`; dense [n, dense_dim]; reference_times int64 [B] → tokens [n, width]."""
+    def periods_on(self, device: torch.device) -> Tensor:
+        return self.periods if self.periods.device == device else self.host_periods
+
+    def forward(self, events: EventColumns, table: Tensor, dense: Tensor | None) -> Tensor:
+        """events: their ids are rows of `table`; dense [n, dense_dim] → tokens [n, width]."""
         encoder = EventEncoder(
             id_weight=self.id_weight,
             dense_weight=self.dense_weight,
@@ -53,19 +54,8 @@ class SourceEncoder(nn.Module):
             bias=self.bias,
             position_table=self.position_table,
             frequency_table=self.frequency_table,
-            periods=self.periods,
+            periods=events.periods if isinstance(events, CheckedColumns) else self.periods,
             phases=self.phases,
             tau=TAU,
         )
-        tokens = encode_events(
-            rows,
-            table,
-            sequence.offsets,
-            sequence.timestamps,
-            reference_times,
-            encoder,
-            counts=sequence.counts,
-            dense=dense,
-            utc_offsets=sequence.utc_offsets,
-        )
-        return self.dropout(tokens)
+        return self.dropout(encode_columns(events, table, encoder, dense=dense))

@@ -12,7 +12,8 @@ from torch import nn
 
 from alure.engine.model.compression import DotLinear, Interaction
 from alure.engine.model.layers import Exchange, Tap
-from alure.engine.model.user_model import SourceStack, UserModel
+from alure.engine.model.stack import SourceStack
+from alure.engine.model.user_model import UserModel
 from alure.kernels.attention.arguments import UNLIMITED
 from alure.kernels.compression.interaction import LARGEST_HEAD
 

@@ -16,8 +16,10 @@ from alure.engine.config import ModelConfig
 from alure.engine.errors import InputError
 from alure.engine.events import EventBatch, EventSequence
 from alure.engine.model.catalog import Catalog
-from alure.engine.model.layers import SourceContext
-from alure.engine.model.user_model import SourceStack, UserModel, snapshot_bound
+from alure.engine.model.layers import SourceContext, bias_tensors
+from alure.engine.model.prepared import event_columns, plan_pooling
+from alure.engine.model.stack import SourceStack
+from alure.engine.model.user_model import UserModel, snapshot_bound
 from alure.engine.ranges import op
 from alure.kernels import AttentionPlan, jagged_attention
 from alure.kernels.jagged import segment_ids
@@ -79,8 +81,9 @@ class Growth:
     def tokens(self, model: UserModel, stack: SourceStack, catalog: Catalog, reference_times: Tensor) -> Tensor:
         """[new events, d]: they are encoded with the event before them, whose time they look at."""
         events = self.sequence.where(self.tail)
-        rows, dense = catalog.event_rows(stack.source, events), catalog.event_dense(stack.source, events)
-        return stack.encoder(rows, model.table, dense, events, reference_times)[self.is_new[self.tail]]
+        columns = event_columns(events, catalog.event_rows(stack.source, events), reference_times)
+        tokens: Tensor = stack.encoder(columns, model.table, catalog.event_dense(stack.source, events))
+        return tokens[self.is_new[self.tail]]
 
     def plan(self, stack: SourceStack) -> AttentionPlan:
         """Each new event looks at all before it."""
@@ -91,11 +94,9 @@ class Growth:
             sequence.offsets,
             q_timestamps=sequence.timestamps[self.rows] if layer.time_bias else None,
             k_timestamps=sequence.timestamps if layer.time_bias else None,
-            time_thresholds=layer.time_bias.thresholds if layer.time_bias else None,
-            position_thresholds=layer.position_bias.thresholds if layer.position_bias else None,
-            periods=layer.time_bias.periods if layer.time_bias else None,
             causal=True,
             window_size=stack.window,
+            **bias_tensors(layer.time_bias, layer.position_bias, sequence.offsets.device),
         )
 
     def keep(self, new: Tensor, at: int) -> tuple[Tensor, Tensor]:
@@ -116,6 +117,7 @@ def _extend_source(
         tokens = growth.tokens(model, stack, catalog, reference_times)
     with op("plan"):
         plan = growth.plan(stack)
+        pooling = plan_pooling(stack, sequence.offsets, sequence.timestamps, reference_times, False, model.value_kind())
     pooled: list[Tensor] = []
     for depth in range(1, len(stack.layers) + 1):
         layer = stack.layer(depth)
@@ -129,8 +131,8 @@ def _extend_source(
                 keys,
                 values,
                 plan=plan,
-                time_bias=time_bias and time_bias(),
-                position_bias=position_bias and position_bias(),
+                time_bias=time_bias and time_bias(plan),
+                position_bias=position_bias and position_bias(plan),
             )
         with op("feed_forward"):
             tokens = layer.finish(tokens, attended)
@@ -138,7 +140,7 @@ def _extend_source(
         if tap is not None:
             with op("pool"):
                 of_tap = growth.keep(tap.keys_and_values(tokens), len(stack.layers) + len(pooled))
-                pooled.append(tap(SourceContext(*of_tap, sequence.offsets, sequence.timestamps), reference_times))
+                pooled.append(tap(SourceContext(*of_tap, sequence.offsets, sequence.timestamps), pooling))
     return pooled
 
 

@@ -1,6 +1,6 @@
 """The modules a source's tokens pass through: attention layers, and the taps that pool them."""
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -30,8 +30,10 @@ class LearnedTimeBias(nn.Module):
     def __init__(self, config: ModelConfig, heads: int, bidirectional: bool) -> None:
         super().__init__()
         thresholds = time_thresholds(config.buckets_per_octave, bidirectional=bidirectional)
-        self.register_buffer("thresholds", thresholds, persistent=False)
-        self.register_buffer("periods", torch.tensor(config.bias_periods, dtype=torch.int64), persistent=False)
+        periods = torch.tensor(config.bias_periods, dtype=torch.int64)
+        self.on_host = thresholds, periods  # stay where batches are prepared
+        self.register_buffer("thresholds", thresholds.clone(), persistent=False)
+        self.register_buffer("periods", periods.clone(), persistent=False)
         self.table = nn.Parameter(torch.randn(heads, thresholds.numel() + 1) * 0.02)
         self.cosine = nn.Parameter(torch.zeros(heads, len(config.bias_periods)))
         self.sine = nn.Parameter(torch.zeros(heads, len(config.bias_periods)))
@@ -68,14 +70,29 @@ class LearnedPositionBias(nn.Module):
 
     def __init__(self, heads: int, bidirectional: bool) -> None:
         super().__init__()
-        thresholds = position_thresholds(longest=LONGEST_POSITION, bidirectional=bidirectional)
-        self.register_buffer("thresholds", thresholds, persistent=False)
-        self.table = nn.Parameter(torch.randn(heads, thresholds.numel() + 1) * 0.02)
+        self.on_host = position_thresholds(longest=LONGEST_POSITION, bidirectional=bidirectional)
+        self.register_buffer("thresholds", self.on_host.clone(), persistent=False)
+        self.table = nn.Parameter(torch.randn(heads, self.thresholds.numel() + 1) * 0.02)
 
     def forward(self, plan: AttentionPlan | None = None) -> PositionBias:
         """plan: as for `LearnedTimeBias`."""
         known = None if plan is None else plan.position_thresholds
         return PositionBias(self.thresholds if known is None else known, self.table)
+
+
+def bias_tensors(
+    time_bias: LearnedTimeBias | None, position_bias: LearnedPositionBias | None, device: torch.device
+) -> dict[str, Any]:
+    """What an `AttentionPlan` made on `device` has of these biases: on the host, or where the model is."""
+    found: dict[str, Any] = {}
+    if time_bias is not None:
+        here = time_bias.thresholds.device == device
+        thresholds, periods = (time_bias.thresholds, time_bias.periods) if here else time_bias.on_host
+        found |= {"time_thresholds": thresholds, "periods": periods}
+    if position_bias is not None:
+        here = position_bias.thresholds.device == device
+        found["position_thresholds"] = position_bias.thresholds if here else position_bias.on_host
+    return found
 
 
 def grouped_position_bias(biases: list[PositionBias]) -> PositionBias | None:
@@ -88,7 +105,7 @@ class AttentionLayer(nn.Module):
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
         width, hidden = config.width, 2 * config.width
-        self.heads = heads
+        self.heads, self.head_dim = heads, width // heads
         self.attention_norm = nn.RMSNorm(width, eps=1e-6)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
@@ -164,30 +181,31 @@ class SourceContext(NamedTuple):
     offsets: Tensor  # [B + 1]
     timestamps: Tensor  # int64 [n]
 
-    def attend(
-        self,
-        queries: Tensor,
-        offsets: Tensor,
-        timestamps: Tensor,
-        time_bias: LearnedTimeBias | None,
-        position_bias: LearnedPositionBias | None = None,
-        causal: bool = False,
-    ) -> Tensor:
-        """queries [Q, heads, d/H] of the users by offsets [B + 1], each from its own time int64 [Q] → like queries.
-
-        heads: a multiple of H. causal: query i of a user sees its tokens up to i. A user without events gives zeros.
-        """
-        found = jagged_attention(
-            queries.to(self.keys.dtype),  # under autocast the keys are of its type
-            self.keys,
-            self.values,
+    def plan(self, offsets: Tensor, timestamps: Tensor, time_bias: LearnedTimeBias | None) -> AttentionPlan:
+        """Of queries of the users by offsets [B + 1], each from its own time int64 [Q]."""
+        return AttentionPlan(
             offsets,
             self.offsets,
             q_timestamps=timestamps if time_bias else None,
             k_timestamps=self.timestamps if time_bias else None,
-            time_bias=time_bias and time_bias(),
-            position_bias=position_bias and position_bias(),
-            causal=causal,
+            **bias_tensors(time_bias, None, offsets.device),
+        )
+
+    def attend(
+        self,
+        queries: Tensor,
+        plan: AttentionPlan,
+        time_bias: LearnedTimeBias | None,
+        position_bias: LearnedPositionBias | None = None,
+    ) -> Tensor:
+        """queries [Q, heads, d/H] → like queries; heads: a multiple of H. A user without events gives zeros."""
+        found = jagged_attention(
+            queries.to(self.keys.dtype),  # under autocast the keys are of its type
+            self.keys,
+            self.values,
+            plan=plan,
+            time_bias=time_bias and time_bias(plan),
+            position_bias=position_bias and position_bias(plan),
         )
         return found.to(queries.dtype)
 
@@ -201,7 +219,7 @@ class Tap(nn.Module):
     def __init__(self, config: ModelConfig, heads: int) -> None:
         super().__init__()
         width = config.width
-        self.heads = heads
+        self.heads, self.head_dim = heads, width // heads
         self.seeds = nn.Parameter(torch.randn(config.seeds, width))
         self.norm = nn.RMSNorm(width, eps=1e-6)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
@@ -218,19 +236,11 @@ class Tap(nn.Module):
         keys, values = self.keys_and_values(x).unbind(1)
         return SourceContext(keys, values, offsets, timestamps)
 
-    def forward(self, context: SourceContext, reference_times: Tensor) -> Tensor:
-        """reference_times int64 [B] → [B, m, d]; zeros for a user without events."""
-        offsets = torch.arange(reference_times.shape[0] + 1, device=reference_times.device)
-        return self._pool(context, offsets, reference_times, causal=False)
-
-    def at_every_event(self, context: SourceContext, reference_times: Tensor) -> Tensor:
-        """What `forward` gives of the events up to each one, for reference_times int64 [n] an event → [n, m, d]."""
-        return self._pool(context, context.offsets, reference_times, causal=True)
-
-    def _pool(self, context: SourceContext, offsets: Tensor, times: Tensor, causal: bool) -> Tensor:
+    def forward(self, context: SourceContext, plan: AttentionPlan) -> Tensor:
+        """plan: of Q queries, see `plan_pooling` → [Q, m, d]; zeros for a user without events."""
         seeds, width = self.seeds.shape
         queries = self.seeds.view(seeds, self.heads, -1).transpose(0, 1).reshape(seeds * self.heads, -1)  # [H · m, d/H]
-        queries = queries.expand(times.shape[0], *queries.shape)
-        pooled = context.attend(queries, offsets, times, self.time_bias, self.position_bias, causal)
+        queries = queries.expand(plan.total_q, *queries.shape)
+        pooled = context.attend(queries, plan, self.time_bias, self.position_bias)
         pooled = pooled.view(-1, self.heads, seeds, width // self.heads).transpose(1, 2)
         return self.output(pooled.reshape(-1, seeds, width))

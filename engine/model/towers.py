@@ -70,7 +70,8 @@ class ContextQuery(nn.Module):
     def forward(self, ads: Tensor, exposures: Exposures, context: SourceContext) -> Tensor:
         """ads [E, k·d] → [E, d]."""
         queries = self.query(ads).view(ads.shape[0], self.heads, -1)
-        found = context.attend(queries, exposures.offsets, exposures.timestamps, self.time_bias)
+        plan = context.plan(exposures.offsets, exposures.timestamps, self.time_bias)
+        found = context.attend(queries, plan, self.time_bias)
         return self.output(found.flatten(1))
 
 

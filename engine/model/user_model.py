@@ -1,6 +1,5 @@
 """`UserModel`: event histories to user embeddings. The half of a checkpoint that the batch refresh runs."""
 
-import itertools
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
@@ -11,17 +10,27 @@ from torch.nn import functional as F
 
 from alure.engine.config import ModelConfig
 from alure.engine.errors import InputError, refuse_s3
-from alure.engine.events import EventBatch, Events, EventSequence
+from alure.engine.events import EventBatch, Events
 from alure.engine.model.alignment import turn
 from alure.engine.model.catalog import Catalog
 from alure.engine.model.checkpoint import fill, read_checkpoint
 from alure.engine.model.compression import make_compression
-from alure.engine.model.encoder import SourceEncoder
-from alure.engine.model.layers import AttentionLayer, Exchange, SourceContext, Tap, run_together, summarize
+from alure.engine.model.layers import Exchange, SourceContext, run_together, summarize
+from alure.engine.model.prepared import (
+    PreparedBatch,
+    PreparedSource,
+    ValueKind,
+    in_layers,
+    names_of,
+    number_rows,
+    plan_together,
+    prepare_source,
+)
 from alure.engine.model.schema import EventSchema, module_plan
+from alure.engine.model.stack import SourceStack
 from alure.engine.ranges import op
 from alure.kernels import AttentionPlan
-from alure.kernels.compression import normalize_int8
+from alure.kernels.compression import InteractionPlan, normalize_int8
 
 
 class UserState(NamedTuple):
@@ -31,62 +40,12 @@ class UserState(NamedTuple):
     contexts: dict[str, SourceContext]  # the deepest tokens of each source that has any, for context queries
 
 
-class SourceStack(nn.Module):
-    """One source's own encoder, layers and taps; with model.exchange what it hears of the `others` between layers."""
-
-    def __init__(
-        self, config: ModelConfig, schema: EventSchema, source: str, tapped: list[int], others: list[str]
-    ) -> None:
-        super().__init__()
-        own = config.sources.get(source)
-        heads = own.heads if own and own.heads else config.heads
-        window = own.window if own and own.window else config.window
-        self.source, self.heads = source, heads
-        self.window = None if window is None else (window, 0 if config.causal else window)
-        self.encoder = SourceEncoder(config, len(schema.event_attributes(source)), schema.event_dense_dim(source))
-        self.layers = nn.ModuleList(AttentionLayer(config, heads) for _ in range(tapped[-1]))
-        self.taps = nn.ModuleDict({str(layer): Tap(config, heads) for layer in tapped})
-        self.others = others
-        self.exchanges = nn.ModuleList(Exchange(config, len(others)) for _ in self.layers[1:] if config.exchange)
-
-    def layer(self, depth: int) -> AttentionLayer:
-        found = self.layers[depth - 1]
-        assert isinstance(found, AttentionLayer)
-        return found
-
-    def tap(self, depth: int) -> Tap | None:
-        if str(depth) not in self.taps:
-            return None
-        found = self.taps[str(depth)]
-        assert isinstance(found, Tap)
-        return found
-
-    def exchange(self, depth: int) -> Exchange | None:
-        """What is between layer `depth` and the next one."""
-        if depth > len(self.exchanges):
-            return None
-        found = self.exchanges[depth - 1]
-        assert isinstance(found, Exchange)
-        return found
-
-
 class Stream:
     """One source's tokens on their way through its stack. Users without events in the source cost nothing."""
 
-    def __init__(
-        self,
-        stack: SourceStack,
-        tokens: Tensor,
-        sequence: EventSequence,
-        reference_times: Tensor,
-        event_times: Tensor | None = None,
-    ) -> None:
-        self.stack, self.tokens, self.sequence, self.event_times = stack, tokens, sequence, event_times
-        self.users = reference_times.shape[0]
-        self.present = sequence.lengths.nonzero().squeeze(1)
-        self.offsets = torch.cat([sequence.offsets[self.present], sequence.offsets[-1:]])
-        self.snapshot_times = reference_times[self.present]
-        self.pooled: list[Tensor] = []  # [B, m, d] a tap; with event_times [n, m, d]
+    def __init__(self, stack: SourceStack, tokens: Tensor, source: PreparedSource) -> None:
+        self.stack, self.tokens, self.source = stack, tokens, source
+        self.pooled: list[Tensor] = []  # [B, m, d] a tap; of every event [n, m, d]
         self.context: SourceContext | None = None  # of the last tap
 
     def pool(self, depth: int) -> None:
@@ -94,46 +53,20 @@ class Stream:
         tap = self.stack.tap(depth)
         if tap is None:
             return
-        context = tap.context(self.tokens, self.offsets, self.sequence.timestamps)
-        if self.event_times is not None:
-            self.pooled.append(tap.at_every_event(context, self.event_times))
-            return
-        self.pooled.append(spread(tap(context, self.snapshot_times), self.present, self.users))
-        self.context = context._replace(offsets=self.sequence.offsets)
+        context = tap.context(self.tokens, self.source.events.offsets, self.source.events.timestamps)
+        pooled = tap(context, self.source.pooling)
+        self.pooled.append(pooled if self.source.every_event else self.source.spread(pooled))
+        self.context = context
 
     def summary(self) -> Tensor:
         """[B, d], zeros for users without events in the source."""
-        return spread(summarize(self.tokens, self.offsets), self.present, self.users)
+        return self.source.spread(summarize(self.tokens, self.source.offsets))
 
     def hear(self, exchange: Exchange, summaries: dict[str, Tensor]) -> None:
         """The tokens after an exchange, of the summaries of the sources that have any events."""
-        silent = self.tokens.new_zeros(self.users, self.tokens.shape[1])
+        silent = self.tokens.new_zeros(self.source.users, self.tokens.shape[1])
         others = torch.stack([summaries.get(source, silent) for source in self.stack.others], dim=1)
-        self.tokens = exchange(self.tokens, self.offsets, others[self.present])
-
-
-def plan_together(streams: list[Stream], causal: bool) -> AttentionPlan:
-    """Self-attention of the streams, one after another, as one batch; each is a group with its own window and bias."""
-    starts = [0, *itertools.accumulate(int(stream.offsets[-1]) for stream in streams)]
-    begins = [stream.offsets[:-1] + start for stream, start in zip(streams, starts)]
-    end = begins[0].new_tensor([starts[-1]])
-    groups = torch.arange(len(streams), device=end.device)
-    layer = streams[0].stack.layer(1)
-    return AttentionPlan(
-        torch.cat([*begins, end]),
-        q_timestamps=torch.cat([stream.sequence.timestamps for stream in streams]) if layer.time_bias else None,
-        time_thresholds=layer.time_bias.thresholds if layer.time_bias else None,
-        position_thresholds=layer.position_bias.thresholds if layer.position_bias else None,
-        periods=layer.time_bias.periods if layer.time_bias else None,
-        causal=causal,
-        window_size=[stream.stack.window for stream in streams],
-        groups=groups.repeat_interleave(groups.new_tensor([len(begin) for begin in begins])),
-    )
-
-
-def spread(x: Tensor, rows: Tensor, count: int) -> Tensor:
-    """[count, …] with x at `rows`, increasing, and zeros elsewhere."""
-    return x if rows.shape[0] == count else x.new_zeros(count, *x.shape[1:]).index_copy(0, rows, x)
+        self.tokens = exchange(self.tokens, self.source.offsets, self.source.of_present(others))
 
 
 class UserModel(nn.Module):
@@ -194,6 +127,10 @@ class UserModel(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.table.dtype
 
+    def value_kind(self) -> ValueKind:
+        """Of the queries, keys and values of its layers and taps."""
+        return ValueKind(self.device, torch.bfloat16 if self.mixed_precision else self.dtype)
+
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision)
 
@@ -207,35 +144,62 @@ class UserModel(nn.Module):
             assert isinstance(stack, SourceStack)
             yield stack
 
-    def forward(self, batch: EventBatch, catalog: Catalog) -> Tensor:
+    def prepare(self, batch: EventBatch, catalog: Catalog, event_times: Tensor | None = None) -> PreparedBatch:
+        """The batch with all that a forward pass must read of its values read and checked: that then only launches.
+
+        Done where batch and catalog are; on the host for a model on a GPU, where the batch is `moved` to afterwards.
+        event_times int64 [n]: of `encode_events`. Values out of range raise as in `alure.kernels`.
+        """
+        with op("plan"):
+            stacks = [stack for stack in self.sources() if batch.sequences[stack.source].total]
+            rows = {s.source: catalog.event_rows(s.source, batch.sequences[s.source]) for s in stacks}
+            table_rows, num_rows = None, self.table.shape[0]
+            if self._gathers() and rows:
+                table_rows, rows = number_rows(num_rows, rows)
+                num_rows = table_rows.shape[0]
+            kind = self.value_kind()
+            sources = {
+                s.source: prepare_source(s, batch, catalog, rows[s.source], num_rows, event_times, kind) for s in stacks
+            }
+            layers: dict[tuple[str, ...], AttentionPlan] = {}
+            for _, groups in in_layers(stacks):
+                for together in groups:
+                    names, of_each = names_of(together), [sources[stack.source] for stack in together]
+                    layers[names] = layers.get(names) or plan_together(together, of_each, self.config.causal, kind)
+            compression = self.compression.plan(len(batch), batch.as_of.device)
+            return PreparedBatch(len(batch), sources, layers, compression, table_rows)
+
+    def forward(self, batch: EventBatch | PreparedBatch, catalog: Catalog) -> Tensor:
         """Embeddings [B, k, d] of the batch's users at batch.as_of. A user with no events has a finite one too."""
         return self.encode(batch, catalog).embeddings
 
-    def pool(self, batch: EventBatch, catalog: Catalog) -> Tensor:
+    def pool(self, batch: EventBatch | PreparedBatch, catalog: Catalog) -> Tensor:
         """[B, n, d]: what all taps find, which `compress` makes the embeddings of."""
-        return self._pooled(self._run(batch, catalog), len(batch))
+        return self._pooled(self._run(self._prepared(batch, catalog), catalog), len(batch))
 
-    def forward_int8(self, batch: EventBatch, catalog: Catalog) -> tuple[Tensor, Tensor]:
+    def forward_int8(self, batch: EventBatch | PreparedBatch, catalog: Catalog) -> tuple[Tensor, Tensor]:
         """`forward` in bytes: codes int8 [B, k, d] and scales float32 [B, k], see `alure.kernels.compress_int8`."""
-        return self.compress_int8(self.pool(batch, catalog))
+        batch = self._prepared(batch, catalog)
+        return self.compress_int8(self.pool(batch, catalog), batch.compression)
 
-    def compress(self, pooled: Tensor) -> Tensor:
-        """Embeddings [B, k, d] of what all taps pooled, [B, n, d]."""
+    def compress(self, pooled: Tensor, plan: InteractionPlan | None = None) -> Tensor:
+        """Embeddings [B, k, d] of what all taps pooled, [B, n, d]. plan: of the prepared batch."""
         with op("compress"):
-            return turn(self.compression(pooled), self.rotations)
+            return turn(self.compression(pooled, plan), self.rotations)
 
-    def compress_int8(self, pooled: Tensor) -> tuple[Tensor, Tensor]:
+    def compress_int8(self, pooled: Tensor, plan: InteractionPlan | None = None) -> tuple[Tensor, Tensor]:
         """`compress` in bytes."""
         with op("compress"):
             if self.rotations is None:
-                return self.compression.forward_int8(pooled)
-            return normalize_int8(turn(self.compression(pooled), self.rotations))
+                return self.compression.forward_int8(pooled, plan)
+            return normalize_int8(turn(self.compression(pooled, plan), self.rotations))
 
-    def encode(self, batch: EventBatch, catalog: Catalog) -> UserState:
+    def encode(self, batch: EventBatch | PreparedBatch, catalog: Catalog) -> UserState:
         """Embeddings, and the tokens that context queries attend to."""
+        batch = self._prepared(batch, catalog)
         streams = self._run(batch, catalog)
         contexts = {source: stream.context for source, stream in streams.items() if stream.context is not None}
-        return UserState(self.compress(self._pooled(streams, len(batch))), contexts)
+        return UserState(self.compress(self._pooled(streams, len(batch)), batch.compression), contexts)
 
     def encode_events(self, batch: EventBatch, catalog: Catalog, event_times: Tensor) -> Tensor:
         """The embedding after every event: [n, k, d], what `forward` gives of the events up to it, in one pass.
@@ -244,8 +208,15 @@ class UserModel(nn.Module):
         Only for models of which every event is encoded once for all later times: see `check_every_event`.
         """
         check_every_event(self.config, self.schema)
-        (stream,) = self._run(batch, catalog, event_times).values()
+        (stream,) = self._run(self.prepare(batch, catalog, event_times), catalog).values()
         return self.compress(torch.cat(stream.pooled, dim=1))
+
+    def _prepared(self, batch: EventBatch | PreparedBatch, catalog: Catalog) -> PreparedBatch:
+        return batch if isinstance(batch, PreparedBatch) else self.prepare(batch, catalog)
+
+    def _gathers(self) -> bool:
+        """Whether the rows that a batch reads are gathered first, so that the table's gradient is sparse."""
+        return torch.is_grad_enabled() and self.table.requires_grad
 
     def _pooled(self, streams: dict[str, Stream], users: int) -> Tensor:
         """What all taps pooled: [B, n, d], zeros of the sources without events."""
@@ -258,38 +229,29 @@ class UserModel(nn.Module):
                 pooled += [self.table.new_zeros(shape) for _ in stack.taps]
         return torch.cat(pooled, dim=1)
 
-    def _run(self, batch: EventBatch, catalog: Catalog, event_times: Tensor | None = None) -> dict[str, Stream]:
+    def _run(self, batch: PreparedBatch, catalog: Catalog) -> dict[str, Stream]:
         """The batch's events through encoders, layers and taps, by source; sources without any are left out."""
         with op("encode"):
-            streams = self._encode(batch, catalog, event_times)
+            streams = self._encode(batch, catalog)
         with self.autocast():
-            self._run_layers(list(streams.values()))
+            self._run_layers(streams, batch.layers)
         return streams
 
-    def _encode(self, batch: EventBatch, catalog: Catalog, event_times: Tensor | None) -> dict[str, Stream]:
-        sequences = {stack.source: batch.sequences[stack.source] for stack in self.sources()}
-        rows = {source: catalog.event_rows(source, s) for source, s in sequences.items() if s.total}
-        table, rows = gather_rows(self.table, rows)
+    def _encode(self, batch: PreparedBatch, catalog: Catalog) -> dict[str, Stream]:
+        table = self.table if batch.table_rows is None else F.embedding(batch.table_rows, self.table, sparse=True)
         streams: dict[str, Stream] = {}
         for stack in self.sources():
-            source, sequence = stack.source, sequences[stack.source]
-            if sequence.total:
-                dense = catalog.event_dense(source, sequence)
-                tokens = stack.encoder(rows[source], table, dense, sequence, batch.as_of)
-                streams[source] = Stream(stack, tokens, sequence, batch.as_of, event_times)
+            if stack.source in batch.sources:
+                source = batch.sources[stack.source]
+                tokens = stack.encoder(source.events, table, catalog.content(source.items, source.dense))
+                streams[stack.source] = Stream(stack, tokens, source)
         return streams
 
-    def _run_layers(self, streams: list[Stream]) -> None:
-        """Layer by layer, the sources with the same number of heads together."""
-        plans: dict[tuple[str, ...], AttentionPlan] = {}
-        for depth in range(1, max((len(stream.stack.layers) for stream in streams), default=0) + 1):
-            deep = [stream for stream in streams if depth <= len(stream.stack.layers)]
-            for heads in dict.fromkeys(stream.stack.heads for stream in deep):
-                together = [stream for stream in deep if stream.stack.heads == heads]
-                key = tuple(stream.stack.source for stream in together)
-                with op("plan"):
-                    plan = plans[key] = plans.get(key) or plan_together(together, self.config.causal)
-                layers = [stream.stack.layer(depth) for stream in together]
+    def _run_layers(self, streams: dict[str, Stream], plans: dict[tuple[str, ...], AttentionPlan]) -> None:
+        for depth, groups in in_layers([stream.stack for stream in streams.values()]):
+            for stacks in groups:
+                together = [streams[stack.source] for stack in stacks]
+                layers, plan = [stack.layer(depth) for stack in stacks], plans[names_of(stacks)]
                 found = run_together(layers, [stream.tokens for stream in together], plan)
                 with op("pool"):
                     for stream, tokens in zip(together, found):
@@ -297,7 +259,7 @@ class UserModel(nn.Module):
                         stream.pool(depth)
             if self.config.exchange:
                 with op("exchange"):
-                    exchange_after(depth, streams)
+                    exchange_after(depth, list(streams.values()))
 
 
 def exchange_after(depth: int, streams: list[Stream]) -> None:
@@ -337,11 +299,5 @@ def gather_rows(table: Tensor, rows: dict[str, Tensor]) -> tuple[Tensor, dict[st
     """
     if not (torch.is_grad_enabled() and table.requires_grad) or not rows:
         return table, rows
-    used = torch.zeros(table.shape[0] + 1, dtype=torch.bool, device=table.device)
-    for ids in rows.values():
-        used[ids] = True  # −1, a missing attribute, marks the extra last row
-    used[-1] = False
-    unique = used.nonzero().squeeze(1)
-    number = torch.full_like(used, -1, dtype=torch.int64)
-    number[unique] = torch.arange(unique.numel(), device=table.device)
-    return F.embedding(unique, table, sparse=True), {name: number[ids] for name, ids in rows.items()}
+    unique, numbered = number_rows(table.shape[0], rows)
+    return F.embedding(unique, table, sparse=True), numbered

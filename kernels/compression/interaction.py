@@ -30,11 +30,13 @@ class InteractionPlan:
     own: AttentionPlan  # among the k
 
     @classmethod
-    def of(cls, users: int, n: int, compression: InteractionCompression) -> "InteractionPlan":
-        """A plan on the host, for where the parameters are once it is `moved` there."""
-        seeds, host = compression.seeds, torch.device("cpu")
+    def of(
+        cls, users: int, n: int, compression: InteractionCompression, device: torch.device | None = None
+    ) -> "InteractionPlan":
+        """A plan made on `device` (default: on the host), to be `moved` to where the parameters are."""
+        seeds, device = compression.seeds, torch.device("cpu") if device is None else device
         (k, d), heads = seeds.shape, compression.num_heads
-        of_seeds, of_vectors = _even_offsets(users, k, host), _even_offsets(users, n, host)
+        of_seeds, of_vectors = _even_offsets(users, k, device), _even_offsets(users, n, device)
         found = cls(users, n, AttentionPlan(of_seeds, of_vectors), AttentionPlan(of_seeds))
         found.cross.prepare(seeds.dtype, d if d <= LARGEST_HEAD else d // heads, seeds.device)
         found.own.prepare(seeds.dtype, d // heads, seeds.device)

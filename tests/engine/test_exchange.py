@@ -63,7 +63,8 @@ def test_every_source_hears_every_other_and_not_itself(tmp_path: Path) -> None:
     def last_tokens(name: str, changed: str) -> tuple[Tensor, Tensor]:
         other = batch.sequences[changed]
         moved = {**batch.sequences, changed: replace(other, items=other.items.flip(0))}
-        return tuple(model._run(replace(batch, sequences=s), catalog)[name].tokens for s in (batch.sequences, moved))  # type: ignore[return-value]
+        batches = (model.prepare(replace(batch, sequences=s), catalog) for s in (batch.sequences, moved))
+        return tuple(model._run(prepared, catalog)[name].tokens for prepared in batches)  # type: ignore[return-value]
 
     for stack in model.sources():
         assert stack.others == [name for name in ("a", "b", "c") if name != stack.source]
@@ -111,7 +112,7 @@ def test_only_an_exchange_can_tell_what_an_event_means(tmp_path: Path) -> None:
 
         def logits(users: range) -> Tensor:
             batch = events.batch(users, START + 2 * DAY)
-            return readout(model._run(batch, catalog)["act"].pooled[-1].flatten(1)).squeeze(1)
+            return readout(model._run(model.prepare(batch, catalog), catalog)["act"].pooled[-1].flatten(1)).squeeze(1)
 
         for _ in range(25):
             optimizer.zero_grad()

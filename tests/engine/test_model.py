@@ -13,6 +13,7 @@ from alure.engine.errors import InputError
 from alure.engine.events import EventBatch, Events
 from alure.engine.model import AlureModel, EventSchema, UserModel
 from alure.engine.model.catalog import hash_keys
+from alure.engine.model.prepared import event_columns, plan_pooling
 from alure.engine.model.schema import module_plan
 from alure.engine.model.towers import Exposures, two_tower_scores
 from alure.engine.model.user_model import gather_rows
@@ -115,8 +116,9 @@ def test_a_tap_of_a_user_without_events_is_zero(events: Events) -> None:
     keep = s.offsets[3]
     offsets = torch.cat([s.offsets[:4], keep.expand(3)])  # users 3 to 5 lose their events
     tokens = torch.randn(int(keep), 16)
-    tap = stack.taps["1"]
-    pooled = tap(tap.context(tokens, offsets, s.timestamps[:keep]), batch.as_of)
+    tap, times = stack.taps["1"], s.timestamps[:keep]
+    plan = plan_pooling(stack, offsets, times, batch.as_of, every_event=False, kind=model.value_kind())
+    pooled = tap(tap.context(tokens, offsets, times), plan)
     assert (pooled[3:] == 0).all()
     assert (pooled[:3].abs().sum((1, 2)) > 0).all()
 
@@ -159,8 +161,10 @@ def test_truncating_old_history_moves_nothing_in_the_position_encoding(events: E
     for newest in (None, 4):
         batch = events.batch([3], events.manifest.last_timestamp, max_events=newest)
         s = batch.sequences[stack.source]
-        dense = catalog.event_dense(stack.source, s)
-        tokens.append(stack.encoder(catalog.event_rows(stack.source, s), model.table, dense, s, batch.as_of))
+        rows = catalog.event_rows(stack.source, s)
+        tokens.append(
+            stack.encoder(event_columns(s, rows, batch.as_of), model.table, catalog.event_dense(stack.source, s))
+        )
     full, cut = tokens
     assert len(full) > len(cut) == 4
     torch.testing.assert_close(full[-3:], cut[-3:])  # the oldest that is left has lost its gap

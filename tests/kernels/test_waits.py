@@ -44,6 +44,43 @@ def attend(problem: Problem, plan: AttentionPlan, device: torch.device) -> Tenso
         return jagged_attention(q, k, v, plan=plan, time_bias=bias, position_bias=position_bias)
 
 
+WAITING: dict[str, Callable[[Tensor], object]] = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool((x > 0).any()),
+    "int": lambda x: int(x[0]),
+    "tolist": lambda x: x.tolist(),
+    "nonzero": lambda x: x.nonzero(),
+    "mask": lambda x: x[x > 0],
+    "put by a mask": lambda x: x.index_put_((x > 0,), torch.zeros((), device=DEVICE)),
+    "masked_select": lambda x: x.masked_select(x > 0),
+    "equal": lambda x: torch.equal(x, x.clone()),
+    "unique": lambda x: x.unique(),
+    "repeat_interleave": lambda x: torch.repeat_interleave(x, x.to(torch.int64)),
+    "to the host": lambda x: x.cpu(),
+    "to the host, as a type": lambda x: x.to("cpu", torch.float64),
+    "to the device": lambda x: torch.ones(4).to(DEVICE),
+    "a list": lambda x: torch.tensor([1, 2], device=DEVICE),
+    "another list": lambda x: x.new_tensor([1, 2]),
+    "copy": lambda x: x.copy_(torch.ones(4)),
+    "index of the host": lambda x: x[torch.arange(2)],
+}
+
+
+@pytest.mark.parametrize("case", WAITING)
+def test_the_watch_sees(case: str) -> None:
+    with pytest.raises(DeviceWaits), Watch():
+        WAITING[case](torch.ones(4, device=DEVICE))
+
+
+def test_the_watch_lets_launches_pass_and_counts_them() -> None:
+    with Watch() as watch:
+        x = torch.zeros(3, 4, device=DEVICE)
+        y = torch.where(x > 0, -1, x.t().reshape(3, 4) @ x.mT @ x)
+        torch.repeat_interleave(y, torch.ones(3, dtype=torch.int64, device=DEVICE), 0, output_size=3)
+    expected = {"zeros", "gt", "clone", "mm", "where", "ones", "repeat_interleave", "index_select"}
+    assert watch.launches == {name: 1 + (name == "mm") for name in expected}
+
+
 @pytest.mark.parametrize("cross", [False, True])
 def test_attention_of_a_plan_made_on_the_host_only_launches(monkeypatch: pytest.MonkeyPatch, cross: bool) -> None:
     require("triton", "cpu")

@@ -29,7 +29,10 @@ WAITING = {
     "_local_scalar_dense", "nonzero", "nonzero_numpy", "masked_select", "equal", "is_nonzero", "item", "allclose",
     "_unique2", "unique_dim", "unique_consecutive", "bincount",
 }  # fmt: skip
-SILENT = {"empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh"}  # launch nothing
+SILENT = {
+    "empty", "empty_strided", "empty_like", "new_empty", "new_empty_strided", "lift_fresh", "scalar_tensor",
+    "_unsafe_view",
+}  # fmt: skip  # launch nothing
 
 
 class DeviceWaits(AssertionError):
@@ -97,8 +100,6 @@ class _Operators(TorchDispatchMode):
         if reason:
             self.watch.wait(reason)
         found = func(*args, **kwargs)
-        if _crosses(args, kwargs, found):
-            self.watch.wait(f"{name} between host and device")
         is_view = any(r.alias_info is not None and not r.alias_info.is_write for r in func._schema.returns)
         if not is_view and name not in SILENT:
             self.watch.launches[name] += 1
@@ -116,13 +117,11 @@ def _waits(name: str, args: Any, kwargs: Any) -> str | None:
         return "repeat_interleave without output_size"
     if name == "segment_reduce" and not kwargs.get("unsafe"):
         return "segment_reduce that checks"
-    return None
-
-
-def _crosses(args: Any, kwargs: Any, found: Any) -> bool:
-    """A tensor of the host among those of the device; numbers, which are arguments of a launch, are none."""
-    tensors = [x for x in pytree.tree_leaves((args, kwargs, found)) if isinstance(x, Tensor)]
-    return len({x.device for x in tensors if x.dim() or x.device == DEVICE}) > 1
+    tensors = [x for x in pytree.tree_leaves((args, kwargs)) if isinstance(x, Tensor)]
+    places = {x.device for x in tensors if x.dim() or x.device == DEVICE}  # a number is an argument of a launch
+    if name == "_to_copy" and kwargs.get("device") is not None:
+        places.add(torch.device(kwargs["device"]))
+    return f"{name} between host and device" if len(places) > 1 else None
 
 
 def _implementations() -> dict[Any, Callable[..., Any]]:
