@@ -60,7 +60,7 @@ class PaddedUserModel:
         return x + F.embedding(torch.bucketize(counts + 1, steps, right=True), encoder.frequency_table)
 
     def attend(self, layer: AttentionLayer, x: Tensor, pairs: "Pairs") -> Tensor:
-        normed = layer.attention_norm(x)
+        normed = norm(x, layer.attention_norm.weight)
         q, k, v = layer.qkv(normed).unflatten(-1, (3, layer.heads, -1)).permute(2, 0, 3, 1, 4)  # [B, H, L, d/H]
         width = q.shape[-1]
         assert layer.time_bias is not None
@@ -68,12 +68,12 @@ class PaddedUserModel:
         v = F.pad(v, (0, q.shape[-1] - width))  # SDPA is fused where the widths agree
         found = F.scaled_dot_product_attention(q, k, v, attn_mask=pairs.bias(layer), scale=scale)[..., :width]
         x = x + layer.output(found.transpose(1, 2).flatten(2))
-        gate, up = layer.gate_up(layer.ffn_norm(x)).chunk(2, dim=-1)
+        gate, up = layer.gate_up(norm(x, layer.ffn_norm.weight)).chunk(2, dim=-1)
         return x + layer.down(F.silu(gate) * up)
 
     def pool(self, tap: Tap, x: Tensor, age: Tensor, real: Tensor) -> Tensor:
         """[B, m, d]: what the seeds see from the snapshot time."""
-        k, v = tap.key_value(tap.norm(x)).unflatten(-1, (2, tap.heads, -1)).permute(2, 0, 3, 1, 4)
+        k, v = tap.key_value(norm(x, tap.norm.weight)).unflatten(-1, (2, tap.heads, -1)).permute(2, 0, 3, 1, 4)
         q = tap.seeds.unflatten(-1, (tap.heads, -1)).transpose(0, 1).expand(len(x), -1, -1, -1)
         time, position = tap.time_bias, tap.position_bias
         assert time is not None
@@ -94,6 +94,10 @@ class PaddedUserModel:
         hidden = F.rms_norm(products.flatten(1), products.flatten(1).shape[1:], eps=EPSILON) @ c["hidden_weight"]
         update = F.gelu(hidden + c["hidden_bias"], approximate="tanh") @ c["output_weight"] + c["output_bias"]
         return F.normalize(c["linear"] @ x + c["gate"] * update.unflatten(1, c["gate"].shape), dim=-1)
+
+
+def norm(x: Tensor, weight: Tensor) -> Tensor:
+    return F.rms_norm(x, weight.shape, weight, EPSILON)
 
 
 class Pairs:

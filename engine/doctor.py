@@ -21,6 +21,8 @@ OPERATORS: dict[str, str] = {  # operator: the module whose BACKENDS names its i
     "residual_quantize": "alure.kernels.quantization.ops",
     "join_candidates": "alure.kernels.candidates.ops",
     "personalized_pagerank": "alure.kernels.pagerank.ops",
+    "rms_norm": "alure.kernels.rowwise.ops",
+    "swiglu": "alure.kernels.rowwise.ops",
 }
 PACKAGES = (
     "torch",
@@ -95,7 +97,7 @@ def backend_of(module: str, device: torch.device) -> dict[str, Any]:
         "reference": f"the fastest this operator offers on {device.type}",
     }
     reason = reasons[chosen]
-    if chosen == "reference" and device.type == "cuda" and not has_triton():
+    if chosen == "reference" and device.type == "cuda" and "triton" in offered:
         reason = "Triton is not installed"
     elif chosen == "reference" and device.type == "cpu" and "native" in offered:
         reason = "the compiled kernels are missing"

@@ -24,3 +24,4 @@ from alure.kernels.encoding import EventEncoder, encode_events
 from alure.kernels.neighbors import assign_clusters, grouped_topk, train_kmeans
 from alure.kernels.pagerank import PageRanks, personalized_pagerank
 from alure.kernels.quantization import ResidualCodebooks, residual_quantize, train_residual_codebooks
+from alure.kernels.rowwise import rms_norm, swiglu

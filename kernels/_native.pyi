@@ -121,6 +121,32 @@ def encode_events_backward(
     instruction_set: str,
     num_threads: int,
 ) -> bool: ...
+def rms_norm(
+    x: _Float32 | _Uint16,
+    weight: _Float32,
+    epsilon: float,
+    out: _Float32 | _Uint16,
+    instruction_set: str,
+    num_threads: int,
+) -> None: ...
+def rms_norm_backward(
+    grad: _Float32 | _Uint16,
+    x: _Float32 | _Uint16,
+    weight: _Float32,
+    epsilon: float,
+    d_x: _Float32 | _Uint16,
+    d_weight: _Float32,
+    instruction_set: str,
+    num_threads: int,
+) -> None: ...
+def swiglu(gate_up: _Float32 | _Uint16, out: _Float32 | _Uint16, instruction_set: str, num_threads: int) -> None: ...
+def swiglu_backward(
+    grad: _Float32 | _Uint16,
+    gate_up: _Float32 | _Uint16,
+    d_gate_up: _Float32 | _Uint16,
+    instruction_set: str,
+    num_threads: int,
+) -> None: ...
 def search_neighbors(
     queries: _Float32,
     database: _Float32,

@@ -17,6 +17,7 @@ from alure.kernels.attention import (
     time_thresholds,
 )
 from alure.kernels.jagged import segment_ids
+from alure.kernels.rowwise import rms_norm, swiglu
 
 LONGEST_POSITION = 4_096  # farther apart shares a bucket
 
@@ -99,6 +100,18 @@ def grouped_position_bias(biases: list[PositionBias]) -> PositionBias | None:
     return None if not biases else PositionBias(biases[0].thresholds, torch.stack([bias.table for bias in biases]))
 
 
+class RMSNorm(nn.Module):
+    """`alure.kernels.rms_norm` with a learned weight a channel."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        """[n, d] → [n, d]."""
+        return rms_norm(x, self.weight)
+
+
 class AttentionLayer(nn.Module):
     """Pre-norm jagged attention with time and position bias, then a gated FFN (SwiGLU)."""
 
@@ -106,13 +119,13 @@ class AttentionLayer(nn.Module):
         super().__init__()
         width, hidden = config.width, 2 * config.width
         self.heads, self.head_dim = heads, width // heads
-        self.attention_norm = nn.RMSNorm(width, eps=1e-6)
+        self.attention_norm = RMSNorm(width)
         self.qkv = nn.Linear(width, 3 * width, bias=False)
         self.output = nn.Linear(width, width, bias=False)
         bidirectional = not config.causal
         self.time_bias = LearnedTimeBias(config, heads, bidirectional) if config.time_bias else None
         self.position_bias = LearnedPositionBias(heads, bidirectional) if config.position_bias else None
-        self.ffn_norm = nn.RMSNorm(width, eps=1e-6)
+        self.ffn_norm = RMSNorm(width)
         self.gate_up = nn.Linear(width, 2 * hidden, bias=False)
         self.down = nn.Linear(hidden, width, bias=False)
         self.dropout = nn.Dropout(config.dropout)
@@ -124,8 +137,7 @@ class AttentionLayer(nn.Module):
     def finish(self, x: Tensor, attended: Tensor) -> Tensor:
         """x [n, d] and what its queries found [n, H, d/H] → [n, d]."""
         x = x + self.dropout(self.output(attended.reshape(x.shape)))
-        gate, up = self.gate_up(self.ffn_norm(x)).chunk(2, dim=-1)
-        return x + self.dropout(self.down(F.silu(gate) * up))
+        return x + self.dropout(self.down(swiglu(self.gate_up(self.ffn_norm(x)))))
 
 
 def run_together(layers: list[AttentionLayer], tokens: list[Tensor], plan: AttentionPlan) -> list[Tensor]:
@@ -221,7 +233,7 @@ class Tap(nn.Module):
         width = config.width
         self.heads, self.head_dim = heads, width // heads
         self.seeds = nn.Parameter(torch.randn(config.seeds, width))
-        self.norm = nn.RMSNorm(width, eps=1e-6)
+        self.norm = RMSNorm(width)
         self.key_value = nn.Linear(width, 2 * width, bias=False)
         queries = config.seeds * heads
         self.time_bias = LearnedTimeBias(config, queries, bidirectional=False) if config.time_bias else None

@@ -61,6 +61,7 @@ void bind_attention(nb::module_& m);
 void bind_encoding(nb::module_& m);
 void bind_neighbors(nb::module_& m);
 void bind_compression(nb::module_& m);
+void bind_rowwise(nb::module_& m);
 void bind_pagerank(nb::module_& m);
 
 }  // namespace alure

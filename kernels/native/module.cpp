@@ -22,5 +22,6 @@ NB_MODULE(_native, m) {
     bind_encoding(m);
     bind_neighbors(m);
     bind_compression(m);
+    bind_rowwise(m);
     bind_pagerank(m);
 }

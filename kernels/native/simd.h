@@ -44,10 +44,22 @@ struct Bfloat16 {
 
 inline Ints load_ints(const std::int32_t* p) { return *reinterpret_cast<const UnalignedInts*>(p); }
 inline Ints load_indices(const std::uint16_t* p) {
+#if defined(__AVX512F__) && ALURE_VECTOR_BYTES == 64
+    return reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p))));
+#elif defined(__AVX2__) && ALURE_VECTOR_BYTES == 32  // GCC 12 converts each half on its own
+    return reinterpret_cast<Ints>(_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i_u*>(p))));
+#else
     return __builtin_convertvector(*reinterpret_cast<const UnalignedHalfs*>(p), Ints);
+#endif
 }
 inline void store_indices(std::uint16_t* p, Ints x) {
+#if defined(__AVX2__) && ALURE_VECTOR_BYTES == 32
+    const auto all = reinterpret_cast<__m256i>(x);
+    const __m128i packed = _mm_packus_epi32(_mm256_castsi256_si128(all), _mm256_extracti128_si256(all, 1));
+    _mm_storeu_si128(reinterpret_cast<__m128i_u*>(p), packed);
+#else
     *reinterpret_cast<UnalignedHalfs*>(p) = __builtin_convertvector(x, Halfs);
+#endif
 }
 
 inline Floats load(const Bfloat16* p) {
