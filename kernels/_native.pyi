@@ -82,7 +82,7 @@ def attention_backward(
 ) -> None: ...
 
 class Encoding:
-    """The arguments of one encoding, in the order of kernels/encoding/ops.py; a table of bfloat16 as its bits."""
+    """The arguments of one encoding, in the order of kernels/encoding/ops.py; tables of bfloat16 as their bits."""
 
     def __init__(
         self,
@@ -97,8 +97,8 @@ class Encoding:
         id_weight: _Float32,
         time_weight: _Float32,
         bias: _Float32,
-        position_table: _Float32,
-        frequency_table: _Float32,
+        position_table: _Float32 | _Uint16,
+        frequency_table: _Float32 | _Uint16,
         periods: _Int64,
         phases: _Float32,
         tau: float,

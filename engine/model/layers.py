@@ -146,7 +146,8 @@ def run_together(layers: list[AttentionLayer], tokens: list[Tensor], plan: Atten
     The plan's sequences are those of the sources one after another, its groups the sources.
     """
     with op("project"):
-        q, k, v = torch.cat([layer.project(x) for layer, x in zip(layers, tokens)]).unbind(1)
+        projected = [layer.project(x) for layer, x in zip(layers, tokens)]
+        q, k, v = (projected[0] if len(projected) == 1 else torch.cat(projected)).unbind(1)  # cat copies a single one
     with op("attention"):
         attended = _attend(layers, q, k, v, plan)
     parts = attended.split([x.shape[0] for x in tokens])

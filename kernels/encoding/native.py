@@ -56,9 +56,10 @@ def encode_events_backward(
 def _encoding(table: Tensor, e: EventColumns, w: EventEncoder) -> _native.Encoding:
     """NumPy views of the arguments; the module refuses shapes that do not fit together."""
     columns = (e.offsets.to(torch.int64), e.timestamps, e.reference_times, e.counts)
-    weights = (w.id_weight, w.time_weight, w.bias, w.position_table, w.frequency_table)
     arguments = [_array(e.ids), _values(table), *map(_array, columns), _floats(e.dense), _array(e.utc_offsets)]
-    arguments += [*map(_floats, weights), _array(w.periods), _floats(w.phases), w.tau, _floats(w.dense_weight)]
+    weights, tables = (w.id_weight, w.time_weight, w.bias), (w.position_table, w.frequency_table)
+    arguments += [*map(_floats, weights), *map(_values, tables)]
+    arguments += [_array(w.periods), _floats(w.phases), w.tau, _floats(w.dense_weight)]
     return _native.Encoding(*arguments)
 
 

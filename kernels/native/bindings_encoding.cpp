@@ -20,7 +20,7 @@ struct Encoding {
     Array<float, 3> id_weight;
     Array<float, 2> time_weight;
     Vector<float> bias;
-    Array<float, 2> position_table, frequency_table;
+    Table position_table, frequency_table;
     Vector<std::int64_t> periods;
     Vector<float> phases;
     double tau;
@@ -44,6 +44,8 @@ struct Encoding {
         require(position_table.shape(0) > 0 && position_table.shape(1) == width && frequency_table.shape(0) > 0 &&
                     frequency_table.shape(1) == width,
                 "position_table, frequency_table: expected at least a row of the width");
+        require(position_table.dtype() == table.dtype() && frequency_table.dtype() == table.dtype(),
+                "position_table, frequency_table: expected the table's type");
         const auto size = [](std::size_t n) { return static_cast<std::int64_t>(n); };
         return {
             .total = size(total),
@@ -122,7 +124,7 @@ void bind_encoding(nb::module_& m) {
     nb::class_<Encoding>(m, "Encoding", "The arguments of one encoding, in the order of kernels/encoding/ops.py.")
         .def(nb::init<Array<std::int64_t, 2>, Table, Vector<std::int64_t>, Vector<std::int64_t>,
                       Vector<std::int64_t>, Integers, Floats, Integers, Array<float, 3>, Array<float, 2>,
-                      Vector<float>, Array<float, 2>, Array<float, 2>, Vector<std::int64_t>, Vector<float>, double,
+                      Vector<float>, Table, Table, Vector<std::int64_t>, Vector<float>, double,
                       Floats>(),
              exact("ids"), exact("table"), exact("offsets"), exact("timestamps"), exact("reference_times"),
              exact("counts").none(), exact("dense").none(), exact("utc_offsets").none(), exact("id_weight"),

@@ -80,12 +80,6 @@ inline void gather(const EncodingInputs& in, const EventRows& rows, float* found
         gather(in, static_cast<const Bfloat16*>(in.table), rows, found);
 }
 
-template <class T>
-inline void write_rows(const EncodingInputs& in, const EventRows& rows, const float* sums, T* out) {
-    for (std::int64_t row = rows.begin; row < rows.end; ++row, sums += padded_width(in))
-        copy_row(sums, in.width, out + row * in.width);
-}
-
 // `multiply` with the depth cut so that a cut of the panels stays in the first cache; the order of sums is the same.
 template <Left kLeft>
 inline void multiply_deep(std::int64_t rows, const float* a, std::int64_t a_stride, const float* b,
@@ -106,7 +100,21 @@ struct ForwardScratch {
     float *found, *times, *sums;
 };
 
-bool forward(const EncodingInputs& in, const float* packed_weights, const EventRows& rows, void* out, void* base) {
+// What needs no product: the bias and the rows of the position and the frequency table.
+template <class T>
+inline void begin_sums(const EncodingInputs& in, const EventRows& rows, const EventColumns& columns, float* sums) {
+    const std::int64_t stride = padded_width(in);
+    for (std::int64_t row = rows.begin; row < rows.end; ++row, sums += stride) {
+        const T* position = static_cast<const T*>(in.position_table) + columns.position[row - rows.begin] * in.width;
+        for (std::int64_t d = 0; d < in.width; ++d) sums[d] = in.bias[d] + to_float(position[d]);
+        if (!in.counts) continue;
+        const T* frequency = static_cast<const T*>(in.frequency_table) + frequency_of(in, row) * in.width;
+        for (std::int64_t d = 0; d < in.width; ++d) sums[d] += to_float(frequency[d]);
+    }
+}
+
+template <class T>
+bool encode(const EncodingInputs& in, const float* packed_weights, const EventRows& rows, T* out, void* base) {
     EventColumns columns;
     if (!read_columns(in, rows, columns)) return false;
     const ForwardScratch s(in, base);
@@ -114,14 +122,7 @@ bool forward(const EncodingInputs& in, const float* packed_weights, const EventR
     const std::int64_t num_rows = rows.end - rows.begin, stride = padded_width(in);
     gather(in, rows, s.found);
     time_features(in, columns, s.times);
-    for (std::int64_t i = 0; i < num_rows; ++i) {
-        float* sum = s.sums + i * stride;
-        const float* position = in.position_table + columns.position[i] * in.width;
-        for (std::int64_t d = 0; d < in.width; ++d) sum[d] = in.bias[d] + position[d];
-        if (!in.counts) continue;
-        const float* frequency = in.frequency_table + frequency_of(in, rows.begin + i) * in.width;
-        for (std::int64_t d = 0; d < in.width; ++d) sum[d] += frequency[d];
-    }
+    begin_sums<T>(in, rows, columns, s.sums);
     multiply_deep<Left::kRowMajor>(num_rows, s.found, id_stride(in), packed.ids, in.width, in.id_features(), s.sums,
                                    stride);
     if (in.dense)
@@ -129,11 +130,14 @@ bool forward(const EncodingInputs& in, const float* packed_weights, const EventR
                                        in.width, in.d_dense, s.sums, stride);
     multiply_deep<Left::kColumnMajor>(num_rows, s.times, kEventBlock, packed.time, in.width, in.time_features(),
                                       s.sums, stride);
-    if (in.element == Element::kFloat32)
-        write_rows(in, rows, s.sums, static_cast<float*>(out));
-    else
-        write_rows(in, rows, s.sums, static_cast<Bfloat16*>(out));
+    for (std::int64_t i = 0; i < num_rows; ++i)
+        copy_row(s.sums + i * stride, in.width, out + (rows.begin + i) * in.width);
     return true;
+}
+
+bool forward(const EncodingInputs& in, const float* packed_weights, const EventRows& rows, void* out, void* base) {
+    if (in.element == Element::kFloat32) return encode(in, packed_weights, rows, static_cast<float*>(out), base);
+    return encode(in, packed_weights, rows, static_cast<Bfloat16*>(out), base);
 }
 
 }  // namespace

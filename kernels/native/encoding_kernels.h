@@ -20,14 +20,14 @@ struct EncodingInputs {
     const std::int64_t* counts;           // [total], or null
     const std::int64_t* utc_offsets;      // [total], or null
     const float* dense;                   // [total, d_dense], or null
-    Element element;                      // of the table and of the output; all else is float32
+    Element element;                      // of tables and of the output; all else is float32
     const void* table;                    // [num_rows, d_e]
     const float* id_weight;               // [attributes · d_e, width]
     const float* dense_weight;            // [d_dense, width], or null
     const float* time_weight;             // [2 + 2 · num_periods, width]
     const float* bias;                    // [width]
-    const float* position_table;          // [num_positions, width]
-    const float* frequency_table;         // [num_frequencies, width]
+    const void* position_table;           // [num_positions, width]
+    const void* frequency_table;          // [num_frequencies, width]
     const std::int64_t* periods;          // [num_periods]
     const float* phases;                  // [num_periods]
     double tau;
