@@ -124,8 +124,7 @@ void bind_encoding(nb::module_& m) {
     nb::class_<Encoding>(m, "Encoding", "The arguments of one encoding, in the order of kernels/encoding/ops.py.")
         .def(nb::init<Array<std::int64_t, 2>, Table, Vector<std::int64_t>, Vector<std::int64_t>,
                       Vector<std::int64_t>, Integers, Floats, Integers, Array<float, 3>, Array<float, 2>,
-                      Vector<float>, Table, Table, Vector<std::int64_t>, Vector<float>, double,
-                      Floats>(),
+                      Vector<float>, Table, Table, Vector<std::int64_t>, Vector<float>, double, Floats>(),
              exact("ids"), exact("table"), exact("offsets"), exact("timestamps"), exact("reference_times"),
              exact("counts").none(), exact("dense").none(), exact("utc_offsets").none(), exact("id_weight"),
              exact("time_weight"), exact("bias"), exact("position_table"), exact("frequency_table"),
