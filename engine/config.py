@@ -234,7 +234,12 @@ class DriftConfig(Section):
 
 
 class RefreshConfig(Section):
-    token_budget: int = Field(32_768, ge=1, description="events a batch; a longer history is a batch of its own")
+    token_budget: int | None = Field(
+        None,
+        ge=1,
+        description="events a batch; a longer history is a batch of its own (default: 32,768 on a CPU, 262,144 on a "
+        "GPU)",
+    )
     unit_users: int = Field(32_768, ge=1, description="users a unit of work: one idempotent write")
     max_events: int | None = Field(None, ge=1, description="newest events a source (default: all)")
     max_age: int | None = Field(None, ge=0, description="seconds; incremental refreshes embed anew what is older")

@@ -134,10 +134,13 @@ class UserModel(nn.Module):
     def autocast(self) -> torch.autocast:
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision)
 
-    def catalog(self, events: Events) -> Catalog:
-        """What `forward` needs of a log's items; InputError where the log does not fit the model."""
+    def catalog(self, events: Events, device: torch.device | None = None) -> Catalog:
+        """What `prepare` and `forward` need of a log's items, on `device` (default: the model's).
+
+        InputError where the log does not fit the model.
+        """
         self.schema.check_log(EventSchema.of(events.manifest))
-        return Catalog.of(events, self.config.hash_rows).to(self.device)
+        return Catalog.of(events, self.config.hash_rows).to(self.device if device is None else device)
 
     def sources(self) -> Iterator[SourceStack]:
         for stack in self.stacks:

@@ -19,11 +19,13 @@ from alure.engine.errors import AlureError
 from alure.engine.events import EventBatch, Events
 from alure.engine.model import UserModel
 from alure.engine.model.flops import ForwardFlops
+from alure.engine.model.prepared import PreparedBatch
 from alure.engine.ranges import op
 from alure.engine.refresh.earlier import Earlier, earlier_rows
 from alure.engine.refresh.overlap import ahead
 from alure.engine.refresh.planner import Unit, count_events, pack
 from alure.engine.refresh.reuse import KvFolders, Reuse
+from alure.engine.refresh.transfer import Packed, Sender
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.kv_cache import SegmentWriter
 from alure.engine.store.vectors import Vectors
@@ -40,9 +42,14 @@ def resolve_precision(precision: str, device: torch.device) -> str:
     return "bfloat16" if fast else "float32"
 
 
+def token_budget(config: RefreshConfig, device: torch.device) -> int:
+    """Events a batch. A GPU takes so many that it computes for longer than the host needs for launches and plans."""
+    return config.token_budget or (262_144 if device.type == "cuda" else 32_768)
+
+
 def overlap_depth(device: torch.device) -> int:
     """Batches that are read ahead, and that may be on their way back: see `alure.engine.refresh.overlap`."""
-    return 2 if device.type == "cuda" else 0
+    return 4 if device.type == "cuda" else 0
 
 
 @dataclass(frozen=True)
@@ -98,6 +105,14 @@ class UnitResult:
 
 
 @dataclass(frozen=True)
+class Read:
+    """A batch, and what the forward pass takes of it; None where keys and values of earlier are to be reused."""
+
+    batch: EventBatch
+    ready: PreparedBatch | Packed | None
+
+
+@dataclass(frozen=True)
 class Arriving:
     """Embeddings on their way from the device; on the CPU they are there."""
 
@@ -126,12 +141,14 @@ class Embedder:
     """One model on one device, over one event log."""
 
     def __init__(self, model: UserModel, events: Events, snapshot: Snapshot, device: torch.device) -> None:
-        self.depth = overlap_depth(device)
+        self.depth, self.token_budget = overlap_depth(device), token_budget(snapshot.config, device)
         dtype = DTYPES[resolve_precision(snapshot.config.precision, device)]
         if dtype != model.dtype:
             model = copy.deepcopy(model)  # the caller's keeps its own
         self.model = model.to(device, dtype).eval()
-        self.catalog = self.model.catalog(events)
+        self.host_catalog = self.model.catalog(events, torch.device("cpu"))  # batches are prepared on the host
+        self.catalog = self.host_catalog.to(device)
+        self.sender = Sender(device) if device.type == "cuda" else None
         self.flops = ForwardFlops(self.model)
         self.events, self.snapshot, self.device = events, snapshot, device
         self.reuse = None
@@ -152,11 +169,11 @@ class Embedder:
         """
         config, model = self.snapshot.config, self.model.config
         vectors, done = Vectors.empty(len(users), model.num_embeddings, model.width, config.output_dtype), Work()
-        batches = ahead(lambda places: self._read(users[places]), pack(tokens, config.token_budget), self.depth)
+        batches = ahead(lambda places: self._read(users[places]), pack(tokens, self.token_budget), self.depth)
         arriving: deque[Arriving] = deque()
         with torch.inference_mode(), closing(batches):
-            for places, batch, ready in batches:
-                work = self._fill(vectors, arriving, places, users, batch, writer)
+            for places, read, ready in batches:
+                work = self._fill(vectors, arriving, places, users, read, writer)
                 while len(arriving) > self.depth:
                     arriving.popleft().store(vectors)
                 work.add(Work(len(places), int(tokens[places].sum()), batches=1, ready=ready - done.ready))
@@ -166,10 +183,13 @@ class Embedder:
                 last.store(vectors)
         return vectors, done
 
-    def _read(self, users: np.ndarray) -> EventBatch:
-        with op("read"):
+    def _read(self, users: np.ndarray) -> Read:
+        with op("read"), torch.inference_mode():
             batch = self.events.batch(users, self.snapshot.as_of, self.snapshot.config.max_events)
-            return batch.pin_memory() if self.device.type == "cuda" else batch
+            if self.reuse is not None:
+                return Read(batch.pin_memory() if self.sender else batch, None)
+            prepared = self.model.prepare(batch, self.host_catalog)
+            return Read(batch, self.sender.pack(prepared) if self.sender else prepared)
 
     def _fill(
         self,
@@ -177,22 +197,20 @@ class Embedder:
         arriving: deque[Arriving],
         places: np.ndarray,
         users: np.ndarray,
-        batch: EventBatch,
+        read: Read,
         writer: SegmentWriter | None,
     ) -> Work:
-        """Embed users[places], which `batch` holds; its FLOPs and reused events. Users that do not fit in memory
-        together go in halves.
+        """Embed users[places], who were read; FLOPs and reused events. Users that do not fit in memory together go in
+        halves.
         """
         try:
-            with op("to_device"):
-                on_device = batch.to(self.device, non_blocking=True)
-            work = Work(flops=self.flops({name: s.lengths.numpy() for name, s in batch.sequences.items()}))
-            arriving.append(self._embed(places, on_device, writer, work))
+            work = Work(flops=self.flops({name: s.lengths.numpy() for name, s in read.batch.sequences.items()}))
+            arriving.append(self._embed(places, read, writer, work))
             return work
         except (torch.OutOfMemoryError, MemoryError):
             if len(places) == 1:
                 raise AlureError(
-                    f"refresh: the {batch.total:,} events of one user do not fit in the memory of {self.device}; "
+                    f"refresh: the {read.batch.total:,} events of one user do not fit in the memory of {self.device}; "
                     "limit histories by max_events in the configuration's section refresh"
                 ) from None
         while arriving:  # what is under way has memory too
@@ -202,20 +220,31 @@ class Embedder:
             done.add(self._fill(vectors, arriving, half, users, self._read(users[half]), writer))
         return done
 
-    def _embed(self, places: np.ndarray, batch: EventBatch, writer: SegmentWriter | None, work: Work) -> Arriving:
+    def _embed(self, places: np.ndarray, read: Read, writer: SegmentWriter | None, work: Work) -> Arriving:
         """work: of the whole histories; what cached keys and values spare is taken off."""
-        scales = None
+        scales = plan = None
+        batch = self._to_device(read)
         with op("embed"):
-            if self.reuse is None:
-                pooled = self.model.pool(batch, self.catalog)
+            if isinstance(batch, PreparedBatch):
+                pooled, plan = self.model.pool(batch, self.catalog), batch.compression
             else:
+                assert self.reuse is not None
                 pooled = self._pool_grown(self.reuse, batch, writer, work)
             if self.snapshot.config.output_dtype == "int8":
-                found, scales = self.model.compress_int8(pooled)
+                found, scales = self.model.compress_int8(pooled, plan)
             else:
-                found = self.model.compress(pooled).to(DTYPES[self.snapshot.config.output_dtype])
+                found = self.model.compress(pooled, plan).to(DTYPES[self.snapshot.config.output_dtype])
         with op("to_host"):
             return Arriving.send(places, found.flatten(1), scales)
+
+    def _to_device(self, read: Read) -> EventBatch | PreparedBatch:
+        with op("to_device"):
+            if read.ready is None:
+                return read.batch.to(self.device, non_blocking=True)
+            if isinstance(read.ready, Packed):
+                assert self.sender is not None
+                return self.sender.send(read.ready)
+            return read.ready
 
     def _pool_grown(self, reuse: Reuse, batch: EventBatch, writer: SegmentWriter | None, work: Work) -> Tensor:
         found = reuse.pool(batch)

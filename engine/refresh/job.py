@@ -25,7 +25,7 @@ from alure.engine.model.key_values import check_reusable
 from alure.engine.progress import say, track
 from alure.engine.refresh.clusters import run_on_ray, run_on_spark
 from alure.engine.refresh.drift import LOOKED_UP, Drift, check_drift
-from alure.engine.refresh.embedder import DTYPES, Embedder, Snapshot, Work, resolve_precision
+from alure.engine.refresh.embedder import DTYPES, Embedder, Snapshot, Work, resolve_precision, token_budget
 from alure.engine.refresh.outlook import SPARE, Outlook, look_ahead, seconds_a_token
 from alure.engine.refresh.planner import Unit, generation_id, plan_units, spread
 from alure.engine.refresh.report import FIGURES, RefreshReport, freshness
@@ -73,7 +73,8 @@ class RefreshJob:
         self.incremental = incremental
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = config or RefreshConfig()
-        self.config = config.model_copy(update={"precision": resolve_precision(config.precision, device)})
+        precision, budget = resolve_precision(config.precision, device), token_budget(config, device)
+        self.config = config.model_copy(update={"precision": precision, "token_budget": budget})
         self.workers, self.engine = workers, engine
         self.watch = Watch()
         if not 0 <= self.as_of <= LATEST:
@@ -188,7 +189,7 @@ class RefreshJob:
             sizes = row_bytes(self.model, DTYPES[self.config.precision]).values()
             say(f"refresh: an event's keys and values take {max(sizes):,} bytes in {snapshot.kv_cache.write}")
         alone = self.engine == "local" and self.workers == 1
-        long = outlook.tokens > CALIBRATE_FROM * self.config.token_budget
+        long = outlook.tokens > CALIBRATE_FROM * token_budget(self.config, torch.device(devices[0]))
         embedder = None
         if alone or long or self.config.max_minutes is not None:
             embedder = Embedder(self.model, self.events, snapshot, torch.device(devices[0]))

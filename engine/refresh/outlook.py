@@ -61,7 +61,7 @@ def look_ahead(
 def seconds_a_token(embedder: Embedder, outlook: Outlook) -> float:
     """From two batches of users spread evenly over a unit, of which the first warms up."""
     users, tokens = outlook.sample
-    step = max(1, round(2 * tokens.sum() / embedder.snapshot.config.token_budget))
+    step = max(1, round(2 * tokens.sum() / embedder.token_budget))
     for start in (0, step // 2):
         chosen = slice(start, None, step)
         started = time.monotonic()

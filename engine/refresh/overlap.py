@@ -1,4 +1,5 @@
-"""Work beside work, so that a device never waits for the disk: what comes next is read, what is done is written.
+"""Work beside work, so that a device never waits for the host: what comes next is read and prepared, what is done is
+written.
 
 On a CPU both take what the model would use, and `depth` is 0: everything happens in the caller's thread, in order.
 """
@@ -15,8 +16,8 @@ U = TypeVar("U")
 
 
 def ahead(make: Callable[[T], U], things: Iterable[T], depth: int) -> Generator[tuple[T, U, int], None, None]:
-    """Each thing, make(thing), and how many more are ready, in order; up to `depth` are made beforehand, by a thread of
-    their own.
+    """Each thing, make(thing), and how many more are ready, in order; up to `depth` are made beforehand, by as many
+    threads.
 
     What `make` raises is raised where its thing is due. Nothing more is begun once the iterator is closed.
     """
@@ -24,7 +25,7 @@ def ahead(make: Callable[[T], U], things: Iterable[T], depth: int) -> Generator[
         for thing in things:
             yield thing, make(thing), 0
         return
-    with ThreadPoolExecutor(1, thread_name_prefix="alure ahead") as pool:
+    with ThreadPoolExecutor(depth, thread_name_prefix="alure ahead") as pool:
         waiting: deque[tuple[T, Future[U]]] = deque()
 
         def first() -> tuple[T, U, int]:

@@ -10,6 +10,7 @@ One wait for the device where the batch is, for the numbers of tiles and pairs.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -152,7 +153,18 @@ def _cells(thresholds: Tensor) -> tuple[Tensor, Tensor]:
 
     The cell of an integer is made of the upper bits of its float32. An entry has the bucket of the cell's first integer
     in its upper 32 bits and the first threshold above that integer and within the cell in its lower, 2³¹ − 1 for none.
+    On the host they are made once for the same thresholds.
     """
+    return _known_cells(tuple(thresholds.tolist())) if thresholds.device.type == "cpu" else _make_cells(thresholds)
+
+
+@lru_cache(maxsize=16)
+def _known_cells(thresholds: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    with torch.inference_mode(False):  # they serve training too
+        return _make_cells(torch.tensor(thresholds, dtype=torch.int64))
+
+
+def _make_cells(thresholds: Tensor) -> tuple[Tensor, Tensor]:
     device = thresholds.device
     number = 1 << (32 - CELL_SHIFT)
     if thresholds.numel() == 0:

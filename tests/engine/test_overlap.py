@@ -15,8 +15,10 @@ from support.refresh import jagged_log, rows_of, save_model
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError
 from alure.engine.model import UserModel
+from alure.engine.model.prepared import PreparedBatch
 from alure.engine.refresh import RefreshJob, embedder, shard
 from alure.engine.refresh.overlap import Behind, ahead
+from alure.engine.refresh.transfer import Packed
 from alure.engine.refresh.watch import Watch
 from alure.engine.store import EmbeddingStore
 
@@ -49,8 +51,8 @@ def test_things_come_in_order_and_no_more_than_depth_are_made_beforehand(depth: 
         assert ready <= min(depth, 9 - count)
         time.sleep(0.005)
         assert len(made) <= count + depth
-        assert made == list(range(len(made)))
-    assert made == list(range(9))
+        assert sorted(made) == list(range(len(made)))
+    assert sorted(made) == list(range(9))
 
 
 @pytest.mark.parametrize("depth", [0, 2])
@@ -139,6 +141,39 @@ def refresh(world: Path, store: Path, dtype: str = "float32") -> EmbeddingStore:
 @pytest.mark.usefixtures("overlapped")
 def test_rows_are_those_of_a_refresh_that_does_one_thing_at_a_time(world: Path, tmp_path: Path) -> None:
     assert rows_of(refresh(world, tmp_path)) == rows_of(EmbeddingStore(world / "store"))
+
+
+class HostSender:
+    """As `Sender`, to a device that is the host."""
+
+    def __init__(self) -> None:
+        self.sent = 0
+
+    def pack(self, batch: PreparedBatch) -> Packed:
+        return Packed.of(batch, pinned=False)
+
+    def send(self, packed: Packed) -> PreparedBatch:
+        self.sent += 1
+        buffer = packed.buffer.clone()
+        packed.buffer.fill_(0xFF)
+        return packed.unpacked(buffer)
+
+
+@pytest.mark.usefixtures("overlapped")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_packed_and_sent_batches_give_the_same_rows(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: str
+) -> None:
+    expected = rows_of(refresh(world, tmp_path / "a", dtype))
+    sender, start = HostSender(), embedder.Embedder.__init__
+
+    def with_sender(self: embedder.Embedder, *inputs: Any) -> None:
+        start(self, *inputs)
+        self.sender = sender  # type: ignore[assignment]
+
+    monkeypatch.setattr(embedder.Embedder, "__init__", with_sender)
+    assert rows_of(refresh(world, tmp_path / "b", dtype)) == expected
+    assert sender.sent > 6
 
 
 @pytest.mark.usefixtures("overlapped")

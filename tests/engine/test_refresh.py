@@ -19,6 +19,8 @@ from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError, Interrupted
 from alure.engine.events import Events, Manifest
 from alure.engine.model import UserModel
+from alure.engine.model.catalog import Catalog
+from alure.engine.model.prepared import PreparedBatch
 from alure.engine.refresh import RefreshJob, RefreshReport
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work
 from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
@@ -439,7 +441,12 @@ def test_a_batch_keeps_to_the_budget(world: Path, monkeypatch: pytest.MonkeyPatc
     embedder = Embedder(model, events, snapshot, torch.device("cpu"))
     totals: list[tuple[int, int]] = []
     pool = model.pool
-    monkeypatch.setattr(model, "pool", lambda b, c: (totals.append((b.total, len(b))), pool(b, c))[1])
+
+    def counted(batch: PreparedBatch, catalog: Catalog) -> torch.Tensor:
+        totals.append((sum(len(s.events.timestamps) for s in batch.sources.values()), len(batch)))
+        return pool(batch, catalog)
+
+    monkeypatch.setattr(model, "pool", counted)
     users = np.array([40, 5, 8, 1, 22, 30, 31])
     tokens = events.num_events(users=users)
     vectors, work = embedder.embed(users, tokens, Work().add)

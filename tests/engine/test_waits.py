@@ -1,8 +1,8 @@
 """The forward pass of a prepared batch only launches, and gives what it gives of a batch that is not prepared."""
 
+import itertools
 from collections.abc import Callable
 from contextlib import nullcontext
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -16,6 +16,7 @@ from alure.engine.config import ModelConfig
 from alure.engine.events import EventBatch, Events
 from alure.engine.model import EventSchema, UserModel
 from alure.engine.model.prepared import PreparedBatch
+from alure.engine.refresh.transfer import Packed, Sender
 
 MODELS: dict[str, ModelConfig] = {
     "default": tiny_model(),
@@ -68,8 +69,7 @@ def batch_of(events: Events, users: int = 21) -> EventBatch:
 
 def on_device(model: UserModel, events: Events, batch: EventBatch) -> PreparedBatch:
     """Prepared on the host for a model on a device, and moved there."""
-    host = make(events, model.config).catalog(events)
-    return model.prepare(batch, host).moved(mover(lambda x: x.to(model.device)))
+    return model.prepare(batch, model.catalog(events, torch.device("cpu"))).moved(mover(lambda x: x.to(model.device)))
 
 
 @pytest.fixture
@@ -142,7 +142,7 @@ def test_a_prepared_batch_gives_the_same_bits(events: Events, name: str) -> None
             assert torch.equal(x, y)
 
 
-def test_what_is_prepared_for_a_device_is_checked(events: Events, launches: dict[str, int], tmp_path: Path) -> None:
+def test_what_is_prepared_for_a_device_is_checked(events: Events, launches: dict[str, int]) -> None:
     model, batch = make(events, tiny_model(), DEVICE), batch_of(events)
     batch.sequences["view"].timestamps[5] = 1 << 62
     with pytest.raises(ValueError, match="timestamps: expected"):
@@ -151,6 +151,54 @@ def test_what_is_prepared_for_a_device_is_checked(events: Events, launches: dict
     batch.sequences["click"].offsets[3] += 1_000
     with pytest.raises((ValueError, IndexError), match="offsets: expected"):
         on_device(model, events, batch)
+
+
+@pytest.mark.parametrize("name", ["default", "interaction"])
+def test_a_packed_batch_is_the_batch(events: Events, name: str) -> None:
+    model, batch = make(events, MODELS[name]), batch_of(events)
+    catalog = model.catalog(events)
+    prepared = model.prepare(batch, catalog)
+    packed = Packed.of(prepared, pinned=False)
+    buffer = packed.buffer.clone()
+    packed.buffer.fill_(0xFF)
+    unpacked = packed.unpacked(buffer)
+    assert torch.equal(model(unpacked, catalog), model(prepared, catalog))
+    pairs: dict[int, Tensor] = {}
+    copies = iter(tensors_of(unpacked))
+    for x in tensors_of(prepared):
+        copy = next(copies)
+        assert pairs.setdefault(id(x), copy) is copy  # one copy of each
+        assert copy.dtype == x.dtype
+        assert torch.equal(copy, x)
+        assert copy.untyped_storage().data_ptr() == buffer.untyped_storage().data_ptr()
+        assert copy.is_contiguous()
+        assert (copy.data_ptr() - buffer.data_ptr()) % 16 == 0
+    places = sorted((copy.data_ptr(), copy.nbytes) for copy in pairs.values())
+    assert all(begin + size <= after for (begin, size), (after, _) in itertools.pairwise(places))
+
+
+def tensors_of(batch: PreparedBatch) -> list[Tensor]:
+    found: list[Tensor] = []
+    batch.moved(lambda x: (found.append(x), x)[1])
+    return found
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+def test_on_a_gpu_a_copy_is_not_written_over_before_it_is_read(events: Events) -> None:
+    """Batch after batch over the sender's stream while the device is kept behind: each gives what it gives alone."""
+    model, device = make(events, tiny_model(), "cuda"), torch.device("cuda")
+    host, sender = model.catalog(events, torch.device("cpu")), Sender(device)
+    catalog = host.to(device)
+    with torch.inference_mode():
+        batches = [events.batch(range(first, first + 3), START + 150 * DAY) for first in range(18)]
+        expected = [model(batch.to(device), catalog) for batch in batches]
+        torch.cuda.synchronize()
+        found = []
+        for batch in batches:
+            torch.cuda._sleep(10_000_000)
+            found.append(model(sender.send(sender.pack(model.prepare(batch, host))), catalog))
+    assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
 
 
 @pytest.mark.gpu
