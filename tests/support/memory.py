@@ -21,12 +21,13 @@ def measured_memory() -> Iterator[Peak]:
     if not _CLEAR.exists():
         pytest.skip("needs Linux's /proc")
     _CLEAR.write_text("5")
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     peak = Peak()
     yield peak
-    peak.extra = _resident("VmHWM") - before
+    peak.extra = resident("VmHWM") - before
 
 
-def _resident(field: str) -> int:
+def resident(field: str) -> int:
+    """VmRSS, what this process holds in memory, or VmHWM, the most of it so far; bytes."""
     line = next(line for line in _STATUS.read_text().splitlines() if line.startswith(field + ":"))
     return int(line.split()[1]) * 1024
