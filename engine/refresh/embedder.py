@@ -5,7 +5,7 @@ import time
 from collections import deque
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from typing import Any
 
@@ -102,6 +102,9 @@ class UnitResult:
     rows: pa.Table
     bad: list[Any]
     work: Work
+
+
+Embedded = Callable[[], UnitResult]  # makes the rows of an embedded unit: the host's part, beside a GPU's next unit
 
 
 @dataclass(frozen=True)
@@ -256,7 +259,7 @@ class Embedder:
                     writer.add(segments)
         return found.pooled
 
-    def unit_rows(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[Work], None]) -> UnitResult:
+    def embed_unit(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[Work], None]) -> Embedded:
         """The unit's users that have an event up to as_of: those who need it embedded, the others carried forward."""
         snapshot = self.snapshot
         num_events, tokens = count_events(self.events, unit, snapshot.as_of, snapshot.config.max_events)
@@ -266,14 +269,18 @@ class Embedder:
         places = np.flatnonzero(chosen)
         with nullcontext() if self.reuse is None else self.reuse.writing(unit) as writer:
             vectors, work = self.embed(places + unit.first, tokens[places], after_batch, writer)
-        finite = vectors.finite()
-        work.bad = len(places) - int(finite.sum())
-        known = self.events.users.slice(unit.first, unit.last - unit.first)
-        rows = self._rows(known.take(places[finite]), num_events[places[finite]], vectors.columns(finite))
-        carried = earlier.keep(present & ~chosen)
-        if len(carried):
-            rows = pa.concat_tables([rows, carried.select(rows.schema.names).cast(rows.schema)])
-        return UnitResult(rows, known["user_id"].take(places[~finite]).to_pylist(), work)
+
+        def finish() -> UnitResult:
+            finite = vectors.finite()
+            known = self.events.users.slice(unit.first, unit.last - unit.first)
+            rows = self._rows(known.take(places[finite]), num_events[places[finite]], vectors.columns(finite))
+            carried = earlier.keep(present & ~chosen)
+            if len(carried):
+                rows = pa.concat_tables([rows, carried.select(rows.schema.names).cast(rows.schema)])
+            bad = known["user_id"].take(places[~finite]).to_pylist()
+            return UnitResult(rows, bad, replace(work, bad=len(bad)))
+
+        return finish
 
     def _rows(self, users: pa.Table, num_events: np.ndarray, embeddings: dict[str, pa.Array]) -> pa.Table:
         count, now = len(users), pa.scalar(datetime.now(UTC), pa.timestamp("us", "UTC"))

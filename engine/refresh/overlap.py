@@ -9,7 +9,7 @@ from collections.abc import Callable, Generator, Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextvars import copy_context
 from types import TracebackType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 T = TypeVar("T")
 U = TypeVar("U")
@@ -52,28 +52,26 @@ class Behind:
 
     def __init__(self, depth: int) -> None:
         self.pool = ThreadPoolExecutor(1, thread_name_prefix="alure behind") if depth else None
-        self.running: tuple[Future[None], Callable[[], None]] | None = None
+        self.running: tuple[Future[Any], Callable[[Any], None]] | None = None
 
     def __enter__(self) -> "Behind":
         return self
 
-    def run(self, task: Callable[[], None], then: Callable[[], None]) -> None:
+    def run(self, task: Callable[[], T], then: Callable[[T], None]) -> None:
         """Waits for the task before, then starts this one; with depth 0 it is done on return.
 
-        then: called in the caller's thread once the task is done.
+        then: called with what the task gives, in the caller's thread, once it is done.
         """
         self.wait()
         if self.pool is None:
-            task()
-            then()
+            then(task())
         else:
             self.running = self.pool.submit(copy_context().run, task), then
 
     def wait(self) -> None:
         if self.running is not None:
             (running, then), self.running = self.running, None
-            running.result()
-            then()
+            then(running.result())
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None) -> None:
         try:

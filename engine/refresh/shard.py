@@ -15,7 +15,7 @@ from alure.engine.errors import AlureError
 from alure.engine.events import Events
 from alure.engine.model import UserModel
 from alure.engine.ranges import marker_of, op, stage
-from alure.engine.refresh.embedder import Embedder, Snapshot, UnitResult, Work
+from alure.engine.refresh.embedder import Embedded, Embedder, Snapshot, UnitResult, Work
 from alure.engine.refresh.leases import open_leases
 from alure.engine.refresh.memory import freed_memory_kept
 from alure.engine.refresh.overlap import Behind
@@ -57,7 +57,7 @@ def share_units(
     """Take units that nobody works on until all are written, whoever writes them; returns what was done here.
 
     check: called between batches; what it raises abandons the unit at hand, which is then done again next time.
-    On a GPU a unit is written while the next one is embedded.
+    On a GPU a unit's rows are made and written while the next one is embedded.
     """
     generation, done, written = embedder.snapshot.generation, Work(), set[str]()
     leases = open_leases(leases_of(store, generation))
@@ -73,23 +73,25 @@ def share_units(
         try:
             written = store.written_units(generation, [unit.name for unit in units])
             if unit.name not in written:
-                result = embedder.unit_rows(unit, store, after_batch)
-                done.add(result.work)
-                refuse_many_bad(embedder.snapshot, done.bad, result)
+                embedded = embedder.embed_unit(unit, store, after_batch)
                 behind.wait()
                 handed_on = True
-                behind.run(partial(write, unit, result), then=partial(count, result.work))
+                behind.run(partial(write, unit, embedded), then=count)
         finally:
             if not handed_on:
                 leases.release(unit.name)
 
-    def write(unit: Unit, result: UnitResult) -> None:
+    def write(unit: Unit, embedded: Embedded) -> Work:
         try:
+            result = embedded()
+            refuse_many_bad(embedder.snapshot, done.bad + result.work.bad, result)
             write_unit(store, generation, unit, result)
+            return result.work
         finally:
             leases.release(unit.name)
 
     def count(work: Work) -> None:
+        done.add(work)
         done.units += 1
         progress.add(Work(units=1, bad=work.bad, pending=-work.embedded))
 

@@ -81,10 +81,11 @@ def test_tasks_run_one_at_a_time_and_are_counted_by_the_caller(depth: int) -> No
     log: list[str] = []
     caller = threading.get_ident()
 
-    def task(name: str) -> None:
+    def task(name: str) -> str:
         log.append(f"begin {name}")
         time.sleep(0.01)
         log.append(f"end {name}")
+        return name
 
     def then(name: str) -> None:
         assert threading.get_ident() == caller
@@ -92,7 +93,7 @@ def test_tasks_run_one_at_a_time_and_are_counted_by_the_caller(depth: int) -> No
 
     with Behind(depth) as behind:
         for name in "abc":
-            behind.run(lambda name=name: task(name), lambda name=name: then(name))
+            behind.run(lambda name=name: task(name), then)
     assert [word for word in log if not word.startswith("count")] == [
         f"{w} {n}" for n in "abc" for w in ("begin", "end")
     ]
@@ -101,22 +102,22 @@ def test_tasks_run_one_at_a_time_and_are_counted_by_the_caller(depth: int) -> No
 
 @pytest.mark.parametrize("depth", [0, 1])
 def test_a_task_that_fails_is_not_counted_and_raises_by_the_end(depth: int) -> None:
-    counted: list[int] = []
+    counted: list[object] = []
 
     def fail() -> None:
         raise OSError("disk full")
 
     with pytest.raises(OSError, match="disk full"), Behind(depth) as behind:
-        behind.run(fail, lambda: counted.append(1))
+        behind.run(fail, counted.append)
     assert counted == []
 
 
 def test_the_failure_of_the_block_wins_and_its_task_has_ended() -> None:
-    counted: list[int] = []
+    counted: list[object] = []
 
     def fail_both() -> None:
         with Behind(1) as behind:
-            behind.run(lambda: 1 / 0, lambda: counted.append(1))
+            behind.run(lambda: 1 / 0, counted.append)
             raise KeyError
 
     with pytest.raises(KeyError):

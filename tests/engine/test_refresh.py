@@ -21,7 +21,7 @@ from alure.engine.events import Events, Manifest
 from alure.engine.model import UserModel
 from alure.engine.model.catalog import Catalog
 from alure.engine.model.prepared import PreparedBatch
-from alure.engine.refresh import RefreshJob, RefreshReport
+from alure.engine.refresh import RefreshJob, RefreshReport, embedder
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work
 from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
 from alure.engine.store import EmbeddingStore
@@ -342,9 +342,13 @@ def test_embeddings_that_are_not_finite_stop_the_job_and_name_users(world: Path,
     assert job.store.generations() == []
 
 
+@pytest.mark.parametrize("depth", [0, 2])  # 2: rows are made and refused beside the next unit
 @pytest.mark.parametrize("config", [{}, {"token_budget": 1}, {"unit_users": 7}])
-def test_poison_users_are_left_out_and_kept_apart(world: Path, tmp_path: Path, config: dict[str, int]) -> None:
+def test_poison_users_are_left_out_and_kept_apart(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, config: dict[str, int], depth: int
+) -> None:
     """Users 5 and 23 have a vector whose square is infinite; who is refused does not depend on batches or units."""
+    monkeypatch.setattr(embedder, "overlap_depth", lambda device: depth)
     events, poisoned = jagged_log(tmp_path / "events"), [5, 23]
     for name in ("click", "view"):
         offsets = events.source(name).offsets
