@@ -3,11 +3,11 @@
 import copy
 import time
 from collections import deque
-from collections.abc import Callable
-from contextlib import closing, nullcontext
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -104,7 +104,31 @@ class UnitResult:
     work: Work
 
 
-Embedded = Callable[[], UnitResult]  # makes the rows of an embedded unit: the host's part, beside a GPU's next unit
+@dataclass(eq=False, kw_only=True)
+class Task:
+    """Users (indices) to embed, in their order, and what there is of that."""
+
+    users: np.ndarray
+    tokens: np.ndarray
+    vectors: Vectors
+    work: Work = field(default_factory=Work)
+    writer: SegmentWriter | None = None  # takes the new keys and values where they are kept
+    resources: ExitStack = field(default_factory=ExitStack)  # closed once all is there
+
+    def __post_init__(self) -> None:
+        self.awaited = len(self.users)  # whose embeddings are not there yet
+
+
+@dataclass(eq=False, kw_only=True)
+class UnitTask(Task):
+    """A unit's users who need to be embedded; its other rows are carried forward."""
+
+    unit: Unit
+    num_events: np.ndarray  # of `users`
+    carried: pa.Table
+
+
+TaskKind = TypeVar("TaskKind", bound=Task)
 
 
 @dataclass(frozen=True)
@@ -119,25 +143,28 @@ class Read:
 class Arriving:
     """Embeddings on their way from the device; on the CPU they are there."""
 
+    task: Task
     places: np.ndarray
     values: Tensor
     scales: Tensor | None
     sent: torch.cuda.Event | None
 
     @classmethod
-    def send(cls, places: np.ndarray, values: Tensor, scales: Tensor | None) -> "Arriving":
+    def send(cls, task: Task, places: np.ndarray, values: Tensor, scales: Tensor | None) -> "Arriving":
         """values [n, k·d], scales [n, k]."""
         host = values.to("cpu", non_blocking=True)
         host_scales = None if scales is None else scales.to("cpu", non_blocking=True)
         sent = torch.cuda.current_stream(values.device).record_event() if values.is_cuda else None
-        return cls(places, host, host_scales, sent)
+        return cls(task, places, host, host_scales, sent)
 
-    def store(self, vectors: Vectors) -> None:
+    def store(self) -> None:
+        vectors = self.task.vectors
         if self.sent is not None:
             self.sent.synchronize()
         vectors.values[self.places] = self.values.numpy()
         if self.scales is not None and vectors.scales is not None:
             vectors.scales[self.places] = self.scales.numpy()
+        self.task.awaited -= len(self.places)
 
 
 class Embedder:
@@ -158,33 +185,59 @@ class Embedder:
         if snapshot.kv_cache is not None:
             self.reuse = Reuse(self.model, self.catalog, events, snapshot.kv_cache, snapshot.config.max_events)
 
-    def embed(
-        self,
-        users: np.ndarray,
-        tokens: np.ndarray,
-        after_batch: Callable[[Work], None],
-        writer: SegmentWriter | None = None,
-    ) -> tuple[Vectors, Work]:
+    def embed(self, users: np.ndarray, tokens: np.ndarray, after_batch: Callable[[Work], None]) -> tuple[Vectors, Work]:
         """The embeddings of `users` (indices), in their order, whatever batches they shared.
 
-        after_batch is called with what each batch was; what it raises ends the work. writer: takes the new keys and
-        values where they are kept.
+        after_batch is called with what each batch was; what it raises ends the work.
         """
-        config, model = self.snapshot.config, self.model.config
-        vectors, done = Vectors.empty(len(users), model.num_embeddings, model.width, config.output_dtype), Work()
-        batches = ahead(lambda places: self._read(users[places]), pack(tokens, self.token_budget), self.depth)
+        (task,) = self.embed_all([Task(users=users, tokens=tokens, vectors=self._empty(len(users)))], after_batch)
+        return task.vectors, task.work
+
+    def embed_all(
+        self, tasks: Iterable[TaskKind], after_batch: Callable[[Work], None]
+    ) -> Generator[TaskKind, None, None]:
+        """The tasks in their order, each once all of it is there. On a GPU the first batches of the next one are read
+        and launched before that, so that between two tasks the device has work.
+        """
+        begun: deque[TaskKind] = deque()
         arriving: deque[Arriving] = deque()
-        with torch.inference_mode(), closing(batches):
-            for places, read, ready in batches:
-                work = self._fill(vectors, arriving, places, users, read, writer)
-                while len(arriving) > self.depth:
-                    arriving.popleft().store(vectors)
-                work.add(Work(len(places), int(tokens[places].sum()), batches=1, ready=ready - done.ready))
-                done.add(work)
-                after_batch(work)
-            for last in arriving:
-                last.store(vectors)
-        return vectors, done
+        were_ready = 0
+
+        def batches() -> Iterator[tuple[TaskKind, np.ndarray]]:
+            for task in tasks:
+                begun.append(task)
+                resources.push(task.resources)
+                for places in pack(task.tokens, self.token_budget) or [np.empty(0, np.int64)]:
+                    yield task, places
+
+        def read(batch: tuple[TaskKind, np.ndarray]) -> Read | None:
+            task, places = batch
+            return self._read(task.users[places]) if len(places) else None
+
+        def complete() -> Iterator[TaskKind]:
+            while begun and not begun[0].awaited:
+                begun[0].resources.close()
+                yield begun.popleft()
+
+        with ExitStack() as resources, closing(ahead(read, batches(), self.depth)) as in_turn:
+            for (task, places), found, ready in in_turn:
+                if found is not None:
+                    with torch.inference_mode():
+                        work = self._fill(task, arriving, places, found)
+                    while len(arriving) > self.depth:
+                        arriving.popleft().store()
+                    work.add(Work(len(places), int(task.tokens[places].sum()), batches=1, ready=ready - were_ready))
+                    were_ready = ready
+                    task.work.add(work)
+                    after_batch(work)
+                yield from complete()
+            while arriving:
+                arriving.popleft().store()
+            yield from complete()
+
+    def _empty(self, users: int) -> Vectors:
+        model = self.model.config
+        return Vectors.empty(users, model.num_embeddings, model.width, self.snapshot.config.output_dtype)
 
     def _read(self, users: np.ndarray) -> Read:
         with op("read"), torch.inference_mode():
@@ -194,21 +247,13 @@ class Embedder:
             prepared = self.model.prepare(batch, self.host_catalog)
             return Read(batch, self.sender.pack(prepared) if self.sender else prepared)
 
-    def _fill(
-        self,
-        vectors: Vectors,
-        arriving: deque[Arriving],
-        places: np.ndarray,
-        users: np.ndarray,
-        read: Read,
-        writer: SegmentWriter | None,
-    ) -> Work:
-        """Embed users[places], who were read; FLOPs and reused events. Users that do not fit in memory together go in
-        halves.
+    def _fill(self, task: Task, arriving: deque[Arriving], places: np.ndarray, read: Read) -> Work:
+        """Embed users[places] of the task, who were read; FLOPs and reused events. Users that do not fit in memory
+        together go in halves.
         """
         try:
             work = Work(flops=self.flops({name: s.lengths.numpy() for name, s in read.batch.sequences.items()}))
-            arriving.append(self._embed(places, read, writer, work))
+            arriving.append(self._embed(task, places, read, work))
             return work
         except (torch.OutOfMemoryError, MemoryError):
             if len(places) == 1:
@@ -217,13 +262,13 @@ class Embedder:
                     "limit histories by max_events in the configuration's section refresh"
                 ) from None
         while arriving:  # what is under way has memory too
-            arriving.popleft().store(vectors)
+            arriving.popleft().store()
         done = Work()
         for half in np.array_split(places, 2):  # outside the handler, which would hold on to the failed pass's tensors
-            done.add(self._fill(vectors, arriving, half, users, self._read(users[half]), writer))
+            done.add(self._fill(task, arriving, half, self._read(task.users[half])))
         return done
 
-    def _embed(self, places: np.ndarray, read: Read, writer: SegmentWriter | None, work: Work) -> Arriving:
+    def _embed(self, task: Task, places: np.ndarray, read: Read, work: Work) -> Arriving:
         """work: of the whole histories; what cached keys and values spare is taken off."""
         scales = plan = None
         batch = self._to_device(read)
@@ -232,13 +277,13 @@ class Embedder:
                 pooled, plan = self.model.pool(batch, self.catalog), batch.compression
             else:
                 assert self.reuse is not None
-                pooled = self._pool_grown(self.reuse, batch, writer, work)
+                pooled = self._pool_grown(self.reuse, batch, task.writer, work)
             if self.snapshot.config.output_dtype == "int8":
                 found, scales = self.model.compress_int8(pooled, plan)
             else:
                 found = self.model.compress(pooled, plan).to(DTYPES[self.snapshot.config.output_dtype])
         with op("to_host"):
-            return Arriving.send(places, found.flatten(1), scales)
+            return Arriving.send(task, places, found.flatten(1), scales)
 
     def _to_device(self, read: Read) -> EventBatch | PreparedBatch:
         with op("to_device"):
@@ -259,28 +304,34 @@ class Embedder:
                     writer.add(segments)
         return found.pooled
 
-    def embed_unit(self, unit: Unit, store: EmbeddingStore, after_batch: Callable[[Work], None]) -> Embedded:
-        """The unit's users that have an event up to as_of: those who need it embedded, the others carried forward."""
+    def begin(self, unit: Unit, store: EmbeddingStore) -> UnitTask:
+        """The unit's users with an event up to as_of: those who need to be embedded, the others carried forward."""
         snapshot = self.snapshot
         num_events, tokens = count_events(self.events, unit, snapshot.as_of, snapshot.config.max_events)
         earlier = earlier_rows(store, snapshot.base, self.events, unit)
         present = num_events > 0
         chosen = present & needs_refresh(snapshot, earlier, num_events)
-        places = np.flatnonzero(chosen)
-        with nullcontext() if self.reuse is None else self.reuse.writing(unit) as writer:
-            vectors, work = self.embed(places + unit.first, tokens[places], after_batch, writer)
+        places, resources = np.flatnonzero(chosen), ExitStack()
+        return UnitTask(
+            users=places + unit.first,
+            tokens=tokens[places],
+            vectors=self._empty(len(places)),
+            writer=None if self.reuse is None else resources.enter_context(self.reuse.writing(unit)),
+            resources=resources,
+            unit=unit,
+            num_events=num_events[places],
+            carried=earlier.keep(present & ~chosen),
+        )
 
-        def finish() -> UnitResult:
-            finite = vectors.finite()
-            known = self.events.users.slice(unit.first, unit.last - unit.first)
-            rows = self._rows(known.take(places[finite]), num_events[places[finite]], vectors.columns(finite))
-            carried = earlier.keep(present & ~chosen)
-            if len(carried):
-                rows = pa.concat_tables([rows, carried.select(rows.schema.names).cast(rows.schema)])
-            bad = known["user_id"].take(places[~finite]).to_pylist()
-            return UnitResult(rows, bad, replace(work, bad=len(bad)))
-
-        return finish
+    def rows(self, task: UnitTask) -> UnitResult:
+        """What is written of an embedded unit; a GPU takes no part in it."""
+        unit, finite = task.unit, task.vectors.finite()
+        users = self.events.users.slice(unit.first, unit.last - unit.first).take(task.users - unit.first)
+        rows = self._rows(users.filter(finite), task.num_events[finite], task.vectors.columns(finite))
+        if len(task.carried):
+            rows = pa.concat_tables([rows, task.carried.select(rows.schema.names).cast(rows.schema)])
+        bad = users["user_id"].filter(~finite).to_pylist()
+        return UnitResult(rows, bad, replace(task.work, bad=len(bad)))
 
     def _rows(self, users: pa.Table, num_events: np.ndarray, embeddings: dict[str, pa.Array]) -> pa.Table:
         count, now = len(users), pa.scalar(datetime.now(UTC), pa.timestamp("us", "UTC"))

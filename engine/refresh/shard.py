@@ -2,7 +2,7 @@
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from contextlib import closing
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,9 +15,8 @@ from alure.engine.errors import AlureError
 from alure.engine.events import Events
 from alure.engine.model import UserModel
 from alure.engine.ranges import marker_of, op, stage
-from alure.engine.refresh.embedder import Embedded, Embedder, Snapshot, UnitResult, Work
+from alure.engine.refresh.embedder import Embedder, Snapshot, UnitResult, UnitTask, Work
 from alure.engine.refresh.leases import open_leases
-from alure.engine.refresh.memory import freed_memory_kept
 from alure.engine.refresh.overlap import Behind
 from alure.engine.refresh.planner import Unit
 from alure.engine.signals import stop_flag
@@ -57,56 +56,64 @@ def share_units(
     """Take units that nobody works on until all are written, whoever writes them; returns what was done here.
 
     check: called between batches; what it raises abandons the unit at hand, which is then done again next time.
-    On a GPU a unit's rows are made and written while the next one is embedded.
+    On a GPU the next unit is begun before the last batches of one are there, and this one is written beside it.
     """
-    generation, done, written = embedder.snapshot.generation, Work(), set[str]()
+    generation, done = embedder.snapshot.generation, Work()
     leases = open_leases(leases_of(store, generation))
+    claimed = set[str]()  # by this worker, and not yet handed on to be written
 
     def after_batch(work: Work) -> None:
         progress.add(replace(work, pending=work.embedded))
         leases.keep()
         check()
 
-    def take(unit: Unit) -> None:
-        nonlocal written
-        handed_on = False
-        try:
+    def claim(units: list[Unit]) -> Iterator[UnitTask]:
+        written = set[str]()
+        for unit in units:
+            check()
+            if unit.name in written or not leases.claim(unit.name):
+                continue
+            claimed.add(unit.name)
             written = store.written_units(generation, [unit.name for unit in units])
-            if unit.name not in written:
-                embedded = embedder.embed_unit(unit, store, after_batch)
-                behind.wait()
-                handed_on = True
-                behind.run(partial(write, unit, embedded), then=count)
-        finally:
-            if not handed_on:
-                leases.release(unit.name)
+            if unit.name in written:
+                release(unit)
+            else:
+                yield embedder.begin(unit, store)
 
-    def write(unit: Unit, embedded: Embedded) -> Work:
+    def release(unit: Unit) -> None:
+        claimed.discard(unit.name)
+        leases.release(unit.name)
+
+    def write(task: UnitTask) -> Work:
         try:
-            result = embedded()
+            result = embedder.rows(task)
             refuse_many_bad(embedder.snapshot, done.bad + result.work.bad, result)
-            write_unit(store, generation, unit, result)
+            write_unit(store, generation, task.unit, result)
             return result.work
         finally:
-            leases.release(unit.name)
+            leases.release(task.unit.name)
 
     def count(work: Work) -> None:
         done.add(work)
         done.units += 1
         progress.add(Work(units=1, bad=work.bad, pending=-work.embedded))
 
-    refreshing = stage("refresh", marker_of(embedder.device))
-    with freed_memory_kept(), closing(leases), refreshing, Behind(embedder.depth) as behind:
-        while units:
-            for unit in units:
-                check()
-                if unit.name not in written and leases.claim(unit.name):
-                    take(unit)
-            behind.wait()
-            written = store.written_units(generation, [unit.name for unit in units])
-            units = [unit for unit in units if unit.name not in written]
-            if units:
-                time.sleep(LOOK_AGAIN_S)
+    with closing(leases), stage("refresh", marker_of(embedder.device)), Behind(embedder.depth) as behind:
+        try:
+            while units:
+                with closing(embedder.embed_all(claim(units), after_batch)) as embedded:
+                    for task in embedded:
+                        behind.wait()
+                        claimed.discard(task.unit.name)
+                        behind.run(partial(write, task), then=count)
+                behind.wait()
+                written = store.written_units(generation, [unit.name for unit in units])
+                units = [unit for unit in units if unit.name not in written]
+                if units:
+                    time.sleep(LOOK_AGAIN_S)
+        finally:
+            for name in claimed:
+                leases.release(name)
     return done
 
 

@@ -1,5 +1,6 @@
 """What is read ahead and written behind, as on a GPU: the same rows, and nothing that fails is lost."""
 
+import itertools
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +19,7 @@ from alure.engine.model import UserModel
 from alure.engine.model.prepared import PreparedBatch
 from alure.engine.refresh import RefreshJob, embedder, shard
 from alure.engine.refresh.overlap import Behind, ahead
+from alure.engine.refresh.planner import Unit
 from alure.engine.refresh.transfer import Packed
 from alure.engine.refresh.watch import Watch
 from alure.engine.store import EmbeddingStore
@@ -192,6 +194,60 @@ def test_what_is_read_ahead_and_not_yet_written_is_watched(
     assert max(figures["users_pending"] for figures in seen) > 16  # a unit is written while the next is embedded
     assert (seen[-1]["batches_ready"], seen[-1]["users_pending"]) == (0, 0)
     assert seen[-1]["units_written_total"] == report.units
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_with_depth_a_unit_is_begun_before_the_last_batches_of_the_one_before(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, depth: int
+) -> None:
+    monkeypatch.setattr(embedder, "overlap_depth", lambda device: depth)
+    log: list[tuple[str, str]] = []
+    begin, rows, pool = embedder.Embedder.begin, embedder.Embedder.rows, UserModel.pool
+    thread = threading.current_thread()
+
+    def of_rows(self: embedder.Embedder, task: embedder.UnitTask) -> embedder.UnitResult:
+        assert (threading.current_thread() is thread) == (depth == 0)
+        assert task.awaited == 0
+        log.append(("rows", task.unit.name))
+        return rows(self, task)
+
+    monkeypatch.setattr(
+        embedder.Embedder, "begin", lambda s, unit, x: (log.append(("begin", unit.name)), begin(s, unit, x))[1]
+    )
+    monkeypatch.setattr(embedder.Embedder, "rows", of_rows)
+    monkeypatch.setattr(UserModel, "pool", lambda *inputs: (log.append(("batch", "")), pool(*inputs))[1])
+    refresh(world, tmp_path)
+    units = [name for what, name in log if what == "begin"]
+    assert [name for what, name in log if what == "rows"] == units
+    assert len(units) > 2
+    for unit, following in itertools.pairwise(units):
+        if depth == 0:
+            assert log.index(("rows", unit)) < log.index(("begin", following))
+        else:
+            begun = log.index(("begin", following))
+            assert begun < log.index(("rows", unit))
+            assert ("batch", "") in log[begun : log.index(("rows", unit))]  # the device has work in between
+
+
+@pytest.mark.usefixtures("overlapped")
+def test_a_failure_in_the_unit_ahead_releases_both_and_loses_none(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun: list[str] = []
+    begin = embedder.Embedder.begin
+
+    def fail(self: embedder.Embedder, unit: Unit, store: EmbeddingStore) -> embedder.UnitTask:
+        begun.append(unit.name)
+        if len(begun) == 3:
+            raise AlureError("unreadable")
+        return begin(self, unit, store)
+
+    monkeypatch.setattr(embedder.Embedder, "begin", fail)
+    with pytest.raises(AlureError, match="unreadable"):
+        refresh(world, tmp_path)
+    assert not [path for path in (tmp_path / "leases").rglob("*") if path.is_file()]
+    monkeypatch.setattr(embedder.Embedder, "begin", begin)
+    assert rows_of(refresh(world, tmp_path)) == rows_of(EmbeddingStore(world / "store"))
 
 
 @pytest.mark.usefixtures("overlapped")
