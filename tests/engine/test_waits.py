@@ -12,10 +12,11 @@ from support.tolerance import require
 from support.waits import DEVICE, DeviceWaits, Watch, launch_only
 from torch import Tensor
 
-from alure.engine.config import ModelConfig
+from alure.engine.config import ModelConfig, OutputDtype, RefreshConfig
 from alure.engine.events import EventBatch, Events
 from alure.engine.model import EventSchema, UserModel
 from alure.engine.model.prepared import PreparedBatch
+from alure.engine.refresh.embedder import Embedder, Snapshot, Work
 from alure.engine.refresh.transfer import Packed, Sender
 
 MODELS: dict[str, ModelConfig] = {
@@ -199,6 +200,27 @@ def test_on_a_gpu_a_copy_is_not_written_over_before_it_is_read(events: Events) -
             torch.cuda._sleep(10_000_000)
             found.append(model(sender.send(sender.pack(model.prepare(batch, host))), catalog))
     assert all(torch.equal(x, y) for x, y in zip(found, expected, strict=True))
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+def test_on_a_gpu_a_refresh_waits_for_results_alone(events: Events, dtype: OutputDtype) -> None:
+    config = RefreshConfig(token_budget=120, precision="float32", output_dtype=dtype)
+    snapshot, users = Snapshot("g", START + 150 * DAY, "m", None, config), np.arange(21)
+    tokens = events.num_events(snapshot.as_of)
+    on_host = Embedder(make(events, tiny_model()), events, snapshot, torch.device("cpu"))
+    expected, _ = on_host.embed(users, tokens, Work().add)
+    embedder = Embedder(make(events, tiny_model()), events, snapshot, torch.device("cuda"))
+    embedder.embed(users, tokens, Work().add)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")  # an event that is waited for, that of the results, is none
+    try:
+        found, work = embedder.embed(users, tokens, Work().add)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert work.batches > 3
+    np.testing.assert_allclose(found.values, expected.values, atol=2 if dtype == "int8" else 1e-3)
 
 
 @pytest.mark.gpu
