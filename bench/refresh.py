@@ -32,7 +32,7 @@ DAY = 86_400
 START = 1_760_000_000
 SPAN = 90  # days of history
 ITEMS = 20_000
-EXPOSURES = 4  # candidate ads a user in the full forward pass, as in training
+EXPOSURES = (4, 128)  # candidate ads a user in the full forward pass: as in training, and as a ranker is asked
 PADDED_USERS = 8  # users a padded batch
 CHANGED = 0.1  # of the users have an event on the last day
 
@@ -129,18 +129,21 @@ def bench_embed(
     race(Contest("refresh", case.name, entries, facts={"users": users}))
 
 
-def bench_pruned(race: Callable[[Contest], None], quick: bool, device: torch.device, tmp_path: Path) -> None:
-    """What the refresh runs, and all that training runs forward: candidate ads, context queries, heads, two towers."""
+@pytest.mark.parametrize("exposed", EXPOSURES)
+def bench_pruned(
+    race: Callable[[Contest], None], exposed: int, quick: bool, device: torch.device, tmp_path: Path
+) -> None:
+    """What the refresh runs, and the whole model: candidate ads, context queries, heads, two towers."""
     users = 40 if quick else 400
     events = write_log(tmp_path / "log", users, mean=64)
     model = new_model(events, "small").to(device)
     catalog = model.user.catalog(events)
     batch = events.batch(range(users), events.manifest.last_timestamp).to(device)
     rng = np.random.default_rng(0)
-    shown = torch.arange(users).repeat_interleave(EXPOSURES)
+    shown = torch.arange(users).repeat_interleave(exposed)
     exposures = Exposures(
         torch.from_numpy(rng.integers(0, events.manifest.num_items, len(shown))).to(device),
-        (torch.arange(users + 1) * EXPOSURES).to(device),
+        (torch.arange(users + 1) * exposed).to(device),
         shown.to(device),
         torch.full((len(shown),), events.manifest.last_timestamp).to(device),
     )
@@ -163,7 +166,7 @@ def bench_pruned(race: Callable[[Contest], None], quick: bool, device: torch.dev
     entries = [
         Entry("alure, user half", lambda: (pruned, finite)), Entry("alure, all of it", lambda: (full, finite))
     ]  # fmt: skip
-    race(Contest("refresh", f"{users:,} users, {batch.total:,} events, forward", entries))
+    race(Contest("refresh", f"{users:,} users, {batch.total:,} events, {exposed} ads each, forward", entries))
 
 
 def bench_incremental(race: Callable[[Contest], None], quick: bool, tmp_path: Path) -> None:
