@@ -59,7 +59,7 @@ bench-gpu: $(VENV)/.alure-dev  ## on a CUDA machine, in 8 minutes: the gpu tests
 
 sanitize: $(VENV)/.alure-dev  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer
 	$(PIP) install --quiet -c constraints.txt --no-deps --force-reinstall --config-settings=cmake.define.ALURE_SANITIZE=ON .
-	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q tests/kernels/test_candidates.py tests/kernels/test_native_attention.py tests/kernels/test_native_encoding.py tests/kernels/test_native_compression.py tests/kernels/test_pagerank.py tests/kernels/test_neighbors.py
+	LD_PRELOAD="$$(gcc -print-file-name=libasan.so) $$(gcc -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 $(BIN)/pytest -q tests/kernels/test_candidates.py tests/kernels/test_native_attention.py tests/kernels/test_native_encoding.py tests/kernels/test_native_compression.py tests/kernels/test_pagerank.py tests/kernels/test_rowwise.py tests/kernels/test_neighbors.py
 	rm $(VENV)/.alure-dev
 
 clean:  ## remove the environment and everything built
