@@ -13,10 +13,13 @@ from alure.engine.store import EmbeddingStore, Generation
 
 @dataclass(frozen=True)
 class Earlier:
-    """Of n users: `place` is the user's row in `rows`, −1 where there is none."""
+    """Of n users: `place` is the user's row in `rows`, −1 where there is none; `num_before` how many events the log has
+    by now up to the time that the user's embedding was made for.
+    """
 
     place: np.ndarray  # int64 [n]
     rows: pa.Table
+    num_before: np.ndarray  # int64 [n]
 
     def keep(self, kept: np.ndarray) -> pa.Table:
         """The rows of the users `kept` (bool [n]) that have one."""
@@ -25,17 +28,20 @@ class Earlier:
     def unseen_share(self, num_events: np.ndarray) -> np.ndarray:
         """float64 [n], 0 to 1: the share of the history that the embedding has not seen; 1 where there is none.
 
-        Events that came late or were deleted count too.
+        Events that came late or were deleted count too, also where as many are new.
         """
-        return np.minimum(np.abs(num_events - self._column("num_events", 0)) / np.maximum(num_events, 1), 1.0)
+        unseen = num_events - self.num_before + np.abs(self.num_before - column(self.rows, "num_events", self.place))
+        return np.minimum(unseen / np.maximum(num_events, 1), 1.0)
 
     def older_than(self, moment: float) -> np.ndarray:
         """bool [n]: whether the embedding was made for a time before."""
-        return self._column("as_of", 0) < moment
+        return column(self.rows, "as_of", self.place) < moment
 
-    def _column(self, name: str, missing: int) -> np.ndarray:
-        values = np.append(self.rows[name].to_numpy(), missing)  # −1 takes the last
-        return values[self.place]
+
+def column(rows: pa.Table, name: str, place: np.ndarray) -> np.ndarray:
+    """int64 [n], 0 where `place` is −1."""
+    values: np.ndarray = np.append(rows[name].to_numpy(), 0)  # −1 takes the last
+    return values[place]
 
 
 def earlier_rows(
@@ -46,7 +52,9 @@ def earlier_rows(
     """
     known = events.users.slice(unit.first, unit.last - unit.first)
     nobody = Earlier(
-        np.full(len(known), -1), pa.table({"num_events": pa.array([], pa.int64()), "as_of": pa.array([], pa.int64())})
+        place=np.full(len(known), -1),
+        rows=pa.table({"num_events": pa.array([], pa.int64()), "as_of": pa.array([], pa.int64())}),
+        num_before=np.zeros(len(known), np.int64),
     )
     if base is None:
         return nobody
@@ -57,5 +65,6 @@ def earlier_rows(
     found = pa.concat_tables(rows)
     if found["user_id"].type != known["user_id"].type or not len(found):
         return nobody
-    place = pc.fill_null(pc.index_in(known["user_id"], value_set=found["user_id"].combine_chunks()), -1)
-    return Earlier(place.to_numpy().astype(np.int64), found)
+    index = pc.fill_null(pc.index_in(known["user_id"], value_set=found["user_id"].combine_chunks()), -1)
+    place = index.to_numpy().astype(np.int64)
+    return Earlier(place, found, events.num_events(column(found, "as_of", place), unit.users))

@@ -1,6 +1,7 @@
 """The refresh: batches by token budget, resuming, incremental, interruption; results that depend on none of them."""
 
 import os
+import shutil
 import signal
 from itertools import pairwise
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from support.model import DAY, START, planted_log
+from support.model import DAY, START, LogParts, SourceRows, planted_log, write_log
 from support.refresh import jagged_log, name_countries, rename_log, rows_of, save_model
 
 from alure.engine.config import RefreshConfig
@@ -229,6 +230,32 @@ def test_incremental_sees_events_that_come_late(world: Path, tmp_path: Path) -> 
         world / "model", tmp_path / "events", tmp_path / "store", as_of=START + 10 * DAY, incremental=True, config=SMALL
     )
     assert job.run().embedded == 1
+
+
+def test_incremental_sees_a_deleted_event_beside_a_new_one(world: Path, tmp_path: Path) -> None:
+    """The log has as many events of user 59 as before, but not the same; user 30 lost one and user 11 nothing."""
+    refresh(world, tmp_path / "store", as_of=START + 8 * DAY)
+    events = jagged_log(tmp_path / "events", late=np.array([59]))
+    parts = {}
+    for name in ("click", "view"):
+        columns = events.source(name)
+        user = np.repeat(np.arange(60), np.diff(columns.offsets))
+        kept = ~np.isin(
+            np.arange(len(user)), [columns.offsets[u] for u in (30, 59) if (u % 2 == 0) == (name == "click")]
+        )
+        parts[name] = SourceRows(user[kept], columns.timestamp[kept], columns.item[kept])
+    shutil.rmtree(tmp_path / "events")
+    write_log(tmp_path / "events", LogParts(60, 40, parts, item_accounts=np.arange(40) // 4))
+    name_countries(tmp_path / "events", {"AR": 0.4, "BR": 0.6})
+    rename_log(tmp_path / "events", "corrected")
+    inputs = (world / "model", tmp_path / "events")
+    report = RefreshJob(*inputs, tmp_path / "store", incremental=True, config=SMALL).run()
+    full = RefreshJob(*inputs, tmp_path / "full", config=SMALL).run()
+    store = EmbeddingStore(tmp_path / "store")
+    made_for = made_for_of(store)
+    assert {user for user, as_of in made_for.items() if as_of == report.as_of} == {30, 59}
+    expected, found = EmbeddingStore(tmp_path / "full").read_user(59, full.generation), store.read_user(59)
+    np.testing.assert_allclose(found["embedding"], expected["embedding"], atol=2e-6)
 
 
 def made_for_of(store: EmbeddingStore) -> dict[int, int]:
