@@ -17,6 +17,7 @@ from alure.engine.model import UserModel
 from alure.engine.ranges import marker_of, op, stage
 from alure.engine.refresh.embedder import Embedder, Snapshot, UnitResult, UnitTask, Work
 from alure.engine.refresh.leases import open_leases
+from alure.engine.refresh.memory import freed_memory_kept
 from alure.engine.refresh.overlap import Behind
 from alure.engine.refresh.planner import Unit
 from alure.engine.signals import stop_flag
@@ -98,7 +99,8 @@ def share_units(
         done.units += 1
         progress.add(Work(units=1, bad=work.bad, pending=-work.embedded))
 
-    with closing(leases), stage("refresh", marker_of(embedder.device)), Behind(embedder.depth) as behind:
+    refreshing = stage("refresh", marker_of(embedder.device))
+    with freed_memory_kept(), closing(leases), refreshing, Behind(embedder.depth) as behind:
         try:
             while units:
                 with closing(embedder.embed_all(claim(units), after_batch)) as embedded:
