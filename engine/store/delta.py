@@ -1,12 +1,14 @@
 """One Delta table: created on first write, appended to exactly once a key, streamed into, scanned."""
 
 import math
+import os
 import queue
 import re
 import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import contextmanager, suppress
+from pathlib import Path
 from typing import Any, Literal, NamedTuple
 from urllib.parse import unquote
 
@@ -45,6 +47,17 @@ class DataTable:
     def open(self) -> DeltaTable:
         with reading(self.path):
             return DeltaTable(str(self.path), storage_options=storage_options(self.path))
+
+    def newest_commit(self) -> tuple[str, int, int] | None:
+        """Of a table on a disk, what no other state of it has, of the last file of its log; None where it is elsewhere."""
+        if not isinstance(self.path, Path):
+            return None
+        try:
+            with os.scandir(self.path / "_delta_log") as entries:
+                last = max((e for e in entries if e.name.endswith(".json")), key=lambda e: e.name, default=None)
+            return None if last is None else (last.name, last.stat().st_ino, last.stat().st_mtime_ns)
+        except OSError:  # opening the table says why
+            return None
 
     def schema(self) -> pa.Schema:
         return _schema_of(self.open())

@@ -370,3 +370,21 @@ def test_quarantine(store: EmbeddingStore) -> None:
     assert store.read_quarantine().to_pylist() == [
         {"origin": "refresh", "row": '{"user_id": 3}', "reason": "the embedding is not finite"}
     ]
+
+
+def test_a_reader_sees_what_another_store_object_publishes_at_once(tmp_path: Path) -> None:
+    """Also where the folder is another store by then, with as many commits."""
+    writer = EmbeddingStore(tmp_path / "store", create=True)
+    reader = EmbeddingStore(tmp_path / "store")
+    for number in (1, 2, 3):
+        assert len(reader.generations()) == number - 1
+        writer.write_unit(f"g{number}", "0-2", unit([1, 2]))
+        writer.publish(generation(2, f"g{number}"))
+        assert [p.generation for p in reader.generations()][-1] == f"g{number}"
+    other = EmbeddingStore(tmp_path / "other", create=True)
+    for number in (4, 5, 6):
+        other.write_unit(f"g{number}", "0-2", unit([1, 2]))
+        other.publish(generation(2, f"g{number}"))
+    (tmp_path / "store").rename(tmp_path / "old")
+    (tmp_path / "other").rename(tmp_path / "store")
+    assert [p.generation for p in reader.generations()] == ["g4", "g5", "g6"]
