@@ -58,12 +58,12 @@ class Reuse:
             max_events,
         )
         self.row_bytes = row_bytes(model, model.dtype)
-        self.cache = KvCache(folders.read, self.row_bytes, events.num_users, events.user_indices)
+        self.ids = events.users.schema.field("user_id").type
+        self.cache = KvCache(folders.read, self.row_bytes, self.ids, events.num_users, events.user_indices)
 
     @contextmanager
     def writing(self, unit: Unit) -> Iterator[SegmentWriter]:
-        ids = self.events.users.schema.field("user_id").type
-        with SegmentWriter(self.folders.write / f"{unit.name}.arrow", ids) as writer:
+        with SegmentWriter(self.folders.write / f"{unit.name}.arrow", self.ids) as writer:
             yield writer
 
     def pool(self, batch: EventBatch) -> Reused:
@@ -94,10 +94,11 @@ class Reuse:
     def _segments(self, source: str, batch: EventBatch, known: KeyValues, hashes: EventHashes) -> Segments:
         sequence = batch.sequences[source]
         chosen = self._may_keep(sequence.lengths) & (sequence.lengths > known.cached)
-        first, last, fingerprints = (
-            x[chosen].numpy(force=True) for x in (known.cached, sequence.lengths, hashes.of_first(sequence.lengths))
-        )
+        ends = known.cached, sequence.lengths
+        first, last = (x[chosen].numpy(force=True) for x in ends)
+        before_first, before_last = (hashes.of_first(x)[chosen].numpy(force=True) for x in ends)
         new = chosen[hashes.users] & (hashes.places >= known.cached[hashes.users])
         values = known.values if bool(new.all()) else known.values[new]
         users = self.events.users["user_id"].take(batch.users[chosen].numpy(force=True)).combine_chunks()
-        return Segments(source, users, first, last, fingerprints, values.view(torch.uint8).numpy(force=True))
+        rows = values.view(torch.uint8).numpy(force=True)
+        return Segments(source, users, first, last, before_first, before_last, rows)

@@ -24,7 +24,7 @@ from alure.engine.files import publish
 from alure.engine.progress import say
 from alure.engine.store.generations import GenerationLog
 
-INTEGERS = ("first", "last", "fingerprint", "checksum")
+INTEGERS = ("first", "last", "first_fingerprint", "last_fingerprint", "checksum")
 
 
 def kv_cache_folder(store: Path, generation: str) -> Path:
@@ -54,14 +54,16 @@ def schema_of(ids: pa.DataType) -> pa.Schema:
 class Segments:
     """Of one source: events first[i] to last[i] − 1 of users[i], int64 [n] each.
 
-    fingerprints: int64 [n], of each user's events before last[i]. values: uint8 [sum of last − first, bytes an event].
+    first_fingerprints, last_fingerprints: int64 [n], of each user's events before first[i], and before last[i]. values:
+    uint8 [sum of last − first, bytes an event].
     """
 
     source: str
     users: pa.Array
     first: np.ndarray
     last: np.ndarray
-    fingerprints: np.ndarray
+    first_fingerprints: np.ndarray
+    last_fingerprints: np.ndarray
     values: np.ndarray
 
     def batch(self, schema: pa.Schema) -> pa.RecordBatch:
@@ -73,7 +75,7 @@ class Segments:
         columns = [
             self.users,
             pa.repeat(self.source, len(self.users)),
-            *(pa.array(x) for x in (self.first, self.last, self.fingerprints)),
+            *map(pa.array, (self.first, self.last, self.first_fingerprints, self.last_fingerprints)),
             pa.array(checksums, pa.int64()),
             key_values,
         ]
@@ -130,29 +132,30 @@ class SegmentWriter:
 class KvCache:
     """The segments of a chain of generations, oldest first, by the users of a log, read in place.
 
-    user_indices: int64 [n] of ids, −1 where the log does not know one. row_bytes: {source: bytes an event}.
-    A part of a history is of use where all before it is there too; what is not is left out.
+    ids: their type; user_indices: int64 [n] of ids, −1 where the log does not know one. row_bytes: {source: bytes an
+    event}. A segment is of use where all before it is there, by its fingerprint too; what is not is left out. Nothing
+    that the files say is trusted.
     """
 
     def __init__(
         self,
         folders: Sequence[Path],
         row_bytes: Mapping[str, int],
+        ids: pa.DataType,
         num_users: int,
         user_indices: Callable[[pa.Array], np.ndarray],
     ) -> None:
-        self.row_bytes, self.user_indices = row_bytes, user_indices
+        self.row_bytes, self.schema, self.user_indices = row_bytes, schema_of(ids), user_indices
         self.batches: list[pa.RecordBatch] = []
-        self.columns = {name: np.empty(0, np.int64) for name in (*INTEGERS, "before", "batch", "row")}
-        self.newest = {source: np.full(num_users, -1) for source in row_bytes}  # each user's last segment
+        self.columns = {name: np.zeros(1, np.int64) for name in (*INTEGERS, "earlier", "batch", "row")}
+        self.newest = {source: np.zeros(num_users, np.int64) for source in row_bytes}  # segments; 0: nothing
         for folder in folders:
             self._add(folder)
 
     def cached(self, source: str, users: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """(events, fingerprint of these), int64 [n] each, that there is something of; 0 events where there is none."""
         newest = self.newest[source][users]
-        events, fingerprints = (np.append(self.columns[name], 0)[newest] for name in ("last", "fingerprint"))
-        return events, fingerprints  # −1 took the 0
+        return self.columns["last"][newest], self.columns["last_fingerprint"][newest]
 
     def read(self, source: str, users: np.ndarray, into: np.ndarray, starts: np.ndarray) -> np.ndarray:
         """bool [n]: whose events are sound; those of users[i] are copied to the rows from starts[i] on of `into`.
@@ -161,51 +164,55 @@ class KvCache:
         """
         sound = np.ones(len(users), bool)
         for i, (segment, start) in enumerate(zip(self.newest[source][users], starts)):
-            while segment >= 0:
-                first, last, _, checksum, before, batch, row = (int(x[segment]) for x in self.columns.values())
+            while segment:
+                first, last, _, _, checksum, earlier, batch, row = (int(x[segment]) for x in self.columns.values())
                 data = self.batches[batch]["key_values"][row].as_buffer()
                 sound[i] &= zlib.crc32(data) == checksum
                 into[start + first : start + last] = np.frombuffer(data, np.uint8).reshape(last - first, -1)
-                segment = before
+                segment = earlier
         if not sound.all():
             say(f"refresh: kv_cache: what there is of {np.count_nonzero(~sound):,} users is damaged; computed again")
         return sound
 
     def _add(self, folder: Path) -> None:
-        """The segments of a generation, which has one of a user and source at most."""
-        batches = [batch for path in sorted(folder.glob("*.arrow")) for batch in _batches(path)]
+        """The segments of a generation; the last where it has several of a user and source."""
+        batches = [batch for path in sorted(folder.glob("*.arrow")) for batch in _batches(path, self.schema)]
         if not batches:
             return
         rows = pa.Table.from_batches(batches).select(["user_id", "source", *INTEGERS])
         found = {name: rows[name].to_numpy() for name in INTEGERS}
+        first, last = found["first"], found["last"]
         sizes = np.concatenate([pc.binary_length(batch["key_values"]).to_numpy() for batch in batches])
-        users, before = self.user_indices(rows["user_id"]), np.full(len(rows), -1)
+        users, found["earlier"] = self.user_indices(rows["user_id"]), np.zeros(len(rows), np.int64)
+        some = (users >= 0) & (first >= 0) & (last > first)
         for source, newest in self.newest.items():
-            whole = (found["last"] - found["first"]) * self.row_bytes[source] == sizes
-            of_source = pc.equal(rows["source"], source).to_numpy()
-            own = np.flatnonzero(of_source & whole & (found["first"] >= 0) & (users >= 0))
-            earlier, first = newest[users[own]], found["first"][own]
-            fits = (first == 0) | (np.append(self.columns["last"], 0)[earlier] == first)  # −1 takes the 0
-            before[own] = np.where(first == 0, -1, earlier)
-            newest[users[own]] = np.where(fits, len(self.columns["first"]) + own, -1)
+            events, odd = np.divmod(sizes, self.row_bytes[source])
+            whole = (last - first == events) & (odd == 0) & pc.equal(rows["source"], source).to_numpy()
+            own = np.flatnonzero(some & whole)
+            earlier = np.where(first[own] == 0, 0, newest[users[own]])
+            fits = self.columns["last"][earlier] == first[own]
+            fits &= self.columns["last_fingerprint"][earlier] == found["first_fingerprint"][own]
+            found["earlier"][own] = earlier
+            newest[users[own]] = np.where(fits, len(self.columns["first"]) + own, 0)
         counts = [len(batch) for batch in batches]
-        found["before"] = before
         found["batch"] = np.repeat(len(self.batches) + np.arange(len(batches)), counts)
         found["row"] = np.concatenate([np.arange(count) for count in counts])
         self.columns = {name: np.concatenate([column, found[name]]) for name, column in self.columns.items()}
         self.batches += batches
 
 
-def _batches(path: Path) -> list[pa.RecordBatch]:
+def _batches(path: Path, schema: pa.Schema) -> list[pa.RecordBatch]:
     """What `SegmentWriter` wrote, in place; nothing where that is damaged."""
     try:
         reader = pa.ipc.open_file(pa.memory_map(str(path)))
-        if reader.schema not in (schema_of(pa.int64()), schema_of(pa.string())):
-            raise pa.ArrowInvalid(f"it has the columns {', '.join(reader.schema.names)}")
+        if reader.schema != schema:
+            raise pa.ArrowInvalid("it has other columns")
         batches = [reader.get_batch(i) for i in range(reader.num_record_batches)]
         for batch in batches:
             batch.validate(full=True)
-    except (pa.ArrowInvalid, OSError) as error:
+            if any(column.null_count for column in batch.columns):
+                raise pa.ArrowInvalid("it has nulls")
+    except (pa.ArrowException, UnicodeDecodeError, OSError) as error:
         say(f"refresh: {path}: cannot be read ({error}); what it had is computed again")
         return []
     return batches

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pyarrow as pa
 import pytest
 import torch
 from hypothesis import given, settings
@@ -18,13 +19,14 @@ from support.refresh import jagged_log, name_countries, rename_log, save_model
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
 from alure.engine.events import EventBatch, Events, EventSequence
+from alure.engine.events.reader import indices_of
 from alure.engine.model import EventSchema, UserModel
 from alure.engine.model.flops import ForwardFlops
 from alure.engine.model.key_values import EventHashes, KeyValues, extend, key_value_width
 from alure.engine.refresh import RefreshJob
 from alure.engine.refresh.report import RefreshReport
 from alure.engine.store import EmbeddingStore
-from alure.engine.store.kv_cache import SegmentWriter
+from alure.engine.store.kv_cache import KvCache, Segments, SegmentWriter, schema_of
 from alure.engine.store.upkeep import vacuum
 
 CAUSAL: dict[str, Any] = {"causal": True, "encoders": ["frequency", "gap", "cyclic"]}
@@ -401,3 +403,104 @@ def test_models_whose_keys_change_are_refused(tmp_path: Path) -> None:
     model = save_model(tmp_path / "model", events, causal=True)
     with pytest.raises(InputError, match="got position, age"):
         RefreshJob(model, events, tmp_path / "store", config=KEEPING)
+
+
+# ---- what the files say is not trusted
+
+USERS, ROW = 6, 16  # of them, bytes an event
+INT64 = pa.int64()
+
+
+def open_cache(*folders: Path, ids: pa.DataType = INT64) -> KvCache:
+    def of_users(given: pa.ChunkedArray) -> np.ndarray:
+        return indices_of(given, pa.chunked_array([pa.array(range(USERS)).cast(ids)]))
+
+    return KvCache(folders, {"click": ROW}, ids, USERS, of_users)
+
+
+def write_segments(folder: Path, first: int = 0, last: int = 3, follows: int = 0, fingerprint: int = 7) -> pa.Table:
+    """A segment of each user; what was written."""
+    full = lambda x: np.full(USERS, x)  # noqa: E731
+    values = np.full((USERS * (last - first), ROW), fingerprint % 251, np.uint8)
+    with SegmentWriter(folder / "0-6.arrow", pa.int64()) as writer:
+        ends = full(first), full(last), full(follows), full(fingerprint)
+        writer.add(Segments("click", pa.array(range(USERS)), *ends, values))
+    return pa.ipc.open_file(folder / "0-6.arrow").read_all()
+
+
+def overwrite(folder: Path, table: pa.Table) -> None:
+    with pa.ipc.new_file(folder / "0-6.arrow", table.schema) as stream:
+        stream.write_table(table)
+
+
+def test_a_segment_is_of_use_beside_those_that_it_was_computed_from(tmp_path: Path) -> None:
+    first, corrected, third = (tmp_path / name for name in "abc")
+    write_segments(first, 0, 3, 0, fingerprint=7)
+    write_segments(corrected, 0, 3, 0, fingerprint=8)
+    write_segments(third, 3, 5, follows=8, fingerprint=9)
+    everyone, rows = np.arange(USERS), np.zeros((USERS * 5, ROW), np.uint8)
+    cache = open_cache(first, corrected, third)
+    assert [x.tolist() for x in cache.cached("click", everyone)] == [[5] * USERS, [9] * USERS]
+    assert cache.read("click", everyone, rows, everyone * 5).all()
+    assert rows[:, 0].tolist() == [8, 8, 8, 9, 9] * USERS
+    without = open_cache(first, third)  # as many events, but others
+    assert without.cached("click", everyone)[0].tolist() == [0] * USERS
+
+
+HUGE = 1 << 60  # events; times bytes an event it is 0 in int64
+
+
+@pytest.mark.parametrize(
+    ("first", "last", "size"),
+    [
+        (0, HUGE, 0), (0, -HUGE, 0), (0, 0, 0), (-3, 0, 3), (HUGE, HUGE + 3, 3), (3, 0, 3), (1, 4, 3), (0, 3, 2),
+        (-(1 << 63), -(1 << 63) + 3, 3), (0, -(1 << 63), 0), (1, -(1 << 63), 0), ((1 << 63) - 1, -(1 << 63) + 2, 3),
+    ],
+)  # fmt: skip
+def test_impossible_segments_are_left_out(tmp_path: Path, first: int, last: int, size: int) -> None:
+    table = write_segments(tmp_path)
+    user = 2
+    changed = {"first": first, "last": last, "last_fingerprint": 0, "key_values": bytes(size * ROW)}
+    rows = table.to_pylist()
+    rows[user] |= changed
+    overwrite(tmp_path, pa.Table.from_pylist(rows, table.schema))
+    cache = open_cache(tmp_path)
+    events, fingerprints = cache.cached("click", np.arange(USERS))
+    assert events.tolist() == [3, 3, 0, 3, 3, 3]
+    assert fingerprints[user] == 0
+    into = np.zeros((9, ROW), np.uint8)
+    assert cache.read("click", np.array([0, user, 1]), into, np.array([0, 3, 6])).all()
+
+
+@pytest.mark.parametrize("column", schema_of(pa.int64()).names)
+def test_files_with_nulls_are_left_out(tmp_path: Path, column: str) -> None:
+    table = write_segments(tmp_path)
+    rows = table.to_pylist()
+    rows[4][column] = None
+    overwrite(tmp_path, pa.Table.from_pylist(rows, table.schema))
+    assert open_cache(tmp_path).cached("click", np.arange(USERS))[0].tolist() == [0] * USERS
+
+
+def test_files_of_other_ids_are_left_out(tmp_path: Path) -> None:
+    write_segments(tmp_path)
+    assert open_cache(tmp_path, ids=pa.string()).cached("click", np.arange(USERS))[0].tolist() == [0] * USERS
+
+
+def test_whatever_is_flipped_in_a_file_it_is_read_or_left_out(tmp_path: Path) -> None:
+    write_segments(tmp_path)
+    path, random = tmp_path / "0-6.arrow", np.random.default_rng(0)
+    whole, everyone, found = path.read_bytes(), np.arange(USERS), []
+    for _ in range(400):
+        data = bytearray(whole)
+        for at in random.integers(len(data), size=2):
+            data[at] ^= int(random.integers(1, 256))
+        path.unlink()
+        path.write_bytes(data)
+        cache = open_cache(tmp_path)
+        known = np.flatnonzero(cache.cached("click", everyone)[0] == 3)
+        into = np.zeros((3 * USERS, ROW), np.uint8)
+        sound = cache.read("click", known, into, 3 * np.arange(len(known)))
+        for i in np.flatnonzero(sound):
+            assert (into[3 * i : 3 * i + 3] == 7).all()
+        found.append(len(known))
+    assert {0, USERS} < set(found)
