@@ -49,7 +49,7 @@ class DataTable:
             return DeltaTable(str(self.path), storage_options=storage_options(self.path))
 
     def newest_commit(self) -> tuple[str, int, int] | None:
-        """Of a table on a disk, what no other state of it has, of the last file of its log; None where it is elsewhere."""
+        """Of a table on a disk (name, inode, time) of its log's last file, as no other state has it; else None."""
         if not isinstance(self.path, Path):
             return None
         try:
