@@ -24,7 +24,7 @@ from alure.engine.ranges import op
 from alure.engine.refresh.earlier import Earlier, earlier_rows
 from alure.engine.refresh.overlap import ahead
 from alure.engine.refresh.planner import Unit, count_events, pack
-from alure.engine.refresh.reuse import KvFolders, Reuse
+from alure.engine.refresh.reuse import KvFolders, Reuse, Reused
 from alure.engine.refresh.transfer import Packed, Sender
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.kv_cache import SegmentWriter
@@ -270,20 +270,25 @@ class Embedder:
 
     def _embed(self, task: Task, places: np.ndarray, read: Read, work: Work) -> Arriving:
         """work: of the whole histories; what cached keys and values spare is taken off."""
-        scales = plan = None
+        scales = plan = grown = None
         batch = self._to_device(read)
         with op("embed"):
             if isinstance(batch, PreparedBatch):
                 pooled, plan = self.model.pool(batch, self.catalog), batch.compression
             else:
-                assert self.reuse is not None
-                pooled = self._pool_grown(self.reuse, batch, task.writer, work)
+                grown = self._pool_grown(batch, work)
+                pooled = grown.pooled
             if self.snapshot.config.output_dtype == "int8":
                 found, scales = self.model.compress_int8(pooled, plan)
             else:
                 found = self.model.compress(pooled, plan).to(DTYPES[self.snapshot.config.output_dtype])
         with op("to_host"):
-            return Arriving.send(task, places, found.flatten(1), scales)
+            arriving = Arriving.send(task, places, found.flatten(1), scales)
+        if grown is not None and task.writer is not None:  # not before nothing can be too large any more
+            with op("write"):
+                for segments in grown.segments:
+                    task.writer.add(segments)
+        return arriving
 
     def _to_device(self, read: Read) -> EventBatch | PreparedBatch:
         with op("to_device"):
@@ -294,15 +299,12 @@ class Embedder:
                 return self.sender.send(read.ready)
             return read.ready
 
-    def _pool_grown(self, reuse: Reuse, batch: EventBatch, writer: SegmentWriter | None, work: Work) -> Tensor:
-        found = reuse.pool(batch)
+    def _pool_grown(self, batch: EventBatch, work: Work) -> Reused:
+        assert self.reuse is not None
+        found = self.reuse.pool(batch)
         work.reused += sum(int(events.sum()) for events in found.cached.values())
         work.flops -= self.flops.saved(found.cached)
-        if writer is not None:
-            with op("write"):
-                for segments in found.segments:
-                    writer.add(segments)
-        return found.pooled
+        return found
 
     def begin(self, unit: Unit, store: EmbeddingStore) -> UnitTask:
         """The unit's users with an event up to as_of: those who need to be embedded, the others carried forward."""

@@ -23,7 +23,7 @@ from alure.engine.events.reader import indices_of
 from alure.engine.model import EventSchema, UserModel
 from alure.engine.model.flops import ForwardFlops
 from alure.engine.model.key_values import EventHashes, KeyValues, extend, key_value_width
-from alure.engine.refresh import RefreshJob
+from alure.engine.refresh import RefreshJob, embedder
 from alure.engine.refresh.report import RefreshReport
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.kv_cache import KvCache, Segments, SegmentWriter, schema_of
@@ -346,6 +346,25 @@ def test_a_generation_whose_files_are_gone(days: Days) -> None:
     report = days.refresh(8)
     days.check(report)
     days.check(days.refresh(9, KEEPING.model_copy(update={"max_age": 0})))
+
+
+@pytest.mark.parametrize("depth", [0, 2])
+def test_users_that_do_not_fit_in_memory_are_kept_once(days: Days, monkeypatch: pytest.MonkeyPatch, depth: int) -> None:
+    compress = UserModel.compress
+
+    def crowded(self: UserModel, pooled: torch.Tensor, plan: object = None) -> torch.Tensor:
+        if len(pooled) > 2:
+            raise torch.OutOfMemoryError
+        return compress(self, pooled, plan)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(embedder, "overlap_depth", lambda device: depth)
+    monkeypatch.setattr(UserModel, "compress", crowded)
+    first = days.refresh(4)
+    kept = [pa.ipc.open_file(path).read_all().num_rows for path in files(days.store)]
+    assert sum(kept) == first.embedded  # users are in one source each
+    report = days.refresh(6)
+    assert report.tokens_reused == days.events_of(report, 4) > 0
+    days.check(report)
 
 
 def test_a_full_disk_publishes_nothing_and_leaves_nothing(days: Days, monkeypatch: pytest.MonkeyPatch) -> None:
