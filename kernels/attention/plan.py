@@ -100,13 +100,15 @@ class AttentionPlan:
             assert self.periods is not None
             assert self.batch.q_timestamps is not None
             assert self.batch.k_timestamps is not None
-            self._cycles[dtype] = cycles(self.periods, self.batch.q_timestamps, self.batch.k_timestamps, dtype)
+            with torch.inference_mode(False):  # they serve training too
+                self._cycles[dtype] = cycles(self.periods, self.batch.q_timestamps, self.batch.k_timestamps, dtype)
         return self._cycles[dtype]
 
     def q_groups(self) -> Tensor | None:
         """The group of every query, int64 [total_q], made once; None where there are no groups."""
         if self._q_groups is None and self.batch.groups is not None:
-            self._q_groups = self.batch.groups[segment_ids(self.batch.q_offsets, self.total_q)]
+            with torch.inference_mode(False):  # as above
+                self._q_groups = self.batch.groups[segment_ids(self.batch.q_offsets, self.total_q)]
         return self._q_groups
 
     def moved(self, move: Callable[[Tensor], Tensor]) -> "AttentionPlan":

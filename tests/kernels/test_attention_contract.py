@@ -341,6 +341,18 @@ def test_a_plan_gives_the_same_bits(backend: str, device: str) -> None:
         assert all(torch.equal(x, y) for x, y in zip(out, expected, strict=True))
 
 
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_a_plan_serves_training_after_inference(backend: str, device: str) -> None:
+    require(backend, device)
+    problem = random_problem([9, 0, 21], [5, 3, 40], num_groups=2, dtype=torch.float32).to(torch.float32, device)
+    plan = problem.plan()
+    with torch.inference_mode():
+        expected = problem.run_planned(plan, backend)
+    out = problem.run_planned(plan, backend)
+    assert torch.equal(out, expected)
+    assert all(gradient.isfinite().all() for gradient in with_gradients(out, problem.leaves(), torch.ones_like(out)))
+
+
 REFUSED_PLANS = {
     "rows": ({"q": X[:3]}, "plan: expected q and k of 4 and 4 rows, got 3 and 4"),
     "both": ({"q_offsets": OFFSETS}, "expected none of them beside it"),
