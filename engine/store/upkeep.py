@@ -144,20 +144,21 @@ def _vacuum_kv_cache(
         return 0, 0
     everything = kv_cache_folder(store.path, "")
     wanted = {name for generation in kept for name in kept_by(store.log, generation)}
-    torn = half_written(everything, before)
-    files, size = len(torn), size_of(everything, torn)
+    unwanted = sorted(
+        folder.name
+        for folder in everything.glob("*")
+        if folder.is_dir() and folder.name not in wanted and folder.stat().st_mtime <= before
+    )
+    files = [path for path in half_written(everything, before) if Path(path).parent.name not in unwanted]
+    files += [f"{name}/{file.name}" for name in unwanted for file in (everything / name).iterdir()]
+    removed.update((f"kv_cache/{name}", None) for name in unwanted)
+    size = size_of(everything, files)
     if not dry_run:
-        for path in torn:
+        for path in files:
             (everything / path).unlink(missing_ok=True)
-    for folder in sorted(everything.glob("*")):
-        found = [file.stat() for file in (folder, *folder.iterdir())]
-        if folder.name in wanted or max(stat.st_mtime for stat in found) > before:
-            continue
-        removed[f"kv_cache/{folder.name}"] = None
-        files, size = files + len(found) - 1, size + sum(stat.st_size for stat in found[1:])
-        if not dry_run:
-            remove(folder)
-    return files, size
+        for name in unwanted:
+            remove(everything / name)
+    return len(files), size
 
 
 def _place(store: EmbeddingStore, publication: Generation) -> tuple[DataTable, str]:

@@ -1,6 +1,7 @@
 """Cached keys and values: embeddings as of a whole history, whatever happened to the log or to the cache's files."""
 
 import errno
+import os
 import shutil
 from collections.abc import Callable
 from dataclasses import replace
@@ -27,7 +28,7 @@ from alure.engine.refresh import RefreshJob, embedder
 from alure.engine.refresh.report import RefreshReport
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.kv_cache import KvCache, Segments, SegmentWriter, schema_of
-from alure.engine.store.upkeep import vacuum
+from alure.engine.store.upkeep import rollback, vacuum
 
 CAUSAL: dict[str, Any] = {"causal": True, "encoders": ["frequency", "gap", "cyclic"]}
 KEEPING = RefreshConfig(kv_cache=True, precision="float32", unit_users=25, token_budget=120)
@@ -404,6 +405,25 @@ def test_vacuum_keeps_what_the_kept_were_carried_forward_from(days: Days) -> Non
     assert {path.parent.name for path in files(days.store)} == {fresh.generation}
     assert {f"kv_cache/{generation}" for generation in generations} < set(report.removed)
     assert vacuum(EmbeddingStore(days.store), keep=1).removed == []
+
+
+def test_vacuum_removes_what_a_rollback_left_once_it_is_old(days: Days) -> None:
+    kept, withdrawn = (days.refresh(day).generation for day in (4, 6))
+    store = EmbeddingStore(days.store)
+    folder = days.store / "kv_cache" / withdrawn
+    (folder / "0-25.arrow#12345678").write_bytes(b"half")
+    (days.store / "kv_cache" / "notes.txt").write_text("of somebody")
+    rollback(store)
+    assert not [name for name in vacuum(store).removed if "kv_cache" in name]
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    for path in (*folder.iterdir(), folder):
+        os.utime(path, (0, 0))
+    report = vacuum(store, dry_run=True)
+    assert (report.files, report.size_bytes) == (4, size)
+    assert f"kv_cache/{withdrawn}" in report.removed
+    assert vacuum(store).removed == report.removed
+    assert {path.parent.name for path in files(days.store)} == {kept}
+    assert not folder.exists()
 
 
 def test_a_generation_that_kept_nothing_is_where_reuse_begins_again(days: Days) -> None:
