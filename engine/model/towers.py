@@ -15,7 +15,8 @@ from alure.engine.model.catalog import Catalog
 from alure.engine.model.checkpoint import fill, read_checkpoint
 from alure.engine.model.layers import LearnedTimeBias, SourceContext
 from alure.engine.model.schema import EventSchema
-from alure.engine.model.user_model import SourceStack, UserModel, UserState, gather_rows
+from alure.engine.model.stack import SourceStack
+from alure.engine.model.user_model import UserModel, UserState, gather_rows
 
 TEMPERATURE_FLOOR = 0.01
 
