@@ -197,7 +197,8 @@ class Embedder:
         self, tasks: Iterable[TaskKind], after_batch: Callable[[Work], None]
     ) -> Generator[TaskKind, None, None]:
         """The tasks in their order, each once all of it is there. On a GPU the first batches of the next one are read
-        and launched before that, so that between two tasks the device has work.
+        and launched before that, so that between two tasks the device has work. after_batch is called for a task
+        without users, too.
         """
         begun: deque[TaskKind] = deque()
         arriving: deque[Arriving] = deque()
@@ -221,15 +222,16 @@ class Embedder:
 
         with ExitStack() as resources, closing(ahead(read, batches(), self.depth)) as in_turn:
             for (task, places), found, ready in in_turn:
+                work = Work(len(places), int(task.tokens[places].sum()), ready=ready - were_ready)
+                were_ready = ready
                 if found is not None:
                     with torch.inference_mode():
-                        work = self._fill(task, arriving, places, found)
+                        work.add(self._fill(task, arriving, places, found))
+                    work.batches = 1
                     while len(arriving) > self.depth:
                         arriving.popleft().store()
-                    work.add(Work(len(places), int(task.tokens[places].sum()), batches=1, ready=ready - were_ready))
-                    were_ready = ready
-                    task.work.add(work)
-                    after_batch(work)
+                task.work.add(work)
+                after_batch(work)
                 yield from complete()
             while arriving:
                 arriving.popleft().store()

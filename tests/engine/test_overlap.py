@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from support.model import DAY, START
 from support.refresh import jagged_log, rows_of, save_model
 
 from alure.engine.config import RefreshConfig
@@ -18,6 +19,7 @@ from alure.engine.errors import AlureError
 from alure.engine.model import UserModel
 from alure.engine.model.prepared import PreparedBatch
 from alure.engine.refresh import RefreshJob, embedder, shard
+from alure.engine.refresh.leases import FileLeases
 from alure.engine.refresh.overlap import Behind, ahead
 from alure.engine.refresh.planner import Unit
 from alure.engine.refresh.transfer import Packed
@@ -194,6 +196,22 @@ def test_what_is_read_ahead_and_not_yet_written_is_watched(
     assert max(figures["users_pending"] for figures in seen) > 16  # a unit is written while the next is embedded
     assert (seen[-1]["batches_ready"], seen[-1]["users_pending"]) == (0, 0)
     assert seen[-1]["units_written_total"] == report.units
+
+
+@pytest.mark.usefixtures("overlapped")
+def test_units_without_news_are_watched_too(world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only the first users have news; what follows has nothing to read, which never counts as read ahead at the end."""
+    log = jagged_log(tmp_path / "events", late=np.arange(3))
+    kept: list[int] = []
+    keep = FileLeases.keep
+    monkeypatch.setattr(FileLeases, "keep", lambda leases: (kept.append(1), keep(leases))[1])
+    for as_of in (START + 8 * DAY, START + 10 * DAY):
+        kept.clear()
+        job = RefreshJob(world / "model", log, tmp_path / "store", as_of=as_of, incremental=True, config=SMALL)
+        report = job.run()
+    assert (report.units, report.embedded) == (4, 3)
+    assert (job.watch.done.ready, job.watch.done.pending) == (0, 0)
+    assert len(kept) == report.batches + 3  # of the others one each
 
 
 @pytest.mark.parametrize("depth", [0, 2])
