@@ -73,8 +73,7 @@ class RefreshJob:
         self.incremental = incremental
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         config = config or RefreshConfig()
-        precision, budget = resolve_precision(config.precision, device), token_budget(config, device)
-        self.config = config.model_copy(update={"precision": precision, "token_budget": budget})
+        self.config = config.model_copy(update={"precision": resolve_precision(config.precision, device)})
         self.workers, self.engine = workers, engine
         self.watch = Watch()
         if not 0 <= self.as_of <= LATEST:

@@ -23,7 +23,7 @@ from alure.engine.model import UserModel
 from alure.engine.model.catalog import Catalog
 from alure.engine.model.prepared import PreparedBatch
 from alure.engine.refresh import RefreshJob, RefreshReport, embedder
-from alure.engine.refresh.embedder import Embedder, Snapshot, Work
+from alure.engine.refresh.embedder import Embedder, Snapshot, Work, token_budget
 from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.upkeep import rollback, vacuum, verify
@@ -91,6 +91,15 @@ def test_embeddings_do_not_depend_on_units_or_batches(world: Path, tmp_path: Pat
     expected, found = EmbeddingStore(world / "store").read_matrix(), EmbeddingStore(tmp_path).read_matrix()
     assert found.user_ids.equals(expected.user_ids)
     np.testing.assert_allclose(found.values, expected.values, atol=2e-6)
+
+
+def test_a_batch_is_of_the_size_that_the_workers_device_wants(world: Path, tmp_path: Path) -> None:
+    """A cluster's workers may have GPUs where who starts the job has none."""
+    devices = [torch.device(name) for name in ("cpu", "cuda")]
+    job = RefreshJob(world / "model", world / "events", tmp_path)
+    assert [token_budget(job.config, device) for device in devices] == [32_768, 262_144]
+    job = RefreshJob(world / "model", world / "events", tmp_path, config=RefreshConfig(token_budget=50))
+    assert [token_budget(job.config, device) for device in devices] == [50, 50]
 
 
 def test_a_user_alone_is_the_user_in_a_batch(world: Path) -> None:
