@@ -2,6 +2,7 @@
 
 import shutil
 from collections.abc import Iterable
+from contextlib import suppress
 from functools import lru_cache
 from pathlib import Path
 from typing import TypeAlias
@@ -77,7 +78,12 @@ def half_written(location: Location, before: float) -> list[str]:
     """Files that a writer left when it died before a time. S3 shows no object before it is whole."""
     if isinstance(location, S3Location):
         return []
-    return [str(path.relative_to(location)) for path in location.rglob("*#*") if path.stat().st_mtime < before]
+    found = []
+    for path in location.rglob("*#*"):
+        with suppress(FileNotFoundError):  # its writer lives, and has given it its name
+            if path.stat().st_mtime < before:
+                found.append(str(path.relative_to(location)))
+    return found
 
 
 def remove(location: Location) -> None:

@@ -2,6 +2,7 @@
 
 import json
 import os
+import time
 from pathlib import Path
 
 import numpy as np
@@ -13,6 +14,7 @@ from support.store import generation, graph, unit
 from alure.engine.errors import AlureError, InputError
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.delta import DataTable
+from alure.engine.store.location import half_written
 from alure.engine.store.upkeep import rollback, vacuum, verify
 
 
@@ -197,3 +199,17 @@ def test_upkeep_from_the_command_line(
     damaged = alure("verify", store.path, "--json")
     assert damaged.code == 1
     assert file.name in json.loads(damaged.out)["error"]
+
+
+def test_a_file_whose_writer_lives_is_not_half_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "left#1").touch()
+    found = Path.rglob
+
+    def a_moment_later(self: Path, pattern: str) -> list[Path]:
+        (tmp_path / "written#2").touch()
+        listed = sorted(found(self, pattern))
+        (tmp_path / "written#2").rename(tmp_path / "written")
+        return listed
+
+    monkeypatch.setattr(Path, "rglob", a_moment_later)
+    assert half_written(tmp_path, time.time() + 60) == ["left#1"]
