@@ -33,6 +33,11 @@ class EventSequence:
     def lengths(self) -> Tensor:
         return self.offsets[1:] - self.offsets[:-1]
 
+    def places(self) -> tuple[Tensor, Tensor]:
+        """(user, place in the user's sequence from 0 on) of every event, int64 [n] each."""
+        users = segment_ids(self.offsets, self.total)
+        return users, torch.arange(self.total, device=users.device) - self.offsets[users]
+
     def where(self, mask: Tensor) -> "EventSequence":
         """The events of a mask, bool [n]."""
         kept = torch.cat([mask.new_zeros(1, dtype=torch.int64), mask.cumsum(0)])
@@ -77,8 +82,8 @@ class EventBatch:
         older: dict[str, EventSequence] = {}
         newer: dict[str, EventSequence] = {}
         for name, s in self.sequences.items():
-            place = torch.arange(s.total, device=s.offsets.device) - s.offsets[segment_ids(s.offsets, s.total)]
-            first = place < (s.lengths // 2)[segment_ids(s.offsets, s.total)]
+            users, places = s.places()
+            first = places < (s.lengths // 2)[users]
             older[name], newer[name] = s.where(first), s.where(~first)
         return replace(self, sequences=older), replace(self, sequences=newer)
 

@@ -22,7 +22,6 @@ from alure.engine.model.stack import SourceStack
 from alure.engine.model.user_model import UserModel, snapshot_bound
 from alure.engine.ranges import op
 from alure.kernels import AttentionPlan, jagged_attention
-from alure.kernels.jagged import segment_ids
 
 _MIX = (-0x61C8864680B583EB, -0x40A7B892E31B1A47, -0x6B2FB644ECCEEE15)  # SplitMix64's, as int64
 
@@ -72,7 +71,7 @@ class Growth:
 
     @classmethod
     def of(cls, sequence: EventSequence, known: KeyValues) -> "Growth":
-        users, places = rows_of(sequence)
+        users, places = sequence.places()
         cached = known.cached[users]
         is_new = places >= cached
         rows = is_new.nonzero().squeeze(1) if bool((known.cached > 0).any()) else slice(None)
@@ -144,17 +143,11 @@ def _extend_source(
     return pooled
 
 
-def rows_of(sequence: EventSequence) -> tuple[Tensor, Tensor]:
-    """(user, place in the user's sequence) of every event, int64 [n] each."""
-    users = segment_ids(sequence.offsets, sequence.total)
-    return users, torch.arange(sequence.total, device=users.device) - sequence.offsets[users]
-
-
 class EventHashes:
     """64-bit hashes of what the model reads of each event of a source, for fingerprints of the first events."""
 
     def __init__(self, catalog: Catalog, source: str, sequence: EventSequence) -> None:
-        self.users, self.places = rows_of(sequence)
+        self.users, self.places = sequence.places()
         columns = [*catalog.event_rows(source, sequence).unbind(1), sequence.timestamps, sequence.counts]
         columns += [] if sequence.utc_offsets is None else [sequence.utc_offsets]
         hashes = _mix(self.places)

@@ -320,7 +320,7 @@ class Embedder:
             users=places + unit.first,
             tokens=tokens[places],
             vectors=self._empty(len(places)),
-            writer=None if self.reuse is None else resources.enter_context(self.reuse.writing(unit)),
+            writer=None if self.reuse is None else resources.enter_context(self.reuse.writer(unit)),
             resources=resources,
             unit=unit,
             num_events=num_events[places],

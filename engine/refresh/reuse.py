@@ -1,7 +1,5 @@
 """Histories that grew since an earlier generation: keys and values that it kept, and the new events' for the next."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NamedTuple
@@ -50,21 +48,14 @@ class Reuse:
         self, model: UserModel, catalog: Catalog, events: Events, folders: KvFolders, max_events: int | None
     ) -> None:
         check_reusable(model.config)
-        self.model, self.catalog, self.events, self.folders, self.max_events = (
-            model,
-            catalog,
-            events,
-            folders,
-            max_events,
-        )
+        self.model, self.catalog, self.events = model, catalog, events
+        self.folders, self.max_events = folders, max_events
         self.row_bytes = row_bytes(model, model.dtype)
         self.ids = events.users.schema.field("user_id").type
         self.cache = KvCache(folders.read, self.row_bytes, self.ids, events.num_users, events.user_indices)
 
-    @contextmanager
-    def writing(self, unit: Unit) -> Iterator[SegmentWriter]:
-        with SegmentWriter(self.folders.write / f"{unit.name}.arrow", self.ids) as writer:
-            yield writer
+    def writer(self, unit: Unit) -> SegmentWriter:
+        return SegmentWriter(self.folders.write / f"{unit.name}.arrow", self.ids)
 
     def pool(self, batch: EventBatch) -> Reused:
         hashes = {source: EventHashes(self.catalog, source, batch.sequences[source]) for source in self.row_bytes}

@@ -218,9 +218,8 @@ class DataTable:
 
     def scan(self, where: ds.Expression, columns: list[str], batch_rows: int = 32_768) -> Iterator[pa.RecordBatch]:
         """The rows of `where` now, in no particular order, at most `batch_rows` at a time; little is read ahead."""
-        files = self.open().to_pyarrow_dataset()
         limits = {"batch_size": batch_rows, "batch_readahead": 2, "fragment_readahead": 1}
-        batches = files.scanner(columns=columns, filter=where, **limits).to_batches()
+        batches = self.dataset().scanner(columns=columns, filter=where, **limits).to_batches()
         return (batch for batch in batches if batch.num_rows)
 
     def table(self, where: ds.Expression, columns: list[str]) -> pa.Table:
