@@ -70,14 +70,15 @@ def check(world: Path, store: Path, report: RefreshReport) -> None:
 
 
 def run_example(world: Path, store: Path, name: str) -> None:
-    """examples/NAME as a user runs it; its store has the embeddings of one process, whose batches are others."""
+    """examples/NAME as a user runs it: its store has the embeddings of one process with the same defaults."""
     command = [sys.executable, str(EXAMPLES / name), *map(str, (world / "model", world / "events", store))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    found, alone = (EmbeddingStore(path).read_matrix() for path in (store, world / "alone"))
-    assert f": {len(found.user_ids)} users, by country {{'" in done.stdout
-    assert found.user_ids == alone.user_ids
-    assert np.allclose(found.values, alone.values, atol=1e-5)
+    alone = store.with_name("defaults")
+    RefreshJob(world / "model", world / "events", alone).run()
+    found = rows_of(EmbeddingStore(store))
+    assert f": {len(found)} users, by country {{'" in done.stdout
+    assert found == rows_of(EmbeddingStore(alone))
 
 
 def test_the_example_on_ray(world: Path, tmp_path: Path) -> None:
