@@ -47,7 +47,7 @@ struct DotLinear {
                 r,
                 hidden,
                 linear.data(),
-                {mix.data(), r},
+                mix.data(),
                 {hidden_weight.data(), hidden},
                 hidden_bias.data(),
                 {output_weight.data(), k * d},

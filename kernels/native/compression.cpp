@@ -100,7 +100,7 @@ BackwardRound make_round(const DotLinearInputs& in, std::int64_t users, std::int
             .users = users,
             .products_stride = products_stride,
             .products = arena.array<float>(users * products_stride),
-            .summaries = arena.array<float>(users * in.mix.stride * d_stride),
+            .summaries = arena.array<float>(users * in.r * d_stride),
             .grad_linear = arena.array<float>(users * in.k * d_stride),
             .activations = arena.array<float>(users * in.hidden_weight.stride),
             .grad_updates = arena.array<float>(users * in.output_weight.stride),
@@ -109,9 +109,9 @@ BackwardRound make_round(const DotLinearInputs& in, std::int64_t users, std::int
             .factors = arena.array<float>(users)};
 }
 
-GroupSums make_group_sums(const DotLinearInputs& in, Arena& arena) {
+GroupSums make_group_sums(const DotLinearInputs& in, std::int64_t lanes, Arena& arena) {
     return {.linear = arena.array<float>(in.k * in.n),
-            .mix = arena.array<float>(in.n * in.mix.stride),
+            .mix = arena.array<float>(in.n * round_up_to(in.r, lanes)),
             .hidden_bias = arena.array<float>(in.hidden),
             .output_bias = arena.array<float>(in.k * in.d),
             .gate = arena.array<float>(in.k * in.d)};
@@ -134,11 +134,9 @@ void compress_dot_linear(const DotLinearInputs& given, const CompressionOutputs&
                          InstructionSet set, int num_threads) {
     if (users == 0) return;
     const CompressionKernels& kernels = kernels_of(set);
-    const Padded mix(given.mix, given.n, kernels.lanes);
     const Padded hidden_weight(given.hidden_weight, given.n * given.r, kernels.lanes);
     const Padded output_weight(given.output_weight, given.hidden, kernels.lanes);
     DotLinearInputs in = given;
-    in.mix = mix.get();
     in.hidden_weight = hidden_weight.get();
     in.output_weight = output_weight.get();
 
@@ -154,11 +152,9 @@ void compress_dot_linear_backward(const DotLinearInputs& given, const DotLinearG
                                   InstructionSet set, int num_threads) {
     const CompressionKernels& kernels = kernels_of(set);
     const std::int64_t outputs = given.k * given.d, depth = given.n * given.r;
-    const Padded mix(given.mix, given.n, kernels.lanes);
     const Padded hidden_weight(given.hidden_weight, depth, kernels.lanes);
     const Padded output_weight(given.output_weight, given.hidden, kernels.lanes);
     DotLinearInputs in = given;
-    in.mix = mix.get();
     in.hidden_weight = hidden_weight.get();
     in.output_weight = output_weight.get();
 
@@ -180,12 +176,12 @@ void compress_dot_linear_backward(const DotLinearInputs& given, const DotLinearG
     Arena round_arena(round_memory.get());
     BackwardRound round = make_round(in, most, kernels.lanes, round_arena);
     Arena measured_sums(nullptr);
-    make_group_sums(in, measured_sums);
+    make_group_sums(in, kernels.lanes, measured_sums);
     std::vector<GroupSums> sums;
     const AlignedBytes sums_memory(groups * measured_sums.used());
     std::fill_n(static_cast<char*>(sums_memory.get()), groups * measured_sums.used(), char{0});
     Arena sums_arena(sums_memory.get());
-    for (std::int64_t group = 0; group < groups; ++group) sums.push_back(make_group_sums(in, sums_arena));
+    for (std::int64_t group = 0; group < groups; ++group) sums.push_back(make_group_sums(in, kernels.lanes, sums_arena));
 
     const auto scratch = [&] { return AlignedBytes(kernels.backward_scratch_bytes(in)); };
     do {  // once where there are no users, for the zeros
@@ -218,7 +214,7 @@ void compress_dot_linear_backward(const DotLinearInputs& given, const DotLinearG
     d_hidden_weight.finish();
     d_output_weight.finish();
     add_groups(sums, &GroupSums::linear, in.k, in.n, in.n, gradients.d_linear);
-    add_groups(sums, &GroupSums::mix, in.n, given.mix.stride, in.mix.stride, gradients.d_mix);
+    add_groups(sums, &GroupSums::mix, in.n, in.r, round_up_to(in.r, kernels.lanes), gradients.d_mix);
     add_groups(sums, &GroupSums::hidden_bias, 1, in.hidden, in.hidden, gradients.d_hidden_bias);
     add_groups(sums, &GroupSums::output_bias, 1, outputs, outputs, gradients.d_output_bias);
     add_groups(sums, &GroupSums::gate, 1, outputs, outputs, gradients.d_gate);

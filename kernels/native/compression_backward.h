@@ -20,7 +20,9 @@ struct BackwardScratch : UserScratch {
           update(arena.array<float>(in.output_weight.stride * kGroupUsers)),
           grad_activation(arena.array<float>(in.hidden_weight.stride * kGroupUsers)),
           hidden_tile(arena.array<float>(kHiddenRows * kGroupUsers)),
-          grad_summary(arena.array<float>(in.mix.stride * d_stride)),
+          r_stride(round_up(in.r, kLanes)),
+          grad_summary(arena.array<float>(d_stride * r_stride)),
+          grad_summary_transposed(arena.array<float>(r_stride * d_stride)),
           grad_vectors(arena.array<float>(kGradientRows * d_stride)),
           bytes(arena.used()) {}
 
@@ -28,8 +30,10 @@ struct BackwardScratch : UserScratch {
     float* update;           // [users, k · d]
     float* grad_activation;  // of the hidden layer [users, hidden]
     float* hidden_tile;      // [kHiddenRows, kGroupUsers]
-    float* grad_summary;     // dSᵀ [r, d_stride]
-    float* grad_vectors;     // rows of dX [kGradientRows, d_stride]
+    std::int64_t r_stride;
+    float* grad_summary;             // dS [d_stride, r_stride]
+    float* grad_summary_transposed;  // [r_stride, d_stride]
+    float* grad_vectors;             // rows of dX [kGradientRows, d_stride]
     std::size_t bytes;
 };
 
@@ -109,15 +113,14 @@ void differentiate_embeddings(const DotLinearInputs& in, const CompressionGradie
                               std::int64_t begin, std::int64_t users, const GroupSums& sums, void* base) {
     const BackwardScratch s(in, Arena(base));
     const std::int64_t hidden_stride = in.hidden_weight.stride, output_stride = in.output_weight.stride,
-                       linear_size = in.k * s.d_stride, summary_size = in.mix.stride * s.d_stride;
+                       linear_size = in.k * s.d_stride;
     float scales[kGroupUsers];
     for (std::int64_t user = 0; user < users; ++user) {
         const std::int64_t row = begin + user;
         const float* x = vectors_of(in, round.first + row, s);
-        summarize(in, x, s, s.linear + user * linear_size);
-        transpose(s.d_stride, in.mix.stride, s.summary, in.mix.stride, round.summaries + row * summary_size,
-                  s.d_stride);
-        scales[user] = multiply_by_summary(in, x, nullptr, s, round.products + row * round.products_stride);
+        float* summary = round.summaries + row * in.r * s.d_stride;
+        summarize(in, x, s, summary, s.linear + user * linear_size);
+        scales[user] = multiply_by_summary(in, x, nullptr, summary, s, round.products + row * round.products_stride);
     }
 
     const float* hidden = to.hidden + (round.first + begin) * in.hidden;
@@ -206,27 +209,27 @@ inline void add_linear_gradient(const DotLinearInputs& in, const float* x, const
 void differentiate_vectors(const DotLinearInputs& in, const CompressionGradients& to, const BackwardRound& round,
                            std::int64_t begin, std::int64_t users, const GroupSums& sums, void* base) {
     const BackwardScratch s(in, Arena(base));
-    const std::int64_t stride = in.mix.stride;
+    const std::int64_t stride = s.r_stride;
     for (std::int64_t row = begin; row < begin + users; ++row) {
         const float* x = vectors_of(in, round.first + row, s);
         const float* grad_products = round.products + row * round.products_stride;
         const float* grad_linear = round.grad_linear + row * in.k * s.d_stride;
-        const float* summary = round.summaries + row * stride * s.d_stride;
-        fill_zeros(s.summary, s.d_stride * stride);
+        const float* summary = round.summaries + row * in.r * s.d_stride;
+        fill_zeros(s.grad_summary, s.d_stride * stride);
         for (std::int64_t first = 0; first < in.n; first += kVectorRows)
             add_product(in.d, stride, {x + first * s.d_stride, 1, s.d_stride}, grad_products + first * in.r, in.r,
-                        smaller(kVectorRows, in.n - first), s.summary, stride);
-        transpose(s.d_stride, stride, s.summary, stride, s.grad_summary, s.d_stride);
+                        smaller(kVectorRows, in.n - first), s.grad_summary, stride);
+        transpose(s.d_stride, stride, s.grad_summary, stride, s.grad_summary_transposed, s.d_stride);
         for (std::int64_t first = 0; first < in.n; first += kGradientRows) {
             const std::int64_t rows = smaller(kGradientRows, in.n - first);
-            add_product(rows, stride, {x + first * s.d_stride, s.d_stride, 1}, s.summary, stride, in.d,
+            add_product(rows, stride, {x + first * s.d_stride, s.d_stride, 1}, s.grad_summary, stride, in.d,
                         sums.mix + first * stride, stride);
             float* tile = s.grad_vectors;
             fill_zeros(tile, rows * s.d_stride);
             add_product(rows, s.d_stride, {grad_products + first * in.r, in.r, 1}, summary, s.d_stride, in.r, tile,
                         s.d_stride);
-            add_product(rows, s.d_stride, {in.mix.data + first * stride, stride, 1}, s.grad_summary, s.d_stride, in.r,
-                        tile, s.d_stride);
+            add_product(rows, s.d_stride, {in.mix + first * in.r, in.r, 1}, s.grad_summary_transposed, s.d_stride,
+                        in.r, tile, s.d_stride);
             add_product(rows, s.d_stride, {in.linear + first, 1, in.n}, grad_linear, s.d_stride, in.k, tile,
                         s.d_stride);
             float* out = to.d_x + ((round.first + row) * in.n + first) * in.d;

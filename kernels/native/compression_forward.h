@@ -24,15 +24,17 @@ struct UserScratch {
     UserScratch(const DotLinearInputs& in, Arena& arena)
         : d_stride(round_up(in.d, kLanes)),
           products_stride(round_up(in.n * in.r, 16) + 16),  // room to overrun; not a multiple of 4096 bytes
+          pairs_stride(round_up(2 * in.r, kLanes)),
+          tile_stride(round_up(pairs_stride, 2 * kLanes)),
           vectors(arena.array<float>(in.n * d_stride)),
-          summary(arena.array<float>(d_stride * in.mix.stride)),
-          tile(arena.array<float>(kTileRows * in.mix.stride)),
+          pairs(arena.array<float>(d_stride / 2 * pairs_stride)),
+          tile(arena.array<float>(kTileRows * tile_stride)),
           row(arena.array<float>(d_stride)) {}
 
-    std::int64_t d_stride, products_stride;
+    std::int64_t d_stride, products_stride, pairs_stride, tile_stride;
     float* vectors;  // X [n, d_stride], where it does not lie in memory as it is needed
-    float* summary;  // S = XᵀY [d, r], in whole vectors both ways
-    float* tile;     // rows of D [kTileRows, r]
+    float* pairs;    // S by pairs of channels [d_stride / 2, r, 2]
+    float* tile;     // rows of D as sums over even and odd channels [kTileRows, r, 2]
     float* row;      // [d_stride]
 };
 
@@ -41,6 +43,7 @@ struct BlockScratch : UserScratch {
         : UserScratch(in, arena),
           products(arena.array<float>(users * products_stride)),
           scales(arena.array<float>(users)),
+          summary(arena.array<float>(in.r * d_stride)),
           linear(arena.array<float>(users * in.k * d_stride)),
           hidden(arena.array<float>(users * in.hidden_weight.stride)),
           update(arena.array<float>(users * in.output_weight.stride)),
@@ -48,6 +51,7 @@ struct BlockScratch : UserScratch {
 
     float* products;  // D [users, n · r]
     float* scales;    // of RMSNorm [users]
+    float* summary;   // Sᵀ [r, d_stride]
     float* linear;    // Z [users, k, d_stride]
     float* hidden;    // [users, hidden]
     float* update;    // [users, k · d]
@@ -80,15 +84,14 @@ inline const float* vectors_of(const DotLinearInputs& in, std::int64_t user, con
     return s.vectors;
 }
 
-// S and Z of one user.
-inline void summarize(const DotLinearInputs& in, const float* x, const UserScratch& s, float* z) {
-    fill_zeros(s.summary, s.d_stride * in.mix.stride);
+// Sᵀ [r, d_stride] and Z of one user, channels in the lanes: d fills vectors better than r does.
+inline void summarize(const DotLinearInputs& in, const float* x, const UserScratch& s, float* summary, float* z) {
+    fill_zeros(summary, in.r * s.d_stride);
     fill_zeros(z, in.k * s.d_stride);
     for (std::int64_t first = 0; first < in.n; first += kVectorRows) {
         const std::int64_t rows = smaller(kVectorRows, in.n - first);
         const float* block = x + first * s.d_stride;
-        add_product(in.d, in.mix.stride, {block, 1, s.d_stride}, in.mix.data + first * in.mix.stride, in.mix.stride,
-                    rows, s.summary, in.mix.stride);
+        add_product(in.r, s.d_stride, {in.mix + first * in.r, 1, in.r}, block, s.d_stride, rows, summary, s.d_stride);
         add_product(in.k, s.d_stride, {in.linear + first, in.n, 1}, block, s.d_stride, rows, z, s.d_stride);
     }
 }
@@ -98,19 +101,32 @@ inline void prefetch(const float* p, std::int64_t count) {
     for (std::int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, 0, 2);
 }
 
+// Sᵀ [r, d_stride] as pairs [d_stride / 2, r, 2], filled up with zeros.
+inline void pack_pairs(const DotLinearInputs& in, const float* summary, const UserScratch& s) {
+    float* pairs = s.pairs;
+    for (std::int64_t channel = 0; channel < s.d_stride; channel += 2, pairs += s.pairs_stride) {
+        for (std::int64_t i = 0; i < in.r; ++i)
+            __builtin_memcpy(pairs + 2 * i, summary + i * s.d_stride + channel, 2 * sizeof(float));
+        fill_zeros(pairs + 2 * in.r, s.pairs_stride - 2 * in.r);
+    }
+}
+
 // D = X S of one user, rows r apart; returns 1 / RMS of all of it. `next` is X of the next user, or null.
-inline float multiply_by_summary(const DotLinearInputs& in, const float* x, const float* next, const UserScratch& s,
-                                 float* products) {
-    const std::int64_t stride = in.mix.stride;
+inline float multiply_by_summary(const DotLinearInputs& in, const float* x, const float* next, const float* summary,
+                                 const UserScratch& s, float* products) {
+    constexpr std::make_integer_sequence<int, kLanes> lanes;
+    pack_pairs(in, summary, s);
     Floats squares{};
     for (std::int64_t first = 0; first < in.n; first += kTileRows) {
         const std::int64_t rows = smaller(kTileRows, in.n - first);
         if (next) prefetch(next + first * in.d, rows * in.d);
-        fill_zeros(s.tile, rows * stride);
-        add_product(rows, stride, {x + first * s.d_stride, s.d_stride, 1}, s.summary, stride, in.d, s.tile, stride);
+        fill_zeros(s.tile, rows * s.tile_stride);
+        add_product(rows, s.pairs_stride, PairedMatrix{x + first * s.d_stride, s.d_stride, 2}, s.pairs, s.pairs_stride,
+                    s.d_stride / 2, s.tile, s.tile_stride);
         for (std::int64_t row = 0; row < rows; ++row)
-            for (std::int64_t i = 0; i < stride; i += kLanes) {
-                const Floats values = load(s.tile + row * stride + i);
+            for (std::int64_t i = 0; i < in.r; i += kLanes) {
+                const float* sums = s.tile + row * s.tile_stride + 2 * i;
+                const Floats values = sums_of_pairs(load(sums), load(sums + kLanes), lanes);
                 squares += values * values;
                 store(products + (first + row) * in.r + i, values);  // may overrun: the next row goes there
             }
@@ -210,9 +226,9 @@ void compress(const DotLinearInputs& in, const CompressionOutputs& outputs, std:
     const BlockScratch s(in, users, Arena(base));
     for (std::int64_t user = 0; user < users; ++user) {
         const float* x = vectors_of(in, first + user, s);
-        summarize(in, x, s, s.linear + user * in.k * s.d_stride);
+        summarize(in, x, s, s.summary, s.linear + user * in.k * s.d_stride);
         const float* next = in.x && user + 1 < users ? in.x + (first + user + 1) * in.n * in.d : nullptr;
-        s.scales[user] = multiply_by_summary(in, x, next, s, s.products + user * s.products_stride);
+        s.scales[user] = multiply_by_summary(in, x, next, s.summary, s, s.products + user * s.products_stride);
     }
     hidden_layer(in, users, s, outputs.hidden ? outputs.hidden + first * in.hidden : nullptr);
     output_layer(in, users, s.hidden, s.update);

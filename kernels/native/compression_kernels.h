@@ -18,7 +18,7 @@ struct DotLinearInputs {
     const std::uint16_t* x_bfloat16;
     std::int64_t n, d, k, r, hidden;
     const float* linear;         // W_L [k, n]
-    PaddedMatrix mix;            // Y [n, r]
+    const float* mix;            // Y [n, r]
     PaddedMatrix hidden_weight;  // [n · r, hidden]
     const float* hidden_bias;    // [hidden]
     PaddedMatrix output_weight;  // [hidden, k · d]
@@ -71,7 +71,7 @@ struct BackwardRound {
 // Sums over the users of one group of each round.
 struct GroupSums {
     float* linear;       // [k, n]
-    float* mix;          // [n, r]
+    float* mix;          // [n, r in whole vectors]
     float* hidden_bias;  // [hidden]
     float* output_bias;  // [k · d]
     float* gate;         // [k, d]

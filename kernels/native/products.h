@@ -11,13 +11,26 @@ namespace {
 struct LeftMatrix {
     const float* data;
     std::int64_t row_stride, k_stride;
+    static Floats lanes(const float* element) { return splat(*element); }
+};
+
+// Its elements are pairs of neighbours, the first for the even lanes and the second for the odd ones: lanes that come in
+// pairs sum every second product each. So columns too few for whole vectors fill twice as many.
+struct PairedMatrix {
+    const float* data;
+    std::int64_t row_stride, k_stride;
+    static Floats lanes(const float* element) {
+        std::int64_t pair;
+        __builtin_memcpy(&pair, element, sizeof pair);
+        return reinterpret_cast<Floats>(pair - Longs{});
+    }
 };
 
 // Rows summed at once beside `vectors` vectors of columns: the sums, a row of b and a value of a fill the registers.
 constexpr int rows_held(int vectors) { return vectors < 3 ? kRows : kLanes == 16 ? 8 : 4; }
 
-template <int Rows, int Vectors>
-inline void product_block(LeftMatrix a, const float* b, std::int64_t b_stride, std::int64_t depth, float* c,
+template <int Rows, int Vectors, class Left>
+inline void product_block(Left a, const float* b, std::int64_t b_stride, std::int64_t depth, float* c,
                           std::int64_t c_stride) {
     Floats sums[Rows][Vectors] = {};
     const float* left = a.data;
@@ -27,7 +40,7 @@ inline void product_block(LeftMatrix a, const float* b, std::int64_t b_stride, s
         for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * kLanes);
 #pragma GCC unroll 16
         for (int row = 0; row < Rows; ++row) {
-            const Floats x = splat(left[row * a.row_stride]);
+            const Floats x = Left::lanes(left + row * a.row_stride);
 #pragma GCC unroll 3
             for (int v = 0; v < Vectors; ++v) sums[row][v] += x * right[v];
         }
@@ -41,8 +54,8 @@ inline void product_block(LeftMatrix a, const float* b, std::int64_t b_stride, s
         }
 }
 
-template <int Vectors, int Rows = rows_held(Vectors)>
-inline void product_rows(std::int64_t rows, LeftMatrix a, const float* b, std::int64_t b_stride, std::int64_t depth,
+template <int Vectors, int Rows = rows_held(Vectors), class Left>
+inline void product_rows(std::int64_t rows, Left a, const float* b, std::int64_t b_stride, std::int64_t depth,
                          float* c, std::int64_t c_stride) {
     if (rows == Rows)
         product_block<Rows, Vectors>(a, b, b_stride, depth, c, c_stride);
@@ -50,20 +63,21 @@ inline void product_rows(std::int64_t rows, LeftMatrix a, const float* b, std::i
         product_rows<Vectors, Rows - 1>(rows, a, b, b_stride, depth, c, c_stride);
 }
 
-template <int Vectors>
-inline void product_columns(std::int64_t rows, std::int64_t columns, LeftMatrix a, const float* b,
-                            std::int64_t b_stride, std::int64_t depth, float* c, std::int64_t c_stride) {
+template <int Vectors, class Left>
+inline void product_columns(std::int64_t rows, std::int64_t columns, Left a, const float* b, std::int64_t b_stride,
+                            std::int64_t depth, float* c, std::int64_t c_stride) {
     constexpr int kHeld = rows_held(Vectors);
     for (std::int64_t row = 0; row < rows; row += kHeld)
         for (std::int64_t column = 0; column < columns; column += Vectors * kLanes)
             product_rows<Vectors>(smaller<std::int64_t>(kHeld, rows - row),
-                                  {a.data + row * a.row_stride, a.row_stride, a.k_stride}, b + column, b_stride, depth,
-                                  c + row * c_stride + column, c_stride);
+                                  Left{a.data + row * a.row_stride, a.row_stride, a.k_stride}, b + column, b_stride,
+                                  depth, c + row * c_stride + column, c_stride);
 }
 
 // c [rows, columns] += a [rows, depth] · b [depth, columns]; `columns` is a multiple of kLanes. The sum over k runs in
 // order and is then added to c, whatever the other rows and columns are.
-inline void add_product(std::int64_t rows, std::int64_t columns, LeftMatrix a, const float* b, std::int64_t b_stride,
+template <class Left = LeftMatrix>
+inline void add_product(std::int64_t rows, std::int64_t columns, Left a, const float* b, std::int64_t b_stride,
                         std::int64_t depth, float* c, std::int64_t c_stride) {
     std::int64_t done = 0;
     if (columns == kLanes) {

@@ -29,6 +29,7 @@ constexpr int kRows = kLanes == 16 ? 12 : kLanes == 8 ? 6 : 4;
 
 typedef float Floats __attribute__((vector_size(ALURE_VECTOR_BYTES)));
 typedef std::int32_t Ints __attribute__((vector_size(ALURE_VECTOR_BYTES)));
+typedef std::int64_t Longs __attribute__((vector_size(ALURE_VECTOR_BYTES)));
 typedef float UnalignedFloats __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(4), may_alias));
 
 constexpr float kInfinity = __builtin_inff();
@@ -281,6 +282,12 @@ inline Floats interleave_low(Floats a, Floats b, std::integer_sequence<int, I...
 template <int... I>
 inline Floats interleave_high(Floats a, Floats b, std::integer_sequence<int, I...>) {
     return __builtin_shufflevector(a, b, (I % 2 * kLanes + kLanes / 2 + I / 2)...);
+}
+
+// The sums of neighbouring lanes, those of `a` below.
+template <int... I>
+inline Floats sums_of_pairs(Floats a, Floats b, std::integer_sequence<int, I...>) {
+    return __builtin_shufflevector(a, b, (2 * I)...) + __builtin_shufflevector(a, b, (2 * I + 1)...);
 }
 
 // Transposes kLanes × kLanes floats: log2(kLanes) perfect shuffles.
