@@ -120,7 +120,7 @@ void differentiate_embeddings(const DotLinearInputs& in, const CompressionGradie
         const float* x = vectors_of(in, round.first + row, s);
         float* summary = round.summaries + row * in.r * s.d_stride;
         summarize(in, x, s, summary, s.linear + user * linear_size);
-        scales[user] = multiply_by_summary(in, x, nullptr, summary, s, round.products + row * round.products_stride);
+        scales[user] = multiply_by_summary(in, x, x, summary, s, round.products + row * round.products_stride);
     }
 
     const float* hidden = to.hidden + (round.first + begin) * in.hidden;

@@ -1,6 +1,6 @@
 // Dot-linear compression of a block of users, forward.
 //
-// A user's X comes from memory once: S = XᵀY and Z = W_L X grow while its rows stream in, then D = X S finds them in
+// A user's X comes from memory once: Sᵀ = YᵀX and Z = W_L X grow while its rows stream in, then D = X S finds them in
 // the second cache. The products of all users of the block wait as rows of one matrix, so that the hidden weights, the
 // largest thing here, are read once a block.
 #pragma once
@@ -13,7 +13,6 @@ namespace alure {
 namespace {
 
 constexpr std::int64_t kVectorRows = 64;  // of X beside S in the first cache
-constexpr std::int64_t kTileRows = 8;     // of D: while they are summed, as many of the next user's X are fetched
 constexpr std::int64_t kDepth = 256;      // hidden weights of this many products stay in the second cache
 constexpr float kRmsEpsilon = 1e-6f;      // as kernels/compression/reference.py
 constexpr float kL2Epsilon = 1e-12f;
@@ -26,15 +25,16 @@ struct UserScratch {
           products_stride(round_up(in.n * in.r, 16) + 16),  // room to overrun; not a multiple of 4096 bytes
           pairs_stride(round_up(2 * in.r, kLanes)),
           tile_stride(round_up(pairs_stride, 2 * kLanes)),
+          tile_rows(rows_held(2 + pairs_stride / kLanes % 2)),
           vectors(arena.array<float>(in.n * d_stride)),
           pairs(arena.array<float>(d_stride / 2 * pairs_stride)),
-          tile(arena.array<float>(kTileRows * tile_stride)),
+          tile(arena.array<float>(tile_rows * tile_stride)),
           row(arena.array<float>(d_stride)) {}
 
-    std::int64_t d_stride, products_stride, pairs_stride, tile_stride;
+    std::int64_t d_stride, products_stride, pairs_stride, tile_stride, tile_rows;
     float* vectors;  // X [n, d_stride], where it does not lie in memory as it is needed
     float* pairs;    // S by pairs of channels [d_stride / 2, r, 2]
-    float* tile;     // rows of D as sums over even and odd channels [kTileRows, r, 2]
+    float* tile;     // rows of D as sums over even and odd channels [tile_rows, r, 2]
     float* row;      // [d_stride]
 };
 
@@ -96,11 +96,6 @@ inline void summarize(const DotLinearInputs& in, const float* x, const UserScrat
     }
 }
 
-// Into the second cache; measured to save 5 % where X comes from memory.
-inline void prefetch(const float* p, std::int64_t count) {
-    for (std::int64_t i = 0; i < count; i += 16) __builtin_prefetch(p + i, 0, 2);
-}
-
 // Sᵀ [r, d_stride] as pairs [d_stride / 2, r, 2], filled up with zeros.
 inline void pack_pairs(const DotLinearInputs& in, const float* summary, const UserScratch& s) {
     float* pairs = s.pairs;
@@ -111,17 +106,18 @@ inline void pack_pairs(const DotLinearInputs& in, const float* summary, const Us
     }
 }
 
-// D = X S of one user, rows r apart; returns 1 / RMS of all of it. `next` is X of the next user, or null.
+// D = X S of one user, rows r apart; returns 1 / RMS of all of it. `next`, X of the next user or else x, is fetched
+// meanwhile.
 inline float multiply_by_summary(const DotLinearInputs& in, const float* x, const float* next, const float* summary,
                                  const UserScratch& s, float* products) {
     constexpr std::make_integer_sequence<int, kLanes> lanes;
     pack_pairs(in, summary, s);
     Floats squares{};
-    for (std::int64_t first = 0; first < in.n; first += kTileRows) {
-        const std::int64_t rows = smaller(kTileRows, in.n - first);
-        if (next) prefetch(next + first * in.d, rows * in.d);
+    for (std::int64_t first = 0; first < in.n; first += s.tile_rows) {
+        const std::int64_t rows = smaller(s.tile_rows, in.n - first);
         fill_zeros(s.tile, rows * s.tile_stride);
-        add_product(rows, s.pairs_stride, PairedMatrix{x + first * s.d_stride, s.d_stride, 2}, s.pairs, s.pairs_stride,
+        const std::int64_t at = first * s.d_stride;
+        add_product(rows, s.pairs_stride, PairedMatrix{x + at, s.d_stride, next + at}, s.pairs, s.pairs_stride,
                     s.d_stride / 2, s.tile, s.tile_stride);
         for (std::int64_t row = 0; row < rows; ++row)
             for (std::int64_t i = 0; i < in.r; i += kLanes) {
@@ -227,7 +223,7 @@ void compress(const DotLinearInputs& in, const CompressionOutputs& outputs, std:
     for (std::int64_t user = 0; user < users; ++user) {
         const float* x = vectors_of(in, first + user, s);
         summarize(in, x, s, s.summary, s.linear + user * in.k * s.d_stride);
-        const float* next = in.x && user + 1 < users ? in.x + (first + user + 1) * in.n * in.d : nullptr;
+        const float* next = x == s.vectors || user + 1 == users ? x : x + in.n * in.d;
         s.scales[user] = multiply_by_summary(in, x, next, s.summary, s, s.products + user * s.products_stride);
     }
     hidden_layer(in, users, s, outputs.hidden ? outputs.hidden + first * in.hidden : nullptr);

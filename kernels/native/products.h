@@ -12,17 +12,30 @@ struct LeftMatrix {
     const float* data;
     std::int64_t row_stride, k_stride;
     static Floats lanes(const float* element) { return splat(*element); }
+    template <int Rows>
+    void fetch(std::int64_t) const {}
+    [[nodiscard]] LeftMatrix from(std::int64_t row) const { return {data + row * row_stride, row_stride, k_stride}; }
 };
 
-// Its elements are pairs of neighbours, the first for the even lanes and the second for the odd ones: lanes that come in
-// pairs sum every second product each. So columns too few for whole vectors fill twice as many.
+// Its elements are pairs of neighbours, the first for the even lanes and the second for the odd ones: two products with
+// 24 columns take 3 vectors of 16 lanes instead of 4. Rows lie side by side, and as many from `next` are fetched into the
+// second cache, a line or two a step: all at once they would wait for each other.
 struct PairedMatrix {
     const float* data;
-    std::int64_t row_stride, k_stride;
+    std::int64_t row_stride;
+    const float* next;
+    static constexpr std::int64_t k_stride = 2;
     static Floats lanes(const float* element) {
         std::int64_t pair;
         __builtin_memcpy(&pair, element, sizeof pair);
         return reinterpret_cast<Floats>(pair - Longs{});
+    }
+    template <int Rows>
+    void fetch(std::int64_t k) const {
+        for (int i = 0; i < 2 * Rows; i += 16) __builtin_prefetch(next + 2 * Rows * k + i, 0, 2);
+    }
+    [[nodiscard]] PairedMatrix from(std::int64_t row) const {
+        return {data + row * row_stride, row_stride, next + row * row_stride};
     }
 };
 
@@ -35,6 +48,7 @@ inline void product_block(Left a, const float* b, std::int64_t b_stride, std::in
     Floats sums[Rows][Vectors] = {};
     const float* left = a.data;
     for (std::int64_t k = 0; k < depth; ++k, left += a.k_stride, b += b_stride) {
+        a.template fetch<Rows>(k);
         Floats right[Vectors];
 #pragma GCC unroll 3
         for (int v = 0; v < Vectors; ++v) right[v] = load(b + v * kLanes);
@@ -69,9 +83,8 @@ inline void product_columns(std::int64_t rows, std::int64_t columns, Left a, con
     constexpr int kHeld = rows_held(Vectors);
     for (std::int64_t row = 0; row < rows; row += kHeld)
         for (std::int64_t column = 0; column < columns; column += Vectors * kLanes)
-            product_rows<Vectors>(smaller<std::int64_t>(kHeld, rows - row),
-                                  Left{a.data + row * a.row_stride, a.row_stride, a.k_stride}, b + column, b_stride,
-                                  depth, c + row * c_stride + column, c_stride);
+            product_rows<Vectors>(smaller<std::int64_t>(kHeld, rows - row), a.from(row), b + column, b_stride, depth,
+                                  c + row * c_stride + column, c_stride);
 }
 
 // c [rows, columns] += a [rows, depth] · b [depth, columns]; `columns` is a multiple of kLanes. The sum over k runs in

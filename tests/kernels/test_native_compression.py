@@ -18,12 +18,13 @@ from alure.kernels import DotLinearCompression, _native, compress, compress_int8
 from alure.kernels.compression import native, reference
 
 INSTRUCTION_SETS = _native.instruction_sets()
-# users, n, d, k, r, hidden: around the edges of blocks (48 users) and groups (16), of rows of X (64), D (8), dX (24)
-# and the hidden weights (64), and of vectors
+# users, n, d, k, r, hidden: around the edges of blocks (48 users) and groups (16), of rows of X (64), D (4 to 12), dX (24)
+# and the hidden weights (64), and of vectors; 39 columns in pairs are 5 vectors of 16 lanes
 SHAPES = {
     "whole vectors": (50, 64, 32, 2, 24, 16),
     "one more": (97, 65, 33, 2, 9, 17),
     "many products": (3, 700, 16, 1, 64, 5),
+    "odd pairs": (18, 37, 31, 3, 39, 7),
     "wide": (2, 9, 300, 4, 3, 140),
     "k beyond n": (5, 2, 17, 7, 3, 4),
     "ones": (1, 1, 1, 1, 1, 1),
