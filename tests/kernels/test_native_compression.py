@@ -18,7 +18,7 @@ from alure.kernels import DotLinearCompression, _native, compress, compress_int8
 from alure.kernels.compression import native, reference
 
 INSTRUCTION_SETS = _native.instruction_sets()
-# users, n, d, k, r, hidden: around the edges of blocks (48 users) and groups (16), of rows of X (64), D (4 to 12), dX (24)
+# users, n, d, k, r, hidden: around the edges of blocks (48 users) and groups (16), of rows of X (64), D, dX (24)
 # and the hidden weights (64), and of vectors; 39 columns in pairs are 5 vectors of 16 lanes
 SHAPES = {
     "whole vectors": (50, 64, 32, 2, 24, 16),
