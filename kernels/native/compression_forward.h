@@ -31,7 +31,9 @@ struct UserScratch {
           tile(arena.array<float>(tile_rows * tile_stride)),
           row(arena.array<float>(d_stride)) {}
 
-    std::int64_t d_stride, products_stride, pairs_stride, tile_stride, tile_rows;
+    std::int64_t d_stride, products_stride, pairs_stride;
+    std::int64_t tile_stride;  // even and odd sums of whole vectors of D
+    std::int64_t tile_rows;    // as many as add_product holds in registers
     float* vectors;  // X [n, d_stride], where it does not lie in memory as it is needed
     float* pairs;    // S by pairs of channels [d_stride / 2, r, 2]
     float* tile;     // rows of D as sums over even and odd channels [tile_rows, r, 2]

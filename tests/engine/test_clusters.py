@@ -27,6 +27,7 @@ def world(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("world")
     save_model(folder / "model", jagged_log(folder / "events", num_users=400))
     refresh(folder, folder / "alone", "local", workers=1)
+    RefreshJob(folder / "model", folder / "events", folder / "defaults").run()
     return folder
 
 
@@ -73,11 +74,9 @@ def run_example(world: Path, store: Path, name: str) -> None:
     command = [sys.executable, str(EXAMPLES / name), *map(str, (world / "model", world / "events", store))]
     done = subprocess.run(command, capture_output=True, text=True, timeout=600, check=False)
     assert done.returncode == 0, done.stderr
-    alone = store.with_name("defaults")
-    RefreshJob(world / "model", world / "events", alone).run()
     found = rows_of(EmbeddingStore(store))
     assert f": {len(found)} users, by country {{'" in done.stdout
-    assert found == rows_of(EmbeddingStore(alone))
+    assert found == rows_of(EmbeddingStore(world / "defaults"))
 
 
 def test_the_example_on_ray(world: Path, tmp_path: Path) -> None:
