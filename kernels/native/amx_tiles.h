@@ -2,6 +2,12 @@
 // kernels that use them on any machine.
 #pragma once
 
+#if defined(__AMX_TILE__) || defined(ALURE_EMULATED_AMX)
+#define ALURE_TILES 1
+#else
+#define ALURE_TILES 0
+#endif
+
 #include "simd.h"
 
 namespace alure {
@@ -25,11 +31,16 @@ inline void begin_tiles() {
 }
 inline void end_tiles() { asm volatile("tilerelease" : : : "memory"); }
 
-// By loads of one line of zeros: after tilezero, the products wait.
+// By loads of one line of zeros: after tilezero, four products of zeroed sums wait.
 alignas(64) inline constexpr float kZeroRow[16] = {};
 template <int kTile>
 inline void zero_tile() {
     asm volatile("tileloadd (%0,%1,1), %%tmm%c2" : : "r"(kZeroRow), "r"(std::int64_t{0}), "i"(kTile) : "memory");
+}
+// The same where one sum at a time is zeroed: a load less.
+template <int kTile>
+inline void clear_tile() {
+    asm volatile("tilezero %%tmm%c0" : : "i"(kTile));
 }
 // Rows `stride` bytes apart.
 template <int kTile>
@@ -64,6 +75,10 @@ inline void end_tiles() {}
 template <int kTile>
 inline void zero_tile() {
     emulated_tiles[kTile] = {};
+}
+template <int kTile>
+inline void clear_tile() {
+    zero_tile<kTile>();
 }
 template <int kTile>
 inline void load_tile(const void* p, std::int64_t stride) {

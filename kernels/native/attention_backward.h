@@ -121,7 +121,7 @@ private:
 
     void add_tile(std::int64_t tile, std::int64_t head, std::int64_t num_keys) {
         const Tile t = tile_of(tile, head);
-        const Range strips = bias_.strips(tile);
+        const Range strips = bias_.seen_strips(tile, {0, bias_.num_strips()});
         const std::int64_t begin = strips.begin * kStrip, end = smaller(strips.end * kStrip, num_keys);
         products_.start_tile(tile, t.packed);
         if (strips.empty()) return products_.add_tile(0, 0, t.d_queries);
@@ -149,18 +149,20 @@ private:
             return;
         }
         const Strip strip = bias_.strip(tile, begin / kStrip);
-        with_look_up(strip.look_up, in_.position.table != nullptr, [&]<LookUp kLookUp, bool kPosition>() {
+        with_look_up(strip.tile.look_up, in_.position.table != nullptr, [&]<LookUp kLookUp, bool kPosition>() {
             Floats sum{};
-            const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(strip.bucket) : 0.0f;
+            const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(strip.tile.bucket) : 0.0f;
+            const WholeBias<kLookUp, kPosition> biases[2] = {
+                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 0, strip.tile),
+                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 1, strip.tile)};
             weigh(
                 t, begin, end, splat(base),
-                [&](std::int64_t key, int v)
-                    ALURE_INLINE { return bias_.template whole<kLookUp, kPosition>(tile, key, v); },
+                [&](std::int64_t key, int v) ALURE_INLINE { return biases[v].of(key - begin); },
                 [&](std::int64_t key, int v, Floats x) ALURE_INLINE {
                     if constexpr (kLookUp == LookUp::kOne) sum += x;
                     bias_gradients_.template add_whole<kLookUp, kPosition>(strip, tile, key, v, x);
                 });
-            if constexpr (kLookUp == LookUp::kOne) bias_gradients_.add_strip(strip.bucket, sum);
+            if constexpr (kLookUp == LookUp::kOne) bias_gradients_.add_strip(strip.tile.bucket, sum);
         });
     }
 

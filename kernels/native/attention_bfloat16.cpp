@@ -3,8 +3,9 @@
 #include "attention_forward.h"
 #include "gradients_bfloat16.h"
 #include "products_bfloat16.h"
+#include "tile_streams.h"
 
 namespace alure::ALURE_ISA {
-const ForwardKernel forward_bfloat16 = forward_kernel<PairProducts>;
+const ForwardKernel forward_bfloat16 = forward_kernel<PairProducts, TileStreams>;
 const BackwardKernel backward_bfloat16 = backward_kernel<PairGradients>;
 }  // namespace alure::ALURE_ISA

@@ -1,7 +1,9 @@
-// Forward attention of a part of one sequence's queries: blocks of keys in order, all heads, tile by tile.
+// Forward attention of a part of one sequence's queries: blocks of keys in order, all heads, tile by tile; where
+// products can stream, the two vectors of a tile's queries one after the other.
 //
-// Logits are in units of log 2. Where a bound on them says that no weight over- or underflows, a weight is 2^logit, as
-// it is; elsewhere a query's maximum so far is subtracted, and what was summed before shrinks when it grows.
+// Logits are in units of log 2. A weight is 2^logit, as it is. Where a query's weights then add up to something far
+// from 1, its tile is computed again: with a query's maximum so far subtracted, and what was summed before shrinking
+// when that grows.
 #pragma once
 
 #include "tile_bias.h"
@@ -9,52 +11,64 @@
 namespace alure {
 namespace {
 
-constexpr float kSafe = 40.0f;  // |logit|: sums of weights and of weight · value stay far from the ends of float
+// The most that plain weights of a query may add up to, and the inverse of the least: what is left out below 2^-126 is
+// nothing beside their sum, and sums of weight · value stay far from the largest float.
+constexpr float kMostPlain = 0x1p48f;
 
 // Of one tile of queries and one head.
 struct TileState {
     float* queries;  // packed
-    float* sums;     // Σ weight · value so far, [head_dim, kWidth]
+    float* sums;     // Σ weight · value so far, [head_dim, kWidth]; nothing yet before the tile's first keys
     float* totals;   // Σ weight so far, [kWidth]
-    float* maxima;   // [kWidth]; zeros where the logits are safe
+    float* maxima;   // [kWidth] subtracted from logits; zeros where weights are plain
 };
 
-template <class Products>
+// Where products.streams() is never true.
+struct NoStreams {
+    template <class... T>
+    explicit NoStreams(T&&...) {}
+    void add(const TileState&, std::int64_t, int, std::int64_t, bool) {}
+    void finish() {}
+};
+
+template <class Products, class Streams = NoStreams>
 class Forward {
 public:
     using Source = typename Products::Source;
-    static constexpr std::int64_t kTiles = Products::kTiles, kBlock = Products::kBlock, kQueries = kTiles * kWidth;
+    static constexpr std::int64_t kTiles = Products::kTiles, kQueries = kTiles * kWidth;
 
     Forward(const AttentionInputs& in, const BiasTables* tables, void* scratch)
         : in_(in),
-          tables_(tables),
           arena_(scratch),
           products_(in, arena_),
-          bias_(in, tables, kTiles, kBlock, arena_),
-          safe_(arena_.array<bool>(kTiles * in.heads)),
-          key_norms_(arena_.array<float>(in.key_heads)),
+          bias_(in, tables, kTiles, products_.block(), arena_),
+          streams_(in, products_, bias_, arena_),
+          progress_(arena_.array<Progress>(kTiles * in.heads)),
           states_(arena_.array<float>(kTiles * in.heads * state_floats())) {}
 
     [[nodiscard]] std::size_t scratch_bytes() const { return arena_.used(); }
 
     void run(const ForwardOutputs& outputs, const Part& part) {
         const Sequence sequence(in_, part.sequence);
-        begin_ = part.begin;
         rows_ = part.end - part.begin;
         q_row_ = sequence.q_row + part.begin;
         position_ = part.begin + sequence.shift;
         bias_.start_part(sequence, part);
-        start(sequence);
-        for (std::int64_t block = 0; block < sequence.num_keys; block += kBlock) {
-            const std::int64_t end = smaller(block + kBlock, sequence.num_keys);
-            if (sequence.mask.sight(position_, position_ + rows_ - 1, block, end) != Sight::kHidden)
-                add_block(sequence, block, end);
-        }
-        for (std::int64_t head = 0; head < in_.heads; ++head)
-            for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) write(outputs, tile, head);
+        start();
+        add_keys(sequence);
+        if (!finish_plain()) add_keys(sequence);
+        for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile)
+            for (std::int64_t head = 0; head < in_.heads; ++head) write(outputs, tile, head);
     }
 
 private:
+    // Of one tile of queries and one head: how its weights are computed, and whether it has any sums.
+    enum class Way : std::uint8_t { kPlain, kScaled, kDone };
+    struct Progress {
+        Way way;
+        bool has_sums;
+    };
+
     [[nodiscard]] std::int64_t state_floats() const {
         return round_up(products_.query_floats() + products_.sum_floats() + 2 * kWidth, 16);
     }
@@ -67,111 +81,104 @@ private:
         return smaller<std::int64_t>(kWidth, rows_ - tile * kWidth);
     }
 
-    // Packs the queries, and bounds every tile's logits: |q·k| <= |q||k|.
-    void start(const Sequence& sequence) {
-        const float cyclic_norm = find_key_norms(sequence);
+    void start() {
+        for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile)
+            for (std::int64_t head = 0; head < in_.heads; ++head) {
+                const TileState s = state(tile, head);
+                products_.pack_queries(q_row_ + tile * kWidth, tile_rows(tile), head, s.queries);
+                fill(s.totals, {0, kWidth}, Floats{});
+                fill(s.maxima, {0, kWidth}, Floats{});
+                progress_[tile * in_.heads + head] = {Way::kPlain, false};
+            }
+    }
+
+    // All blocks of keys that the part sees.
+    void add_keys(const Sequence& sequence) {
+        for (std::int64_t block = 0; block < sequence.num_keys; block += products_.block()) {
+            const std::int64_t end = smaller(block + products_.block(), sequence.num_keys);
+            if (sequence.mask.sight(position_, position_ + rows_ - 1, block, end) != Sight::kHidden)
+                add_block(sequence, block, end);
+        }
+    }
+
+    // Whether all tiles are done. The others start again, with maxima.
+    bool finish_plain() {
+        bool all = true;
         for (std::int64_t head = 0; head < in_.heads; ++head)
             for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) {
                 const TileState s = state(tile, head);
-                const std::int64_t row = q_row_ + tile * kWidth, rows = tile_rows(tile);
-                products_.pack_queries(row, rows, head, s.queries);
-                fill(s.sums, {0, products_.sum_floats()}, Floats{});
-                fill(s.totals, {0, kWidth}, Floats{});
-                safe_[tile * in_.heads + head] = is_safe(sequence, row, rows, head, cyclic_norm);
-                fill(s.maxima, {0, kWidth}, splat(safe_[tile * in_.heads + head] ? 0.0f : -kInfinity));
+                Floats strange{};
+                for (int v = 0; v < 2; ++v) {
+                    const Floats total = load(s.totals + v * kLanes);
+                    const Ints fits = (total > 1.0f / kMostPlain) & (total < kMostPlain);
+                    const auto rows = static_cast<std::int32_t>(tile_rows(tile) - v * kLanes);
+                    strange += fits | (lane_numbers() >= rows) ? Floats{} : splat(1.0f);
+                }
+                Progress& progress = progress_[tile * in_.heads + head];
+                if (largest_of_lanes(strange) == 0.0f) {
+                    progress.way = Way::kDone;
+                } else {
+                    progress = {Way::kScaled, false};
+                    fill(s.totals, {0, kWidth}, Floats{});
+                    fill(s.maxima, {0, kWidth}, splat(-kInfinity));
+                    all = false;
+                }
             }
-    }
-
-    // The largest norm of a key of each head, among the blocks that the part sees; returns that of the cyclic channels.
-    float find_key_norms(const Sequence& sequence) {
-        for (std::int64_t head = 0; head < in_.key_heads; ++head) key_norms_[head] = 0.0f;
-        float cyclic = 0.0f;
-        for (std::int64_t block = 0; block < sequence.num_keys; block += kBlock) {
-            const std::int64_t end = smaller(block + kBlock, sequence.num_keys);
-            if (sequence.mask.sight(position_, position_ + rows_ - 1, block, end) == Sight::kHidden) continue;
-            for (std::int64_t key = block; key < end; key += kLanes) {  // all heads of a few rows: memory in order
-                const std::int64_t row = sequence.k_row + key, rows = smaller<std::int64_t>(kLanes, end - key);
-                const Source* keys = static_cast<const Source*>(in_.k.data) + row * in_.k.row_stride;
-                for (std::int64_t head = 0; head < in_.key_heads; ++head)
-                    key_norms_[head] =
-                        larger(key_norms_[head],
-                               largest_norm(keys + head * in_.k.head_stride, in_.k.row_stride, rows, in_.head_dim));
-                cyclic = larger(cyclic, largest_norm(in_.k_cyclic + row * in_.num_cyclic, in_.num_cyclic, rows,
-                                                     in_.num_cyclic));
-            }
-        }
-        return cyclic;
-    }
-
-    [[nodiscard]] bool is_safe(const Sequence& sequence, std::int64_t row, std::int64_t rows, std::int64_t head,
-                               float cyclic_norm) const {
-        const Source* queries =
-            static_cast<const Source*>(in_.q.data) + row * in_.q.row_stride + head * in_.q.head_stride;
-        const float norm = largest_norm(queries, in_.q.row_stride, rows, in_.head_dim);
-        const float cyclic = largest_norm(in_.q_cyclic + (row * in_.heads + head) * in_.num_cyclic,
-                                          in_.heads * in_.num_cyclic, rows, in_.num_cyclic);
-        const std::int64_t table = sequence.group * in_.heads + head;
-        const float scale = (in_.scale < 0 ? -in_.scale : in_.scale) * kLog2E;
-        const float bound = scale * norm * key_norms_[head / (in_.heads / in_.key_heads)] +
-                            kLog2E * cyclic * cyclic_norm;
-        return bound + tables_->largest[table] < kSafe && bound - tables_->smallest[table] < kSafe;
-    }
-
-    // Of rows [rows, size].
-    template <class T>
-    static float largest_norm(const T* x, std::int64_t stride, std::int64_t rows, std::int64_t size) {
-        Floats largest{};
-        for (std::int64_t row = 0; size > 0 && row < rows; row += kLanes) {
-            Floats sums[kLanes] = {};
-            for (std::int64_t i = 0; i < kLanes && row + i < rows; ++i) sums[i] = squares(x + (row + i) * stride, size);
-            largest = larger_lanes(sums_of_rows(sums), largest);  // passes over a NaN
-        }
-        return __builtin_sqrtf(largest_of_lanes(largest));
-    }
-
-    static Floats squares(const float* x, std::int64_t size) {
-        Floats sums{};
-        std::int64_t i = 0;
-        for (; i + kLanes <= size; i += kLanes) sums += load(x + i) * load(x + i);
-        for (; i < size; ++i) sums[0] += x[i] * x[i];
-        return sums;
-    }
-    static Floats squares(const Bfloat16* x, std::int64_t size) {
-        Floats sums{};
-        std::int64_t i = 0;
-        for (; i + 2 * kLanes <= size; i += 2 * kLanes) {
-            const Ints pairs = load_pairs(x + i);
-            const Floats even = reinterpret_cast<Floats>(pairs << 16);
-            const Floats odd = reinterpret_cast<Floats>(pairs & std::int32_t(0xffff0000));
-            sums += even * even + odd * odd;
-        }
-        if (i + kLanes <= size) {
-            sums += load(x + i) * load(x + i);
-            i += kLanes;
-        }
-        for (; i < size; ++i) sums[0] += to_float(x[i]) * to_float(x[i]);
-        return sums;
+        return all;
     }
 
     void add_block(const Sequence& sequence, std::int64_t block, std::int64_t end) {
         bias_.start_block(block, end);
         const std::int64_t heads_a_key = in_.heads / in_.key_heads;
-        for (std::int64_t head = 0; head < in_.heads; ++head) {
-            if (head % heads_a_key == 0) products_.pack_keys(sequence.k_row + block, end - block, head / heads_a_key);
-            bias_.start_head(head);
-            for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) add_tile(tile, head);
-            products_.finish_values();
+        for (std::int64_t first = 0, count = 0; first < in_.key_heads; first += count) {
+            count = products_.pack_keys(sequence.k_row + block, end - block, first);
+            for (std::int64_t i = 0; i < count; ++i) {
+                products_.use_head(i);
+                for (std::int64_t j = 0; j < heads_a_key; ++j) add_head((first + i) * heads_a_key + j);
+            }
+            streams_.finish();
         }
     }
 
+    void add_head(std::int64_t head) {
+        for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) {
+            const Way way = progress_[tile * in_.heads + head].way;
+            if (way == Way::kPlain && products_.streams())
+                stream_tile(tile, head);
+            else if (way != Way::kDone)
+                add_tile(tile, head);
+        }
+        products_.finish_values();
+    }
+
     // One head of a tile takes in the block's keys.
+    void stream_tile(std::int64_t tile, std::int64_t head) {
+        if (bias_.seen_strips(tile, {0, bias_.num_strips()}).empty()) return;
+        bool& has_sums = progress_[tile * in_.heads + head].has_sums;
+        for (int v = 0; v * kLanes < tile_rows(tile); ++v) streams_.add(state(tile, head), tile, v, head, has_sums);
+        has_sums = true;
+    }
+
     void add_tile(std::int64_t tile, std::int64_t head) {
-        const Range strips = bias_.strips(tile);
-        if (strips.empty()) return;
+        bias_.start_head(head);
+        bool& has_sums = progress_[tile * in_.heads + head].has_sums;
+        constexpr std::int64_t kChunkStrips = Products::kChunk / kStrip;
+        for (std::int64_t first = 0; first < bias_.num_strips(); first += kChunkStrips) {
+            const Range all{first, smaller(first + kChunkStrips, bias_.num_strips())};
+            const Range strips = bias_.seen_strips(tile, all);
+            if (strips.empty()) continue;
+            if (!has_sums) fill(state(tile, head).sums, {0, products_.sum_floats()}, Floats{});
+            has_sums = true;
+            add_chunk(tile, head, strips);
+        }
+    }
+
+    // Strips of one chunk of the block.
+    void add_chunk(std::int64_t tile, std::int64_t head, Range strips) {
         const std::int64_t begin = strips.begin * kStrip, end = smaller(strips.end * kStrip, bias_.num_keys());
         const TileState s = state(tile, head);
         const auto end_of = [&](std::int64_t strip) { return smaller((strip + 1) * kStrip, end); };
-        if (safe_[tile * in_.heads + head]) {
+        if (progress_[tile * in_.heads + head].way == Way::kPlain) {
             constexpr std::int64_t kSliceStrips = Products::kSlice / kStrip;
             const auto slice_end = [&](std::int64_t strip) {
                 return smaller((strip / kSliceStrips + 1) * Products::kSlice, end);
@@ -191,6 +198,7 @@ private:
                 }
             }
         } else {
+            products_.finish_values();  // before these sums shrink
             products_.multiply_keys(s.queries, begin, end);
             write_logits(tile, begin, end);
             raise_maxima(s, begin, end);
@@ -201,14 +209,18 @@ private:
 
     // Weights of a strip that is seen whole, from its scores.
     void weigh(const TileState& s, std::int64_t tile, std::int64_t strip, std::int64_t end) {
-        const Strip found = bias_.strip(tile, strip);
-        with_look_up(found.look_up, in_.position.table, [&]<LookUp kLookUp, bool kPosition>() {
+        const Look look = bias_.strip(tile, strip).tile;
+        with_look_up(look.look_up, in_.position.table, [&]<LookUp kLookUp, bool kPosition>() {
             const float factor = products_.factor();
-            const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(found.bucket) : 0.0f;
-            weigh_rows(s, strip * kStrip, end, [&](std::int64_t key, int v) ALURE_INLINE {
-                Floats bias = bias_.template whole<kLookUp, kPosition>(tile, key, v);
+            const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(look.bucket) : 0.0f;
+            const WholeBias<kLookUp, kPosition> biases[2] = {
+                bias_.template whole<kLookUp, kPosition>(tile, strip, 0, look),
+                bias_.template whole<kLookUp, kPosition>(tile, strip, 1, look)};
+            const std::int64_t begin = strip * kStrip;
+            weigh_rows(s, begin, end, [&](std::int64_t key, int v) ALURE_INLINE {
+                Floats bias = biases[v].of(key - begin);
                 if constexpr (kLookUp == LookUp::kOne) bias += base;
-                return exp2_lanes<Products::kDegree>(load(products_.scores(key) + v * kLanes) * factor + bias);
+                return exp2_or_zero<Products::kDegree>(load(products_.scores(key) + v * kLanes) * factor + bias);
             });
         });
     }
@@ -267,6 +279,7 @@ private:
 
     void write(const ForwardOutputs& outputs, std::int64_t tile, std::int64_t head) const {
         const TileState s = state(tile, head);
+        if (!progress_[tile * in_.heads + head].has_sums) fill(s.sums, {0, products_.sum_floats()}, Floats{});
         const std::int64_t row = q_row_ + tile * kWidth;
         for (int v = 0; v < 2; ++v) {
             const std::int64_t first = v * kLanes, rows = smaller<std::int64_t>(kLanes, tile_rows(tile) - first);
@@ -311,30 +324,29 @@ private:
     }
 
     const AttentionInputs& in_;
-    const BiasTables* tables_;
     Arena arena_;
     Products products_;
     TileBias bias_;
-    bool* safe_;                                                    // [kTiles, heads]
-    float* key_norms_;                                              // [key_heads]
-    float* states_;                                                 // [kTiles, heads] tile states
-    std::int64_t begin_ = 0, rows_ = 0, q_row_ = 0, position_ = 0;  // the part at hand
+    Streams streams_;
+    Progress* progress_;  // [kTiles, heads]
+    float* states_;       // [kTiles, heads] tile states
+    std::int64_t rows_ = 0, q_row_ = 0, position_ = 0;  // the part at hand
 };
 
-template <class Products>
+template <class Products, class Streams>
 std::size_t forward_scratch_bytes(const AttentionInputs& in) {
-    return Forward<Products>(in, nullptr, nullptr).scratch_bytes();
+    return Forward<Products, Streams>(in, nullptr, nullptr).scratch_bytes();
 }
 
-template <class Products>
+template <class Products, class Streams>
 void forward(const AttentionInputs& in, const BiasTables& tables, const ForwardOutputs& outputs, const Part& part,
              void* scratch) {
-    Forward<Products>(in, &tables, scratch).run(outputs, part);
+    Forward<Products, Streams>(in, &tables, scratch).run(outputs, part);
 }
 
-template <class Products>
-constexpr ForwardKernel forward_kernel{Forward<Products>::kQueries, forward_scratch_bytes<Products>,
-                                       Products::begin_thread, Products::end_thread, forward<Products>};
+template <class Products, class Streams = NoStreams>
+constexpr ForwardKernel forward_kernel{Forward<Products>::kQueries, forward_scratch_bytes<Products, Streams>,
+                                       Products::begin_thread, Products::end_thread, forward<Products, Streams>};
 
 }  // namespace
 }  // namespace alure

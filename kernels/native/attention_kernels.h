@@ -58,8 +58,6 @@ struct BiasTables {
     std::int64_t time_stride;
     const float* position;  // [groups, heads, position_stride], times log2 e
     std::int64_t position_stride;
-    const float* smallest;           // [groups, heads] least sum of both biases
-    const float* largest;            // [groups, heads]
     const std::int32_t* thresholds;  // of times, saturated: exact for differences that fit int32
     const std::int32_t* cells;       // [1024] bucket of the least int32 whose float begins with these 10 bits
     std::int64_t most_in_cell;       // thresholds beyond it within one cell

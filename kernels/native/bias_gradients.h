@@ -47,8 +47,10 @@ public:
     void add_masked(std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
         if (in_.time.table) {
             const Strip strip = bias_.strip(tile, key / kStrip);
-            if (strip.look_up == LookUp::kOne)
-                add_strip(strip.bucket, d_logits);
+            if (strip.tile.look_up == LookUp::kOne)
+                add_strip(strip.tile.bucket, d_logits);
+            else if (strip.tile.look_up == LookUp::kCompare)
+                add_time<LookUp::kCompare>(strip, tile, key, v, d_logits);
             else
                 add_time<LookUp::kGather>(strip, tile, key, v, d_logits);
         }
@@ -90,7 +92,14 @@ private:
     template <LookUp kLookUp>
     void add_time(Strip strip, std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
         const TimeBuckets& times = bias_.times();
-        float* sums = of_time_ + (times.first(tile, key, v) * kSums + key % 2 * 2 + v) * kLanes;
+        if constexpr (kLookUp == LookUp::kCompare) {
+            float* both = of_time_ + (strip.tile.bucket * kSums + key % 2 * 2 + v) * kLanes;
+            const Ints is_upper = times.comparison(tile, v, strip.tile.bucket).is_upper(key);
+            add(both, is_upper ? Floats{} : d_logits);
+            add(both + kSums * kLanes, is_upper ? d_logits : Floats{});
+            return;
+        }
+        float* sums = of_time_ + (*times.first(tile, key, v) * kSums + key % 2 * 2 + v) * kLanes;
         const std::uint16_t* index = times.index(tile, key, v);
         if constexpr (kLookUp == LookUp::kPermute) {
             const Ints lanes = load_indices(index);

@@ -12,17 +12,14 @@ namespace {
 constexpr std::int64_t kMostThresholds = 65535;  // an index of buckets has 16 bits
 constexpr std::int32_t kNever = std::numeric_limits<std::int32_t>::max();
 
-// `rows` rows of a table times log2 e, padded; and their least and largest values added to the ranges.
-std::vector<float> pad(const BucketTable& table, std::int64_t rows, std::int64_t stride, std::vector<float>& smallest,
-                       std::vector<float>& largest) {
+// `rows` rows of a table times log2 e, padded.
+std::vector<float> pad(const BucketTable& table, std::int64_t rows, std::int64_t stride) {
     const std::int64_t buckets = table.num_thresholds + 1;
     std::vector<float> padded(rows * stride);
     for (std::int64_t row = 0; row < rows; ++row) {
         const float* from = table.table + row * buckets;
         float* to = padded.data() + row * stride;
         for (std::int64_t b = 0; b < buckets; ++b) to[b] = from[b] * kLog2E;
-        smallest[row] += *std::min_element(to, to + buckets);
-        largest[row] += *std::max_element(to, to + buckets);
     }
     return padded;
 }
@@ -57,20 +54,19 @@ std::vector<Cell> all_cells() {
 
 }  // namespace
 
-TableStorage::TableStorage(const AttentionInputs& in)
-    : smallest_(in.num_groups * in.heads), largest_(in.num_groups * in.heads) {
+TableStorage::TableStorage(const AttentionInputs& in) {
     const std::int64_t rows = in.num_groups * in.heads;
     if (in.time.table) {
         if (in.time.num_thresholds > kMostThresholds)
             throw std::invalid_argument("time_thresholds: expected at most " + std::to_string(kMostThresholds) +
                                         ", got " + std::to_string(in.time.num_thresholds));
         time_stride_ = in.time.num_thresholds + 1 + kTablePadding;
-        time_ = pad(in.time, rows, time_stride_, smallest_, largest_);
+        time_ = pad(in.time, rows, time_stride_);
         find_cells(in.time);
     }
     if (in.position.table) {
         position_stride_ = in.position.num_thresholds + 1 + kTablePadding;
-        position_ = pad(in.position, rows, position_stride_, smallest_, largest_);
+        position_ = pad(in.position, rows, position_stride_);
     }
 }
 
@@ -91,8 +87,8 @@ void TableStorage::find_cells(const BucketTable& time) {
 }
 
 BiasTables TableStorage::tables() const {
-    return {time_.data(),    time_stride_,       position_.data(), position_stride_, smallest_.data(),
-            largest_.data(), thresholds_.data(), cells_.data(),    most_in_cell_};
+    return {time_.data(),       time_stride_,  position_.data(), position_stride_,
+            thresholds_.data(), cells_.data(), most_in_cell_};
 }
 
 }  // namespace alure

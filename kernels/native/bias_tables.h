@@ -1,5 +1,5 @@
 // What the attention kernels read of the biases, made once a call: tables in units of log 2 with padding behind every
-// head's row, their ranges, and thresholds of times in 32 bits.
+// head's row, and thresholds of times in 32 bits.
 #pragma once
 
 #include <vector>
@@ -16,7 +16,7 @@ public:
 private:
     void find_cells(const BucketTable& time);
 
-    std::vector<float> time_, position_, smallest_, largest_;
+    std::vector<float> time_, position_;
     std::vector<std::int32_t> thresholds_, cells_;
     std::int64_t time_stride_ = 0, position_stride_ = 0, most_in_cell_ = 0;
 };

@@ -36,7 +36,7 @@ std::vector<InstructionSet> instruction_sets() {
     const bool avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                         __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl");
 #if defined(ALURE_HAS_AMX)
-    static const bool amx = avx512 && may_use_amx();
+    static const bool amx = avx512 && __builtin_cpu_supports("avx512bf16") && may_use_amx();
     if (amx) sets.push_back(InstructionSet::kAmx);
 #endif
 #if defined(ALURE_HAS_AVX512_BF16)

@@ -16,7 +16,7 @@ public:
         values_ = arena.array<float>(queries + keys + kWidth);
     }
 
-    // Queries from position `first`, `rows` of them, against keys [begin, end).
+    // Queries from position `first`, `rows` of them, against keys [begin, end), whole strips.
     void start_block(std::int64_t first, std::int64_t rows, std::int64_t begin, std::int64_t end) {
         if (!in_.position.table) return;
         least_ = first - (end - 1);
@@ -39,7 +39,8 @@ public:
     [[nodiscard]] std::int32_t bucket(std::int64_t difference) const { return buckets_[difference - least_]; }
 
     // Biases of the queries from position i on, one a lane, against key j.
-    [[nodiscard]] Floats values(std::int64_t i, std::int64_t j) const { return load(values_ + (i - j - least_)); }
+    [[nodiscard]] const float* diagonal(std::int64_t i, std::int64_t j) const { return values_ + (i - j - least_); }
+    [[nodiscard]] Floats values(std::int64_t i, std::int64_t j) const { return load(diagonal(i, j)); }
 
     // The same where some of the queries or the key may be targets, which all stand right after the history.
     [[nodiscard]] Floats values(std::int64_t i, std::int64_t j, std::int64_t history) const {

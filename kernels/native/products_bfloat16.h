@@ -2,8 +2,9 @@
 // channels are float32: x = high + low, and of the four products of two such sums the three
 // largest become channels.
 //
-// In AMX a tile of sums takes 16 cycles a product while the vectors compute weights, so the products of the next keys,
-// and those with the values of the tile before, are handed out ahead of the weights that do not wait for them.
+// A product of AMX's tiles takes 16 cycles, in which the vectors can compute weights. tile_streams.h makes use of that
+// where weights are plain and heads are not too wide. Here the products of the next keys, and those with the values of
+// the tile before, are handed out ahead of the weights that do not wait for them.
 #pragma once
 
 #include "attention_kernels.h"
@@ -20,7 +21,7 @@ class PairProducts {
 public:
     using Source = Bfloat16;
     static constexpr std::int64_t kTiles = 16;   // of a part: a block of transposed values serves 512 queries
-    static constexpr std::int64_t kBlock = 128;  // keys whose products are summed in tiles
+    static constexpr std::int64_t kChunk = 128;  // keys of a tile at a time
     static constexpr std::int64_t kSlice = 32;   // keys
     static constexpr int kDegree = 3;            // of the polynomial for weights
 
@@ -28,13 +29,19 @@ public:
         : in_(in),
           depth_(round_up(in.head_dim + 3 * in.num_cyclic, 32)),
           value_channels_(round_up(in.head_dim, 32)),
+          block_(streams() ? 1024 : kChunk),
           has_scale_(in.scale > 1e-30f || in.scale < -1e-30f),
           tail_(arena.array<Bfloat16>(depth_)),
-          keys_(arena.array<Bfloat16>(kBlock * depth_)),
-          values_(arena.array<Bfloat16>(kBlock * value_channels_)),
-          scores_(arena.array<float>(kBlock * kWidth)),
-          weights_{arena.array<std::int32_t>(kBlock / 2 * kWidth), arena.array<std::int32_t>(kBlock / 2 * kWidth)} {}
+          packed_keys_(arena.array<Bfloat16>(block_ * depth_)),
+          packed_values_(arena.array<Bfloat16>(block_ * value_channels_)),
+          scores_(arena.array<float>(kChunk * kWidth)),
+          weights_{arena.array<std::int32_t>(kChunk / 2 * kWidth), arena.array<std::int32_t>(kChunk / 2 * kWidth)} {}
 
+    // Whether the sums of a vector of queries fit into the tile registers of AMX: see tile_streams.h.
+    [[nodiscard]] bool streams() const { return ALURE_TILES && depth_ <= 64; }
+    [[nodiscard]] std::int64_t block() const { return block_; }  // keys, whole chunks
+    [[nodiscard]] std::int64_t depth() const { return depth_; }
+    [[nodiscard]] std::int64_t value_channels() const { return value_channels_; }
     [[nodiscard]] std::int64_t query_floats() const { return depth_ / 2 * kWidth; }
     [[nodiscard]] std::int64_t sum_floats() const { return value_channels_ * kWidth; }
     [[nodiscard]] float factor() const { return has_scale_ ? in_.scale * kLog2E : kLog2E; }
@@ -60,34 +67,36 @@ public:
             }
     }
 
-    // Keys [kBlock, depth], and values transposed, [channels, kBlock]; zeros up to a whole slice.
-    void pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) {
-        const auto* k = static_cast<const Bfloat16*>(in_.k.data) + row * in_.k.row_stride + head * in_.k.head_stride;
-        const auto* v = static_cast<const Bfloat16*>(in_.v.data) + row * in_.v.row_stride + head * in_.v.head_stride;
-        const std::int64_t padded = round_up(rows, kSlice);
-        for (std::int64_t i = 0; i < padded; ++i)
-            for (std::int64_t channel = 0; channel < depth_; channel += 32)
-                store_pairs(keys_ + i * depth_ + channel,
-                           i >= rows ? Ints{}
-                                     : channels_of(k + i * in_.k.row_stride, channel, true,
-                                                   [&](std::int64_t c, Bfloat16* to) {
-                                                       const Split split(in_.k_cyclic[(row + i) * in_.num_cyclic + c]);
-                                                       put_channels(to, split.high, split.low, split.high);
-                                                   }));
-        for (std::int64_t first = 0; first < padded; first += 32)
-            for (std::int64_t channel = 0; channel < value_channels_; channel += 32)
-                transpose_values(v + first * in_.v.row_stride, smaller<std::int64_t>(32, rows - first), channel,
-                                 values_ + channel * kBlock + first);
+    // Packs a block of `rows` keys and values, of head `head` and as many behind it as there is room for. Returns how
+    // many heads that are.
+    std::int64_t pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) {
+        padded_ = round_up(rows, kSlice);
+        const std::int64_t count = smaller(block_ / padded_, in_.key_heads - head);
+        for (std::int64_t first = 0; first < padded_; first += kSlice)  // all heads of a few rows: memory in order
+            for (std::int64_t i = 0; i < count; ++i) {
+                use_head(i);
+                pack_slice(row + first, smaller(kSlice, rows - first), head + i, keys_ + first * depth_,
+                           values_ + first * value_channels_);
+            }
+        return count;
+    }
+    // What is multiplied from here on: the keys and values of the i-th head that is packed.
+    void use_head(std::int64_t i) {
+        keys_ = packed_keys_ + i * padded_ * depth_;
+        values_ = packed_values_ + i * padded_ * value_channels_;
     }
 
-    // Scores of the slices of keys [begin, end), [keys, kWidth].
+    [[nodiscard]] const Bfloat16* keys(std::int64_t key) const { return keys_ + key * depth_; }
+    [[nodiscard]] const Bfloat16* values(std::int64_t key) const { return values_ + key * value_channels_; }
+
+    // Scores of the slices of keys [begin, end) of one chunk, [keys, kWidth].
     void multiply_keys(const float* queries, std::int64_t begin, std::int64_t end) const {
         for (std::int64_t key = begin / kSlice * kSlice; key < end; key += kSlice)
             multiply_square<false>(
-                depth_ / 32, [&](std::int64_t s) { return keys_ + key * depth_ + s * 32; }, depth_ * 2,
-                [&](std::int64_t s) { return queries + s * 16 * kWidth; }, kWidth * 4, scores_ + key * kWidth, kWidth);
+                depth_ / 32, [&](std::int64_t s) { return keys(key) + s * 32; }, depth_ * 2,
+                [&](std::int64_t s) { return queries + s * 16 * kWidth; }, kWidth * 4, scores(key), kWidth);
     }
-    [[nodiscard]] float* scores(std::int64_t key) const { return scores_ + key * kWidth; }
+    [[nodiscard]] float* scores(std::int64_t key) const { return scores_ + in_chunk(key) * kWidth; }
 
     // Weights [pairs of keys, kWidth queries, 2], rounded to the nearest. Returns their sum as stored: so a query that
     // sees one key gets its value, to the bit.
@@ -96,7 +105,7 @@ public:
             return plus(reinterpret_cast<Ints>(x), splat(std::int32_t{0x8000})) & std::int32_t(0xffff0000);
         };
         const Ints low = rounded(weight), high = rounded(next);
-        store_pairs(reinterpret_cast<Bfloat16*>(weights_[current_] + key / 2 * kWidth + v * kLanes),
+        store_pairs(reinterpret_cast<Bfloat16*>(weights_[current_] + in_chunk(key) / 2 * kWidth + v * kLanes),
                     upper_halves(low) | high);
         return reinterpret_cast<Floats>(low) + reinterpret_cast<Floats>(high);
     }
@@ -104,28 +113,27 @@ public:
         return store_weights(key, v, weight, Floats{});
     }
 
-    // sums [value_channels, kWidth] += values · weights of keys [begin, end), once continue_values has been called
-    // often enough, or finish_values. The next weights go elsewhere.
+    // sums [value_channels, kWidth] += values · weights of keys [begin, end) of one chunk, once continue_values has
+    // been called often enough, or finish_values. The next weights go elsewhere.
     void multiply_values(std::int64_t begin, std::int64_t end, float* sums) {
         finish_values();
         const std::int64_t first = begin / kSlice * kSlice, last = round_up(end, kSlice);
         std::int32_t* weights = weights_[current_];
-        fill_zeros(weights + first / 2 * kWidth, (begin - first) / 2 * kWidth);
-        fill_zeros(weights + (end + 1) / 2 * kWidth, (last - end) / 2 * kWidth);
-        pending_ = {weights, sums, first, last, 0};
+        fill_zeros(weights + in_chunk(first) / 2 * kWidth, (begin - first) / 2 * kWidth);
+        fill_zeros(weights + (in_chunk(end) + 1) / 2 * kWidth, (last - end) / 2 * kWidth);
+        pending_ = {weights + in_chunk(first) / 2 * kWidth, values(first), sums, (last - first) / kSlice, 0};
         current_ = 1 - current_;
     }
 
     void continue_values() {
-        const std::int64_t slices = (pending_.end - pending_.begin) / kSlice;
-        if (slices == 0) return;
-        const std::int64_t share = (value_channels_ + 32 * slices - 1) / (32 * slices) * 32;
+        if (pending_.slices == 0) return;
+        const std::int64_t shares = 32 * pending_.slices, share = (value_channels_ + shares - 1) / shares * 32;
         const std::int64_t end = smaller(pending_.channel + share, value_channels_);
         for (; pending_.channel < end; pending_.channel += 32) add_values(pending_.channel);
     }
 
     void finish_values() {
-        if (pending_.begin == pending_.end) return;
+        if (pending_.slices == 0) return;
         for (; pending_.channel < value_channels_; pending_.channel += 32) add_values(pending_.channel);
         pending_ = {};
     }
@@ -145,10 +153,12 @@ private:
     // A product with the values that is not finished: channels from `channel` on are to do.
     struct Pending {
         const std::int32_t* weights;
+        const Bfloat16* values;
         float* sums;
-        std::int64_t begin, end, channel;
+        std::int64_t slices, channel;
     };
 
+    static std::int64_t in_chunk(std::int64_t key) { return key & (kChunk - 1); }
     template <class T>
     static void fill_zeros(T* p, std::int64_t count) {
         __builtin_memset(p, 0, count * sizeof(T));
@@ -158,6 +168,23 @@ private:
         to[0] = a;
         to[1] = b;
         to[2] = c;
+    }
+
+    // Keys of a slice, [kSlice, depth], and its values transposed, [channels, kSlice]; the first `rows` are there.
+    void pack_slice(std::int64_t row, std::int64_t rows, std::int64_t head, Bfloat16* keys, Bfloat16* values) const {
+        const auto* k = static_cast<const Bfloat16*>(in_.k.data) + row * in_.k.row_stride + head * in_.k.head_stride;
+        const auto* v = static_cast<const Bfloat16*>(in_.v.data) + row * in_.v.row_stride + head * in_.v.head_stride;
+        for (std::int64_t i = 0; i < kSlice; ++i)
+            for (std::int64_t channel = 0; channel < depth_; channel += 32)
+                store_pairs(keys + i * depth_ + channel,
+                           i >= rows ? Ints{}
+                                     : channels_of(k + i * in_.k.row_stride, channel, true,
+                                                   [&](std::int64_t c, Bfloat16* to) {
+                                                       const Split split(in_.k_cyclic[(row + i) * in_.num_cyclic + c]);
+                                                       put_channels(to, split.high, split.low, split.high);
+                                                   }));
+        for (std::int64_t channel = 0; channel < value_channels_; channel += 32)
+            transpose_values(v, rows, channel, values + channel * kSlice);
     }
 
     // Channels [first, first + 32) of a row: its own, or zeros if they are not to count; cyclic ones; zeros.
@@ -189,25 +216,26 @@ private:
                 square[i] = reinterpret_cast<Floats>(odd ? join_upper_halves(a, b) : (a & 0xffff) | b << 16);
             }
             transpose(square);
-            for (int i = 0; i < 16; ++i) store_pairs(to + (2 * i + odd) * kBlock, reinterpret_cast<Ints>(square[i]));
+            for (int i = 0; i < 16; ++i) store_pairs(to + (2 * i + odd) * kSlice, reinterpret_cast<Ints>(square[i]));
         }
     }
 
     void add_values(std::int64_t channel) const {
         multiply_square<true>(
-            (pending_.end - pending_.begin) / kSlice,
-            [&](std::int64_t s) { return values_ + channel * kBlock + pending_.begin + s * kSlice; }, kBlock * 2,
-            [&](std::int64_t s) { return pending_.weights + (pending_.begin + s * kSlice) / 2 * kWidth; }, kWidth * 4,
+            pending_.slices,
+            [&](std::int64_t s) { return pending_.values + (s * value_channels_ + channel) * kSlice; }, kSlice * 2,
+            [&](std::int64_t s) { return pending_.weights + s * kSlice / 2 * kWidth; }, kWidth * 4,
             pending_.sums + channel * kWidth, kWidth);
     }
 
     const AttentionInputs& in_;
     std::int64_t depth_, value_channels_;
-    bool has_scale_;  // of about 0, nothing is to be divided by: then queries are zeros
-    Bfloat16* tail_;  // of a row: what is behind its last 32 whole channels
-    Bfloat16* keys_;
-    Bfloat16* values_;
-    float* scores_;
+    std::int64_t block_, padded_ = 0;  // keys: room for so many; of a head at hand, whole slices
+    bool has_scale_;                   // of about 0, nothing is to be divided by: then queries are zeros
+    Bfloat16* tail_;                   // of a row: what is behind its last 32 whole channels
+    Bfloat16 *packed_keys_, *packed_values_;
+    Bfloat16 *keys_ = nullptr, *values_ = nullptr;  // of the head at hand
+    float* scores_;                                 // of a chunk
     std::int32_t* weights_[2];  // of this tile, and of the tile before
     int current_ = 0;
     Pending pending_{};

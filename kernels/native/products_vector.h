@@ -88,16 +88,19 @@ class VectorProducts {
 public:
     using Source = T;
     static constexpr std::int64_t kTiles = 8;   // of a part: a packed block of keys serves this many
-    static constexpr std::int64_t kBlock = 96;  // keys: with D = 64, what a tile needs of it is 60 KiB
-    static constexpr std::int64_t kSlice = kBlock;
+    static constexpr std::int64_t kChunk = 96;  // keys: with D = 64, what a tile needs of them is 60 KiB
+    static constexpr std::int64_t kSlice = kChunk;
     static constexpr int kDegree = 5;  // of the polynomial for weights
 
     VectorProducts(const AttentionInputs& in, Arena& arena)
         : in_(in),
           channels_(in.head_dim + in.num_cyclic),
-          keys_(arena.array<float>(kBlock * channels_)),
-          values_(arena.array<float>(kBlock * in.head_dim)),
-          scores_(arena.array<float>(kBlock * kWidth)) {}
+          keys_(arena.array<float>(kChunk * channels_)),
+          values_(arena.array<float>(kChunk * in.head_dim)),
+          scores_(arena.array<float>(kChunk * kWidth)) {}
+
+    static constexpr bool streams() { return false; }
+    static constexpr std::int64_t block() { return kChunk; }
 
     [[nodiscard]] std::int64_t query_floats() const { return channels_ * kWidth; }   // of a packed tile
     [[nodiscard]] std::int64_t sum_floats() const { return in_.head_dim * kWidth; }  // of a tile's sums
@@ -112,7 +115,8 @@ public:
                    in_.num_cyclic, kLog2E, packed + in_.head_dim * kWidth);
     }
 
-    void pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) {
+    // One head of a block; returns 1.
+    std::int64_t pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) {
         const T* k = static_cast<const T*>(in_.k.data) + row * in_.k.row_stride + head * in_.k.head_stride;
         const T* v = static_cast<const T*>(in_.v.data) + row * in_.v.row_stride + head * in_.v.head_stride;
         for (std::int64_t r = 0; r < rows; ++r) {
@@ -121,7 +125,10 @@ public:
                 keys_[r * channels_ + in_.head_dim + c] = in_.k_cyclic[(row + r) * in_.num_cyclic + c];
             copy_lanes(v + r * in_.v.row_stride, in_.head_dim, values_ + r * in_.head_dim);
         }
+        return 1;
     }
+
+    void use_head(std::int64_t) const {}
 
     // Scores of keys [begin, end) of the block, [keys, kWidth].
     void multiply_keys(const float* queries, std::int64_t begin, std::int64_t end) const {
@@ -155,9 +162,9 @@ public:
 private:
     const AttentionInputs& in_;
     std::int64_t channels_;
-    float* keys_;    // [kBlock, channels]
-    float* values_;  // [kBlock, head_dim]
-    float* scores_;  // [kBlock, kWidth]
+    float* keys_;    // [kChunk, channels]
+    float* values_;  // [kChunk, head_dim]
+    float* scores_;  // [kChunk, kWidth]
 };
 
 }  // namespace

@@ -215,13 +215,13 @@ inline Floats exp2_lanes(Floats x) {
 #endif
 }
 
-// The same for any x < 128: 0 far below, so at −infinity too.
+// The same for any x: 0 far below, so at −infinity too, and at least 2^127 far above.
 template <int kDegree>
 inline Floats exp2_or_zero(Floats x) {
 #if defined(__AVX512DQ__) && ALURE_VECTOR_BYTES == 64
     return exp2_lanes<kDegree>(x);
 #else
-    return x < -126.0f ? Floats{} : exp2_lanes<kDegree>(x);
+    return x < -126.0f ? Floats{} : exp2_lanes<kDegree>(x > 127.0f ? splat(127.0f) : x);
 #endif
 }
 

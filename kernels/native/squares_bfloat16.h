@@ -6,7 +6,7 @@
 namespace alure {
 namespace {
 
-#if defined(__AVX512BF16__)
+#if !ALURE_TILES
 
 inline void begin_squares() {}
 inline void end_squares() {}
@@ -56,7 +56,7 @@ inline void end_squares() { end_tiles(); }
 template <bool kAdd, class Left, class Right>
 inline void multiply_square(std::int64_t steps, Left left, std::int64_t left_stride, Right right,
                             std::int64_t right_stride, float* sums, std::int64_t stride) {
-#if defined(__AVX512BF16__)
+#if !ALURE_TILES
     // 22 sums, two rows of the right and a pair of the left fill the registers
     multiply_square_rows<kAdd, 11>(0, steps, left, left_stride, right, right_stride, sums, stride);
     multiply_square_rows<kAdd, 11>(11, steps, left, left_stride, right, right_stride, sums, stride);

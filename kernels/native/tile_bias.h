@@ -8,14 +8,39 @@
 namespace alure {
 namespace {
 
+// Biases of a vector of a tile's queries and the keys of a strip that is seen whole. Without those of kOne.
+template <LookUp kLookUp, bool kPosition>
+struct WholeBias {
+    TimeBuckets::Comparison comparison;  // of kCompare
+    Floats lower, upper;
+    Floats window;       // of kPermute
+    const float* table;  // of times
+    const std::int32_t* first;
+    const std::uint16_t* index;
+    const float* diagonal;  // of positions
+
+    // Of the strip's key `i`.
+    [[nodiscard]] Floats of(std::int64_t i) const {
+        Floats bias{};
+        if constexpr (kLookUp == LookUp::kCompare)
+            bias = comparison.is_upper(i) ? upper : lower;
+        else if constexpr (kLookUp == LookUp::kPermute)
+            bias = permute(window, load_indices(index + i * kWidth));
+        else if constexpr (kLookUp != LookUp::kOne)
+            bias = TimeBuckets::look_up<kLookUp>(table + first[i * 2], load_indices(index + i * kWidth));
+        if constexpr (kPosition) bias += load(diagonal - i);
+        return bias;
+    }
+};
+
 class TileBias {
 public:
-    // For at most `tiles` tiles of queries and `keys` keys a block.
+    // For at most `tiles` tiles of queries and `keys` keys a block, whole strips.
     TileBias(const AttentionInputs& in, const BiasTables* tables, std::int64_t tiles, std::int64_t keys,
              Arena& arena)
         : in_(in),
           tables_(tables),
-          strips_((keys + kStrip - 1) / kStrip),
+          strips_(keys / kStrip),
           times_(in, tables, tiles, keys, arena),
           positions_(in, tiles * kWidth, keys, arena),
           seen_begin_(arena.array<std::int32_t>(tiles * kWidth)),
@@ -37,8 +62,9 @@ public:
     void start_block(std::int64_t block, std::int64_t end) {
         block_ = block;
         num_keys_ = end - block;
+        head_ = -1;
         times_.start_block(sequence_->k_row + block, num_keys_);
-        positions_.start_block(position_, rows_, block, end);
+        positions_.start_block(position_, rows_, block, block + round_up(num_keys_, kStrip));
         for (std::int64_t tile = 0; tile * kWidth < rows_; ++tile) {
             find_sights(tile);
             times_.find(tile);
@@ -46,15 +72,17 @@ public:
     }
 
     void start_head(std::int64_t head) {
+        if (head == head_) return;
+        head_ = head;
         const std::int64_t table = sequence_->group * in_.heads + head;
         if (in_.time.table) time_table_ = tables_->time + table * tables_->time_stride;
         if (in_.position.table) positions_.start_head(tables_->position + table * tables_->position_stride);
     }
 
-    // Strips of the block from the first to the last of which any is seen.
-    [[nodiscard]] Range strips(std::int64_t tile) const {
+    [[nodiscard]] std::int64_t num_strips() const { return (num_keys_ + kStrip - 1) / kStrip; }
+    // Of some strips of the block, from the first to the last of which any is seen.
+    [[nodiscard]] Range seen_strips(std::int64_t tile, Range range) const {
         const Sight* sights = sights_ + tile * strips_;
-        Range range{0, (num_keys_ + kStrip - 1) / kStrip};
         while (!range.empty() && sights[range.begin] == Sight::kHidden) ++range.begin;
         while (!range.empty() && sights[range.end - 1] == Sight::kHidden) --range.end;
         return range;
@@ -62,26 +90,42 @@ public:
     // Whole strips have no targets with a position bias.
     [[nodiscard]] Sight sight(std::int64_t tile, std::int64_t strip) const { return sights_[tile * strips_ + strip]; }
 
-    [[nodiscard]] Strip strip(std::int64_t tile, std::int64_t strip) const { return times_.strips(tile)[strip]; }
+    [[nodiscard]] const Strip& strip(std::int64_t tile, std::int64_t strip) const { return times_.strips(tile)[strip]; }
     [[nodiscard]] float of_bucket(std::int32_t bucket) const { return in_.time.table ? time_table_[bucket] : 0.0f; }
 
-    // Biases of vector `v` of a tile's queries and one key of a whole strip, without those of kOne.
     template <LookUp kLookUp, bool kPosition>
-    [[nodiscard]] Floats whole(std::int64_t tile, std::int64_t key, int v) const {
-        Floats bias{};
-        if constexpr (kLookUp != LookUp::kOne) bias = times_.template values<kLookUp>(tile, key, v, time_table_);
-        if constexpr (kPosition) bias += positions_.values(position_of(tile, v), block_ + key);
+    [[nodiscard]] WholeBias<kLookUp, kPosition> whole(std::int64_t tile, std::int64_t strip, int v, Look look) const {
+        const std::int64_t key = strip * kStrip;
+        WholeBias<kLookUp, kPosition> bias{};
+        if constexpr (kLookUp == LookUp::kCompare) {
+            bias.comparison = times_.comparison(tile, v, look.bucket);
+            bias.comparison.keys += key;
+            bias.lower = splat(time_table_[look.bucket]);
+            bias.upper = splat(time_table_[look.bucket + 1]);
+        } else if constexpr (kLookUp != LookUp::kOne) {
+            bias.table = time_table_;
+            bias.first = times_.first(tile, key, v);
+            bias.index = times_.index(tile, key, v);
+            if constexpr (kLookUp == LookUp::kPermute) bias.window = load(time_table_ + *bias.first);
+        }
+        if constexpr (kPosition) bias.diagonal = positions_.diagonal(position_of(tile, v), block_ + key);
         return bias;
     }
 
-    // The same of any strip, with those of kOne, and −inf where the key is hidden.
+    // Biases of vector `v` of a tile's queries and one key of any strip, with those of kOne, −inf where it is hidden.
     [[nodiscard]] Floats masked(std::int64_t tile, std::int64_t key, int v) const {
         const std::int64_t i = position_of(tile, v), j = block_ + key;
         Floats bias{};
         if (in_.time.table) {
-            const Strip one = strip(tile, key / kStrip);
-            bias = one.look_up == LookUp::kOne ? splat(of_bucket(one.bucket))
-                                               : times_.values<LookUp::kGather>(tile, key, v, time_table_);
+            const Look look = strip(tile, key / kStrip).tile;
+            if (look.look_up == LookUp::kOne)
+                bias = splat(of_bucket(look.bucket));
+            else if (look.look_up == LookUp::kCompare)
+                bias = times_.comparison(tile, v, look.bucket).is_upper(key) ? splat(of_bucket(look.bucket + 1))
+                                                                             : splat(of_bucket(look.bucket));
+            else
+                bias = TimeBuckets::look_up<LookUp::kGather>(time_table_ + *times_.first(tile, key, v),
+                                                             load_indices(times_.index(tile, key, v)));
         }
         if (in_.position.table) bias += positions_.values(i, j, sequence_->mask.history());
         return seen(tile * kWidth + v * kLanes, i, j) ? bias : splat(-kInfinity);
@@ -129,6 +173,7 @@ private:
     const float* time_table_ = nullptr;
     std::int64_t rows_ = 0, position_ = 0;   // of the part
     std::int64_t block_ = 0, num_keys_ = 0;  // first key of the block, and how many
+    std::int64_t head_ = -1;                 // that the tables are of; −1: none yet in this block
 };
 
 // Calls work<look-up, position>() for a whole strip.
@@ -143,6 +188,8 @@ inline void with_look_up(LookUp look_up, bool position, Work work) {
     switch (look_up) {
         case LookUp::kOne:
             return with_position.template operator()<LookUp::kOne>();
+        case LookUp::kCompare:
+            return with_position.template operator()<LookUp::kCompare>();
         case LookUp::kPermute:
             return with_position.template operator()<LookUp::kPermute>();
         case LookUp::kPermuteTwo:

@@ -1,8 +1,8 @@
 // The time buckets of a part's queries against one block of keys: found once, looked up by every head.
 //
 // Times are sorted, so the corners of a rectangle of queries × keys bound its differences, and its buckets are an
-// interval. Most rectangles lie in one bucket; the others keep an index a pair, counted from the least bucket of the
-// vector of queries and the key.
+// interval. Most rectangles lie in one bucket or two; the others keep an index a pair, counted from their least bucket
+// where they have few, elsewhere from the least of a vector of queries and a key.
 #pragma once
 
 #include "attention_kernels.h"
@@ -15,17 +15,22 @@ namespace {
 constexpr int kWidth = 2 * kLanes;   // queries of a tile, in two vectors
 constexpr std::int64_t kStrip = 16;  // keys of a rectangle
 
-// How a strip of keys × a tile of queries finds its biases: one value, a permutation of 1, 2 or 4 vectors, a gather.
+// How a strip of keys × a tile of queries finds its biases: one value, one of two by a comparison, a permutation of a
+// vector that is the same for all keys, a permutation of 2 or 4 vectors, a gather.
 // With AVX2 four are still faster than the gather: 14 % of a forward of 64 events with 16 channels.
-enum class LookUp : std::uint8_t { kOne, kPermute, kPermuteTwo, kPermuteFour, kGather };
+enum class LookUp : std::uint8_t { kOne, kCompare, kPermute, kPermuteTwo, kPermuteFour, kGather };
 
 struct Buckets {
     std::int32_t least, most;
 };
 
-struct Strip {
+struct Look {
     LookUp look_up = LookUp::kOne;
-    std::int32_t bucket = 0;  // with kOne
+    std::int32_t bucket = 0;  // of kOne; the lower one of kCompare
+};
+
+struct Strip {
+    Look tile, vectors[2];    // those of one vector of queries may be simpler
     std::int32_t widest = 0;  // the most that an index is
 };
 
@@ -47,11 +52,11 @@ inline std::int32_t bucket_of(const BucketTable& table, std::int64_t difference)
 
 class TimeBuckets {
 public:
-    // For at most `tiles` tiles of queries and `keys` keys a block.
+    // For at most `tiles` tiles of queries and `keys` keys a block, whole strips.
     TimeBuckets(const AttentionInputs& in, const BiasTables* tables, std::int64_t tiles, std::int64_t keys,
                 Arena& arena)
         : in_(in), tables_(tables), keys_(keys) {
-        strips_ = arena.array<Strip>(tiles * ((keys + kStrip - 1) / kStrip));
+        strips_ = arena.array<Strip>(tiles * (keys / kStrip));
         if (!in.time.table) return;
         query_times_ = arena.array<std::int32_t>(tiles * kWidth);
         key_times_ = arena.array<std::int32_t>(keys);
@@ -72,50 +77,46 @@ public:
         if (!in_.time.table) return;
         buckets_ = {static_cast<std::int32_t>(in_.time.num_thresholds), 0};
         times_ = in_.k_times + k_row;
-        for (std::int64_t j = 0; j < num_keys; ++j) key_times_[j] = static_cast<std::int32_t>(times_[j]);
+        for (std::int64_t j = 0; j < round_up(num_keys, kStrip); ++j)
+            key_times_[j] = static_cast<std::int32_t>(times_[smaller(j, num_keys - 1)]);
     }
 
     void find(std::int64_t tile) {
-        const std::int64_t num_strips = (num_keys_ + kStrip - 1) / kStrip;
-        Strip* strips = strips_ + tile * ((keys_ + kStrip - 1) / kStrip);
-        for (std::int64_t s = 0; s < num_strips; ++s) strips[s] = {};
-        if (!in_.time.table) return;
-        const std::int64_t begin = tile * kWidth, last = smaller(begin + kWidth, rows_) - 1;
-        const std::int64_t most = elapsed(queries_[last], times_[0]),
-                           least = elapsed(queries_[begin], times_[num_keys_ - 1]);
-        const std::int32_t high = bucket_of(in_.time, most), low = bucket_of(in_.time, least);
-        buckets_ = {smaller(buckets_.least, low), larger(buckets_.most, high)};
-        if (low == high)
-            for (std::int64_t s = 0; s < num_strips; ++s) strips[s].bucket = low;
-        else if (most < INT32_MAX && least > INT32_MIN)
-            find_strips(tile, high, strips);
-        else
-            find_far_apart(tile, strips);
+        for (std::int64_t begin = 0; begin < num_keys_; begin += kStretch)
+            find(tile, begin, smaller(begin + kStretch, num_keys_));
     }
 
     // Buckets of all pairs of the block and the tiles found.
     [[nodiscard]] Buckets buckets() const { return buckets_; }
 
     // Of vector `v` of a tile's queries and one key of a strip that is not kOne: buckets, counted from `first`.
-    [[nodiscard]] std::int32_t first(std::int64_t tile, std::int64_t key, int v) const {
-        return first_[(tile * keys_ + key) * 2 + v];
+    [[nodiscard]] const std::int32_t* first(std::int64_t tile, std::int64_t key, int v) const {
+        return first_ + (tile * keys_ + key) * 2 + v;
     }
     [[nodiscard]] const std::uint16_t* index(std::int64_t tile, std::int64_t key, int v) const {
         return index_ + (tile * keys_ + key) * kWidth + v * kLanes;
     }
 
     [[nodiscard]] const Strip* strips(std::int64_t tile) const {
-        return strips_ + tile * ((keys_ + kStrip - 1) / kStrip);
+        return strips_ + tile * (keys_ / kStrip);
     }
 
-    // Biases of vector `v` of a tile's queries and one key, from one head's table.
+    // Which lanes of vector `v` of a tile's queries are in the upper one of the two buckets of a strip with kCompare.
+    struct Comparison {
+        Ints queries, threshold;
+        const std::int32_t* keys;  // of the block
+        [[nodiscard]] Ints is_upper(std::int64_t key) const {
+            return alure::minus(queries, splat(keys[key])) >= threshold;
+        }
+    };
+    [[nodiscard]] Comparison comparison(std::int64_t tile, int v, std::int32_t bucket) const {
+        return {load_ints(query_times_ + tile * kWidth + v * kLanes), splat(tables_->thresholds[bucket]), key_times_};
+    }
+
+    // Lane i is window[index[i]].
     template <LookUp kLookUp>
-    [[nodiscard]] Floats values(std::int64_t tile, std::int64_t key, int v, const float* table) const {
-        const float* window = table + first(tile, key, v);
-        const Ints index = load_indices(this->index(tile, key, v));
-        if constexpr (kLookUp == LookUp::kPermute)
-            return permute(load(window), index);
-        else if constexpr (kLookUp == LookUp::kPermuteTwo)
+    static Floats look_up(const float* window, Ints index) {
+        if constexpr (kLookUp == LookUp::kPermuteTwo)
             return permute_two(window, index);
         else if constexpr (kLookUp == LookUp::kPermuteFour)
             return index < 2 * kLanes ? permute_two(window, index & (2 * kLanes - 1))
@@ -125,6 +126,29 @@ public:
     }
 
 private:
+    static constexpr std::int64_t kStretch = 128;  // keys whose buckets are found together
+
+    void find(std::int64_t tile, std::int64_t begin, std::int64_t end) {
+        Strip* strips = strips_ + tile * (keys_ / kStrip);
+        const auto fill = [&](Look look) {
+            for (std::int64_t key = begin; key < end; key += kStrip) strips[key / kStrip] = {look, {look, look}};
+        };
+        if (!in_.time.table) return fill({});
+        const std::int64_t first = tile * kWidth, last = smaller(first + kWidth, rows_) - 1;
+        const std::int64_t most = elapsed(queries_[last], times_[begin]),
+                           least = elapsed(queries_[first], times_[end - 1]);
+        const std::int32_t high = bucket_of(in_.time, most), low = bucket_of(in_.time, least);
+        buckets_ = {smaller(buckets_.least, low), larger(buckets_.most, high)};
+        if (low == high)
+            fill({LookUp::kOne, low});
+        else if (most < INT32_MAX && least > INT32_MIN)
+            find_strips(tile, begin, end, high, strips);
+        else {
+            find_far_apart(tile, begin, end);
+            fill({LookUp::kGather});
+        }
+    }
+
     static Floats permute_two(const float* window, Ints index) {
 #if defined(__AVX512F__) && ALURE_VECTOR_BYTES == 64
         return _mm512_permutex2var_ps(load(window), reinterpret_cast<__m512i>(index), load(window + kLanes));
@@ -142,65 +166,94 @@ private:
     }
 
     // All differences fit int32, so those of times cut to int32 are right. Along the keys they only fall.
-    void find_strips(std::int64_t tile, std::int32_t high, Strip* strips) {
+    void find_strips(std::int64_t tile, std::int64_t begin, std::int64_t end, std::int32_t high, Strip* strips) {
         const std::int32_t* queries = query_times_ + tile * kWidth;
         std::int32_t low = high;
-        for (std::int64_t begin = 0; begin < num_keys_; begin += kStrip) {
-            const std::int64_t end = smaller(begin + kStrip, num_keys_);
-            high = fall(high, minus(queries[kWidth - 1], key_times_[begin]));
-            low = fall(low, minus(queries[0], key_times_[end - 1]));
-            strips[begin / kStrip] = low == high ? Strip{LookUp::kOne, low} : find_rows(tile, begin, end, high);
+        for (std::int64_t key = begin; key < end; key += kStrip) {
+            high = fall(high, minus(queries[kWidth - 1], key_times_[key]));
+            low = fall(low, minus(queries[0], key_times_[key + kStrip - 1]));
+            Strip& strip = strips[key / kStrip];
+            if (low == high)
+                strip = {{LookUp::kOne, low}, {{LookUp::kOne, low}, {LookUp::kOne, low}}};
+            else if (high - low < kLanes)
+                strip = find_few(tile, key, low, high);
+            else
+                strip = find_rows(tile, key);
         }
     }
 
-    Strip find_rows(std::int64_t tile, std::int64_t begin, std::int64_t end, std::int32_t bucket) {
-        const std::int32_t* queries = query_times_ + tile * kWidth;
-        std::int32_t high[2] = {bucket, bucket}, low[2] = {bucket, bucket}, widest = 0;
-        for (std::int64_t key = begin; key < end; ++key) {
-            const std::int64_t row = tile * keys_ + key;
-            for (int v = 0; v < 2; ++v) {
-                const std::int32_t* lanes = queries + v * kLanes;
-                high[v] = fall(high[v], minus(lanes[kLanes - 1], key_times_[key]));
-                low[v] = fall(low[v], minus(lanes[0], key_times_[key]));
-                first_[row * 2 + v] = low[v];
-                const Ints index = indices(alure::minus(load_ints(lanes), splat(key_times_[key])), low[v], high[v]);
-                store_indices(index_ + row * kWidth + v * kLanes, index);
-                widest = larger(widest, high[v] - low[v]);
+    // A strip whose buckets, low to high, are few.
+    Strip find_few(std::int64_t tile, std::int64_t begin, std::int32_t low, std::int32_t high) {
+        const auto look = [](std::int32_t least, std::int32_t most) {
+            return Look{most == least ? LookUp::kOne : most == least + 1 ? LookUp::kCompare : LookUp::kPermute, least};
+        };
+        Strip strip{look(low, high), {}, high - low};
+        for (int v = 0; v < 2; ++v) {
+            const std::int32_t* lanes = query_times_ + tile * kWidth + v * kLanes;
+            const std::int32_t most = fall(high, minus(lanes[kLanes - 1], key_times_[begin]));
+            const std::int32_t least = fall(most, minus(lanes[0], key_times_[begin + kStrip - 1]));
+            strip.vectors[v] = look(least, most);
+            if (strip.tile.look_up == LookUp::kCompare) continue;
+            const Ints queries = load_ints(lanes);
+            for (std::int64_t key = begin; key < begin + kStrip; ++key) {
+                const Ints buckets = buckets_of(alure::minus(queries, splat(key_times_[key])), least, most);
+                store_indices(index_ + (tile * keys_ + key) * kWidth + v * kLanes, buckets - low);
+                first_[(tile * keys_ + key) * 2 + v] = low;
             }
         }
-        if (widest < kLanes) return {LookUp::kPermute, 0, widest};
-        if (widest < 2 * kLanes) return {LookUp::kPermuteTwo, 0, widest};
-        if (widest < 4 * kLanes) return {LookUp::kPermuteFour, 0, widest};
-        return {LookUp::kGather, 0, widest};
+        return strip;
     }
 
-    // Buckets of the differences, counted from `low`.
-    [[nodiscard]] Ints indices(Ints differences, std::int32_t low, std::int32_t high) const {
-        Ints index{};
-        if (high - low <= 8 + 4 * tables_->most_in_cell) {
-            for (std::int32_t b = low; b < high; ++b) index -= differences >= tables_->thresholds[b];  // true is −1
-            return index;
+    Strip find_rows(std::int64_t tile, std::int64_t begin) {
+        std::int32_t widest = 0;
+        for (std::int64_t key = begin; key < begin + kStrip; ++key) {
+            const std::int64_t row = tile * keys_ + key;
+            for (int v = 0; v < 2; ++v) {
+                const Ints queries = load_ints(query_times_ + tile * kWidth + v * kLanes);
+                const Ints buckets = buckets_of(alure::minus(queries, splat(key_times_[key])));
+                const std::int32_t low = buckets[0], high = larger(low, std::int32_t{buckets[kLanes - 1]});
+                first_[row * 2 + v] = low;
+                store_indices(index_ + row * kWidth + v * kLanes, clamp(buckets, low, high) - low);
+                widest = larger(widest, high - low);
+            }
         }
+        const Look look{widest < 2 * kLanes   ? LookUp::kPermuteTwo
+                        : widest < 4 * kLanes ? LookUp::kPermuteFour
+                                              : LookUp::kGather};
+        return {look, {look, look}, widest};
+    }
+
+    // Of differences from bucket `low` to bucket `high`.
+    [[nodiscard]] Ints buckets_of(Ints differences, std::int32_t low, std::int32_t high) const {
+        if (high - low > 8 + 4 * tables_->most_in_cell) return clamp(buckets_of(differences), low, high);
+        Ints buckets = splat(low);
+        for (std::int32_t b = low; b < high; ++b) buckets -= differences >= tables_->thresholds[b];  // true is −1
+        return buckets;
+    }
+    [[nodiscard]] Ints buckets_of(Ints differences) const {
         const Ints largest = splat(std::int32_t{INT32_MAX - 1});
         differences = differences < largest ? differences : largest;
         const Ints bits = reinterpret_cast<Ints>(__builtin_convertvector(differences, Floats));
-        index = gather(tables_->cells, bits >> 22 & 1023);
+        Ints buckets = gather(tables_->cells, bits >> 22 & 1023);
         for (std::int64_t i = 0; i < tables_->most_in_cell; ++i)
-            index -= differences >= gather(tables_->thresholds, index);
-        index = index < low ? splat(low) : index > high ? splat(high) : index;  // times out of order stay in bounds
-        return index - low;
+            buckets -= differences >= gather(tables_->thresholds, buckets);
+        return buckets;
+    }
+    // Buckets of times out of order stay in bounds.
+    static Ints clamp(Ints buckets, std::int32_t low, std::int32_t high) {
+        return buckets < low ? splat(low) : buckets > high ? splat(high) : buckets;
     }
 
     // Differences beyond int32: one binary search a pair.
-    void find_far_apart(std::int64_t tile, Strip* strips) {
-        for (std::int64_t key = 0; key < num_keys_; ++key) {
+    void find_far_apart(std::int64_t tile, std::int64_t begin, std::int64_t end) {
+        for (std::int64_t key = begin; key < round_up(end, kStrip); ++key) {
+            const std::int64_t time = times_[smaller(key, num_keys_ - 1)];
             const std::int64_t row = tile * keys_ + key;
             first_[row * 2] = first_[row * 2 + 1] = 0;
             for (std::int64_t i = 0; i < kWidth; ++i) {
                 const std::int64_t query = queries_[smaller(tile * kWidth + i, rows_ - 1)];
-                index_[row * kWidth + i] = static_cast<std::uint16_t>(bucket_of(in_.time, elapsed(query, times_[key])));
+                index_[row * kWidth + i] = static_cast<std::uint16_t>(bucket_of(in_.time, elapsed(query, time)));
             }
-            strips[key / kStrip].look_up = LookUp::kGather;
         }
     }
 
@@ -213,7 +266,7 @@ private:
     const std::int64_t keys_;
     Strip* strips_;                        // [tiles, strips of a block]
     std::int32_t* query_times_ = nullptr;  // cut to int32; behind the last query, its time again
-    std::int32_t* key_times_ = nullptr;
+    std::int32_t* key_times_ = nullptr;    // behind the last key, up to a whole strip, its time again
     std::int32_t* first_ = nullptr;   // [tiles, keys, 2]
     std::uint16_t* index_ = nullptr;  // [tiles, keys, kWidth]
     const std::int64_t* queries_ = nullptr;

@@ -93,6 +93,7 @@ def test_cross_attention(option: str, instruction_set: str, poisoned: None) -> N
     span=st.sampled_from([1, 1000, 10**8, 2**40]),
 )
 @example([(3, 1)], 1, 1, (0, 1), False, 0, 1)  # queries before the first key, a window wider than the keys
+@example([(31, 270), (124, 300), (130, 70), (140, 71)], 25, 1, (183, 79), False, 3, 1)  # all in one bucket
 def test_any_batch(lengths, head_dim, num_heads, window, causal, seed, span) -> None:
     q_lengths, k_lengths = zip(*lengths)
     problem = random_problem(q_lengths, k_lengths, num_heads=num_heads, head_dim=head_dim, seed=seed, span=span)
@@ -197,6 +198,33 @@ def test_gradients_in_bfloat16_with_masks_and_cross_attention(option: str, bfloa
 def test_gradients_of_many_parts_in_bfloat16(bfloat16_set: str, poisoned: None) -> None:
     """More queries than a part has, whose gradients of keys are added up in turns."""
     assert_gradients_exact_in_bfloat16(replace(random_problem([560], num_heads=1, head_dim=8), window_size=(150, 90)))
+
+
+@pytest.mark.parametrize("option", [*OPTIONS, "targets"])
+def test_bfloat16_around_the_edges_of_long_blocks(option: str, bfloat16_set: str, poisoned: None) -> None:
+    """Streams of tiles: blocks of 1,024 keys, several key heads in one, ends within a tile and within its half."""
+    lengths = [1025, 300, 9, 2061] if bfloat16_set != EMULATED else [1041, 9, 300]
+    masks = OPTIONS.get(option, {"num_targets": torch.tensor([20, 0, 2, 40])[: len(lengths)]})
+    problem = random_problem(lengths, num_heads=2, num_kv_heads=1, head_dim=20, seed=5)
+    assert_exact_in_bfloat16(replace(problem, **masks))
+    many = random_problem([40, 70, 90], num_heads=6, num_kv_heads=3, head_dim=64, num_groups=2)
+    assert_exact_in_bfloat16(many)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("shift", [-1e4, -150.0, -60.0, -33.0, 33.0, 60.0, 88.0, 150.0, 1e4])
+def test_a_bias_that_all_share_changes_nothing(shift: float, dtype: torch.dtype, bfloat16_set: str) -> None:
+    """However far it takes weights from what a float can hold, in one head or in all."""
+    problem = random_problem([150, 0, 33, 1], head_dim=16, num_heads=2).to(dtype)
+    rounded = 2 * abs(shift) * torch.finfo(torch.float32).eps  # of a logit
+    for options in OPTIONS.values():
+        masked = replace(problem, **options)
+        exact = masked.to(torch.float64).run("reference").detach()
+        for heads in ([1], [0, 1]):
+            table = problem.time_table.detach().clone()
+            table[..., heads, :] += shift
+            error = (forward_only(replace(masked, time_table=table), dtype).double() - exact).abs().max()
+            assert error <= 4 * (rounded + (1e-6 if dtype == torch.float32 else 2**-7))
 
 
 def forward_only(problem: Problem, dtype: torch.dtype) -> Tensor:
