@@ -220,7 +220,7 @@ private:
             weigh_rows(s, begin, end, [&](std::int64_t key, int v) ALURE_INLINE {
                 Floats bias = biases[v].of(key - begin);
                 if constexpr (kLookUp == LookUp::kOne) bias += base;
-                return exp2_or_zero<Products::kDegree>(load(products_.scores(key) + v * kLanes) * factor + bias);
+                return exp2_clamped<Products::kDegree>(load(products_.scores(key) + v * kLanes) * factor + bias);
             });
         });
     }
