@@ -2,14 +2,63 @@
 #pragma once
 
 #include "encoding_forward.h"
+#include "panels.h"
 
 namespace alure {
 namespace {
 
+constexpr std::int64_t kAhead = 12;   // events whose rows of the table are on their way
+constexpr std::int64_t kDepth = 256;  // of a product at a time: two panels of it are 32 KiB at most
+
+// Floats from one event's gathered rows to the next's. An odd number of cache lines: the columns of a block must not
+// share cache sets.
+inline std::int64_t id_stride(const EncodingInputs& in) { return (round_up(in.id_features(), 16) / 16 | 1) * 16; }
+
+// Weights transposed, as panels [width, features]: of ids, then of content.
+struct TransposedWeights {
+    TransposedWeights(const EncodingInputs& in, float* base)
+        : ids(base), dense(ids + in.width * round_up(in.id_features(), kLanes)) {}
+
+    float *ids, *dense;
+};
+
 inline void pack_backward(const EncodingInputs& in, float* base) {
-    const PackedWeights packed(in, base, true);
+    const TransposedWeights packed(in, base);
     pack_transposed(in.id_weight, in.width, in.id_features(), in.width, 0, in.width, packed.ids);
     if (in.dense) pack_transposed(in.dense_weight, in.width, in.d_dense, in.width, 0, in.width, packed.dense);
+}
+
+inline std::int64_t packed_floats(const EncodingInputs& in) {
+    const std::int64_t transposed = round_up(in.id_features(), kLanes) + round_up(in.d_dense, kLanes);
+    return larger(in.features() * padded_width(in), in.width * transposed);
+}
+
+template <class T>
+inline void gather(const EncodingInputs& in, const T* table, const EventRows& rows, float* found) {
+    const std::int64_t stride = id_stride(in);
+    for (std::int64_t row = rows.begin; row < rows.end; ++row, found += stride) {
+        if (row + kAhead < rows.end)
+            for (std::int64_t a = 0; a < in.attributes; ++a) {
+                const std::int64_t id = in.ids[(row + kAhead) * in.attributes + a];
+                if (id >= 0) prefetch_row(table + id * in.d_e, in.d_e);
+            }
+        for (std::int64_t a = 0; a < in.attributes; ++a) {
+            const std::int64_t id = in.ids[row * in.attributes + a];
+            float* to = found + a * in.d_e;
+            if (id >= 0)
+                copy_row(table + id * in.d_e, in.d_e, to);
+            else
+                for (std::int64_t d = 0; d < in.d_e; ++d) to[d] = 0.0f;
+        }
+    }
+}
+
+// found [rows, id_stride]: the table's rows of every event's ids as floats, zeros where one is missing.
+inline void gather(const EncodingInputs& in, const EventRows& rows, float* found) {
+    if (in.element == Element::kFloat32)
+        gather(in, static_cast<const float*>(in.table), rows, found);
+    else
+        gather(in, static_cast<const Bfloat16*>(in.table), rows, found);
 }
 
 struct BackwardScratch {
@@ -28,7 +77,9 @@ struct BackwardScratch {
 inline void multiply_transposed(std::int64_t rows, const float* x, std::int64_t depth, const float* weight,
                                 std::int64_t columns, float* y, std::int64_t stride) {
     for (std::int64_t i = 0; i < rows; ++i) fill(y + i * stride, {0, columns}, Floats{});
-    multiply_deep<Left::kRowMajor>(rows, x, depth, weight, columns, depth, y, stride);
+    for (std::int64_t k = 0; k < depth; k += kDepth)
+        multiply<Left::kRowMajor>(rows, x + k, depth, weight + k * kLanes, depth * kLanes, columns,
+                                  smaller(kDepth, depth - k), y, stride);
 }
 
 bool backward(const EncodingInputs& in, const float* packed_weights, const EventRows& rows, const BlockGradients& to,
@@ -36,7 +87,7 @@ bool backward(const EncodingInputs& in, const float* packed_weights, const Event
     EventColumns columns;
     if (!read_columns(in, rows, columns)) return false;
     const BackwardScratch s(in, base);
-    const PackedWeights packed(in, const_cast<float*>(packed_weights), true);
+    const TransposedWeights packed(in, const_cast<float*>(packed_weights));
     const std::int64_t num_rows = rows.end - rows.begin, stride = padded_width(in);
     const float* grad_out = to.grad_out + rows.begin * in.width;
     const float* dense = in.dense ? in.dense + rows.begin * in.d_dense : nullptr;
@@ -79,7 +130,6 @@ inline bool contains(const Range& range, std::int64_t i) { return range.begin <=
 
 void scatter(const EncodingInputs& in, const EventRows& rows, const float* grad_out, const float* d_found,
              const Share& share, const TableSums& sums) {
-    constexpr std::int64_t kAhead = 12;
     const Range ids = share_of(share, in.num_rows), positions = share_of(share, in.num_positions);
     const Range frequencies = share_of(share, in.num_frequencies);
     const std::int64_t stride = id_stride(in);

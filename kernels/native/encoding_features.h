@@ -7,7 +7,8 @@
 namespace alure {
 namespace {
 
-constexpr std::int64_t kEventBlock = 96;  // divisible by kRows; 160 gathered floats a row are 60 KiB, in the second cache
+// Divisible by kRows. What the backward gathers, 160 floats an event, is 60 KiB then and stays in the second cache.
+constexpr std::int64_t kEventBlock = 96;
 constexpr std::int64_t kFarthest = std::int64_t{1} << 61;  // arguments.py: differences of times stay within int64
 constexpr std::int64_t kMostCounts = (std::int64_t{1} << 62) - 1;
 constexpr std::int64_t kExactTime = std::int64_t{1} << 51, kExactPeriod = std::int64_t{1} << 50;
@@ -67,8 +68,10 @@ inline std::int64_t frequency_of(const EncodingInputs& in, std::int64_t row) {
 inline bool read_columns(const EncodingInputs& in, const EventRows& rows, EventColumns& columns) {
     bool sound = true;
     columns.exact = true;
+    std::uint64_t largest = 0;  // of ids + 1
     for (std::int64_t i = rows.begin * in.attributes; i < rows.end * in.attributes; ++i)
-        sound &= within(in.ids[i], -1, in.num_rows - 1);
+        largest = larger(largest, static_cast<std::uint64_t>(in.ids[i]) + 1);
+    if (largest > static_cast<std::uint64_t>(in.num_rows)) return false;
     std::int64_t sequence = rows.sequence;
     for (std::int64_t row = rows.begin; row < rows.end; ++row) {
         while (row >= in.offsets[sequence + 1]) ++sequence;

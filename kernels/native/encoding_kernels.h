@@ -34,6 +34,8 @@ struct EncodingInputs {
 
     [[nodiscard]] std::int64_t id_features() const { return attributes * d_e; }
     [[nodiscard]] std::int64_t time_features() const { return 2 + 2 * num_periods; }
+    // What an event's embedding is a product of: rows of the table, content, time.
+    [[nodiscard]] std::int64_t features() const { return id_features() + d_dense + time_features(); }
 };
 
 // Rows [begin, end) of the batch, at most `block` of them; `sequence` is the one that holds the first.
