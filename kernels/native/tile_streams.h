@@ -35,7 +35,8 @@ public:
         with_shape([&]<int kDepth, int kSums>() {
             step<kDepth, kSums>({held_.stream, held_.strip, false});
             start_sums<kSums>();
-            multiply_values<kSums>(done_.values(), weights_[1 - turn_]);
+            const Tiles<kDepth, kSums> tiles{nullptr, done_.values(), weights_[1 - turn_], scores_[1 - turn_]};
+            tiles.template multiply_four<4>();
             store_sums<kSums>();
         });
         held_ = done_ = {};
@@ -113,18 +114,18 @@ private:
     template <int kDepth, int kSums>
     void step(Slice next) {
         if (next.is_first) load_queries<kDepth>(*next.stream);
-        if (!held_.stream) {
-            multiply_keys<kDepth>(next.keys(), scores_[turn_]);
-            multiply_keys<kDepth>(next.keys() + kStrip * kDepth * 32, scores_[turn_] + kStripScores);
-        } else {
+        const Slice& before = done_.stream ? done_ : held_.stream ? held_ : next;
+        const Tiles<kDepth, kSums> tiles{next.keys(), before.values(), weights_[1 - turn_], scores_[1 - turn_]};
+        if (held_.stream) {
             start_sums<kSums>();
-            const Tiles<kDepth, kSums> tiles{next.keys(), (done_.stream ? done_ : held_).values(), weights_[1 - turn_],
-                                             scores_[1 - turn_]};
             weigh<0>(tiles);
             weigh<1>(tiles);
             done_ = held_;
-            turn_ = 1 - turn_;
+        } else {
+            tiles.template multiply_four<0>();
+            tiles.template multiply_four<4>();  // stores the last scores; what it sums is nobody's
         }
+        turn_ = 1 - turn_;
         held_ = next;
         bias_.start_head(next.stream->head);
     }
@@ -169,25 +170,6 @@ private:
     static void load_queries(const Stream& stream) {
         load_tile<4>(stream.queries, kWidth * 4);
         if constexpr (kDepth == 2) load_tile<5>(stream.queries + 16 * kWidth, kWidth * 4);
-    }
-    template <int kDepth>
-    static void multiply_keys(const Bfloat16* keys, float* scores) {
-        clear_tile<6>();
-        load_tile<7>(keys, kDepth * 64);
-        multiply_tiles<6, 7, 4>();
-        if constexpr (kDepth == 2) {
-            load_tile<7>(keys + 32, kDepth * 64);
-            multiply_tiles<6, 7, 5>();
-        }
-        store_tile<6>(scores, 64);
-    }
-    template <int kSums>
-    static void multiply_values(const Bfloat16* values, const std::int32_t* weights) {
-        load_tile<6>(weights, 64);
-        for_tiles<kSums>([&]<int kTile>() {
-            load_tile<7>(values + kTile * 16 * kSlice, 64);
-            multiply_tiles<kTile, 7, 6>();
-        });
     }
 
     // Where the slice whose values come next is its stream's first, its sums take the place of the stream's before.

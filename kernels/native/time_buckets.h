@@ -130,23 +130,19 @@ private:
 
     void find(std::int64_t tile, std::int64_t begin, std::int64_t end) {
         Strip* strips = strips_ + tile * (keys_ / kStrip);
-        const auto fill = [&](Look look) {
+        const auto look_all = [&](Look look) {
             for (std::int64_t key = begin; key < end; key += kStrip) strips[key / kStrip] = {look, {look, look}};
         };
-        if (!in_.time.table) return fill({});
+        if (!in_.time.table) return look_all({});
         const std::int64_t first = tile * kWidth, last = smaller(first + kWidth, rows_) - 1;
         const std::int64_t most = elapsed(queries_[last], times_[begin]),
                            least = elapsed(queries_[first], times_[end - 1]);
         const std::int32_t high = bucket_of(in_.time, most), low = bucket_of(in_.time, least);
         buckets_ = {smaller(buckets_.least, low), larger(buckets_.most, high)};
-        if (low == high)
-            fill({LookUp::kOne, low});
-        else if (most < INT32_MAX && least > INT32_MIN)
-            find_strips(tile, begin, end, high, strips);
-        else {
-            find_far_apart(tile, begin, end);
-            fill({LookUp::kGather});
-        }
+        if (low == high) return look_all({LookUp::kOne, low});
+        if (most < INT32_MAX && least > INT32_MIN) return find_strips(tile, begin, end, high, strips);
+        find_far_apart(tile, begin, end);
+        look_all({LookUp::kGather});
     }
 
     static Floats permute_two(const float* window, Ints index) {
@@ -267,8 +263,8 @@ private:
     Strip* strips_;                        // [tiles, strips of a block]
     std::int32_t* query_times_ = nullptr;  // cut to int32; behind the last query, its time again
     std::int32_t* key_times_ = nullptr;    // behind the last key, up to a whole strip, its time again
-    std::int32_t* first_ = nullptr;   // [tiles, keys, 2]
-    std::uint16_t* index_ = nullptr;  // [tiles, keys, kWidth]
+    std::int32_t* first_ = nullptr;        // [tiles, keys, 2]
+    std::uint16_t* index_ = nullptr;       // [tiles, keys, kWidth]
     const std::int64_t* queries_ = nullptr;
     const std::int64_t* times_ = nullptr;
     std::int64_t rows_ = 0, num_keys_ = 0;
