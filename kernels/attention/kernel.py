@@ -75,6 +75,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
             total_q,
             scale,
             **_constants(q, k, bias, plan, batch.rules is not None),
+            PLAIN=q.dtype != torch.float16,
             **_launch(config),
         )
     return out, lse

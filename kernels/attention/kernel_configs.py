@@ -105,6 +105,7 @@ def _case(name: str, dtype: str, head_dim: int, bias: str, config: Config, archi
         "BLOCK_N": config.block_n,
         "BLOCK_D": head_dim,
         "BLOCK_C": 16,
+        "PLAIN": True,
         "BLOCK_T": block(time_buckets, 16),
         "BLOCK_P": block(position_buckets, 16),
     }

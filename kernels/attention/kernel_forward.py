@@ -1,5 +1,9 @@
 """The forward kernel of jagged attention: out and lse of tiles of queries, one tile of one head at a time.
 
+A weight is 2^logit, as it is: no maxima, and nothing that was summed shrinks. Where a query's weights add up to
+something far from 1, its tile is computed again, with the query's maximum so far subtracted. float16 holds too few
+weights for that, so there maxima are always subtracted.
+
 Shapes and dtypes as in kernel.py; the records of tiles and pairs as in kernel_tiles.py.
 """
 
@@ -7,11 +11,13 @@ import triton
 import triton.language as tl
 
 from alure.kernels.attention.kernel_tiles import (
+    ALL,
     ENDS,
     FEW,
     GENERAL,
     LN2,
     LOG2E,
+    MOST_PLAIN,
     PAIR,
     SEVERAL,
     TILE,
@@ -67,6 +73,7 @@ def forward_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
     i_work = tl.program_id(0)
     i_head = tl.cast(i_work % HEADS, tl.int64)
@@ -111,10 +118,9 @@ def forward_kernel(
     position = (p_position_thresholds, p_position_cells, p_position_row, POSITION_BUCKETS)
     problem = (queries, keys, time, position, rules, p_pairs, p_tile + ENDS, scale)
 
-    maximum = tl.full([BLOCK_M], float("-inf"), tl.float32)
-    total = tl.zeros([BLOCK_M], tl.float32)
-    acc = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
-    state = (acc, maximum, total)
+    none = tl.zeros([BLOCK_M], tl.float32)
+    nothing = (tl.zeros([BLOCK_M, BLOCK_D], tl.float32), none + float("-inf"), none)
+    state = nothing
     state = attend(  # loop: uniform
         state,
         problem,
@@ -132,6 +138,7 @@ def forward_kernel(
         BLOCK_D,
         BLOCK_C,
         UNIFORM,
+        PLAIN,
     )
     if TIME_BUCKETS + POSITION_BUCKETS > 0:
         state = attend(  # loop: few
@@ -151,6 +158,7 @@ def forward_kernel(
             BLOCK_D,
             BLOCK_C,
             FEW,
+            PLAIN,
         )
         state = attend(  # loop: several
             state,
@@ -169,6 +177,7 @@ def forward_kernel(
             BLOCK_D,
             BLOCK_C,
             SEVERAL,
+            PLAIN,
         )
     state = attend(  # loop: general
         state,
@@ -187,14 +196,38 @@ def forward_kernel(
         BLOCK_D,
         BLOCK_C,
         GENERAL,
+        PLAIN,
     )
+    if PLAIN:
+        _, _, total = state
+        fits = (total > 1 / MOST_PLAIN) & (total < MOST_PLAIN)
+        if tl.min((fits | ~m_row).to(tl.int32), axis=0) == 0:
+            state = attend(  # loop: again
+                nothing,
+                problem,
+                HEAD_DIM,
+                TIME_BUCKETS,
+                POSITION_BUCKETS,
+                CHANNELS,
+                RULES,
+                TIME_STEPS,
+                POSITION_STEPS,
+                DOT,
+                PRECISION,
+                BLOCK_M,
+                BLOCK_N,
+                BLOCK_D,
+                BLOCK_C,
+                ALL,
+                False,
+            )
     acc, maximum, total = state
 
     seen = total > 0
     total = tl.where(seen, total, 1.0)
     p_row = p_out + (first * HEADS + i_head) * HEAD_DIM
     store_rows(p_row, acc / total[:, None], o_row, m_row, HEADS * HEAD_DIM, HEAD_DIM, BLOCK_D)
-    lse = tl.where(seen, (maximum + tl.log2(total)) * LN2, float("-inf"))
+    lse = tl.where(seen, (finite(maximum) + tl.log2(total)) * LN2, float("-inf"))
     tl.store(p_lse + i_head * total_q + first + o_row, lse, mask=m_row)
 
 
@@ -216,9 +249,12 @@ def attend(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     KIND: tl.constexpr,
+    PLAIN: tl.constexpr,
 ):
-    """The running (acc, maximum, total) after the pairs of one class."""
-    acc, maximum, total = state
+    """The running (acc, maximum, total) after the pairs of one class; of ALL, in the way of GENERAL. If PLAIN the maximum
+    is not read, and stays.
+    """
+    CLASS: tl.constexpr = GENERAL if KIND == ALL else KIND
     queries, keys, time, position, rules, p_pairs, p_ends, scale = problem
     acc, maximum, total = state
     b_q, b_qc, q_time, i = queries
@@ -226,14 +262,14 @@ def attend(
     p_time_row, p_position_row = time[2], position[2]
     history, n_k = rules[3], rules[4]
     BIASED: tl.constexpr = TIME_BUCKETS + POSITION_BUCKETS > 0
-    MASK: tl.constexpr = KIND == GENERAL
-    PARTS: tl.constexpr = 2 if BIASED and KIND >= SEVERAL and BLOCK_N > 16 else 1  # comparisons take registers
+    MASK: tl.constexpr = CLASS == GENERAL
+    PARTS: tl.constexpr = 2 if BIASED and CLASS >= SEVERAL and BLOCK_N > 16 else 1  # comparisons take registers
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     o_n = tl.arange(0, WIDTH)
     q_position = tl.minimum(i, history)
 
-    begin = tl.load(p_ends + KIND)
-    end = tl.load(p_ends + (KIND + 1 if BIASED or MASK else GENERAL))  # without a bias all but GENERAL are one loop
+    begin = tl.load(p_ends + (UNIFORM if KIND == ALL else CLASS))
+    end = tl.load(p_ends + (CLASS + 1 if BIASED or MASK else GENERAL))  # without a bias all but GENERAL are one loop
     for i_part in range(begin * PARTS, end * PARTS):
         p_pair = p_pairs + i_part // PARTS * PAIR
         start = tl.load(p_pair) + tl.cast(i_part % PARTS * WIDTH, tl.int32)
@@ -244,38 +280,51 @@ def attend(
         if CHANNELS > 0:
             b_kc = load_rows(p_kc + start_k * CHANNELS, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, MASK)
             logits = tl.dot(b_qc, tl.trans(b_kc), logits, input_precision=PRECISION)
-        if KIND == UNIFORM:
+        if CLASS == UNIFORM:
             bias = 0.0
             if TIME_BUCKETS > 0:
                 bias += tl.load(p_time_row + tl.load(p_pair + 1)) * LOG2E
             if POSITION_BUCKETS > 0:
                 bias += tl.load(p_position_row + tl.load(p_pair + 3)) * LOG2E
-            new = tl.maximum(maximum, tl.max(logits, axis=1) * (scale * LOG2E) + bias)
-            finite = tl.where(new == float("-inf"), 0.0, new)  # a row that has seen no key yet: 0, not −inf − (−inf)
-            weights = tl.exp2(logits * (scale * LOG2E) + (bias - finite)[:, None])
+            if PLAIN:
+                weights = tl.exp2(logits * (scale * LOG2E) + bias)
+            else:
+                new = tl.maximum(maximum, tl.max(logits, axis=1) * (scale * LOG2E) + bias)
+                reference = finite(new)
+                weights = tl.exp2(logits * (scale * LOG2E) + (bias - reference)[:, None])
         else:
             logits *= scale * LOG2E
             if TIME_BUCKETS > 0:
                 k_time = load_times(p_k_time + start, o_n, m_n, MASK)
-                COUNT: tl.constexpr = 1 if KIND == FEW else 3
+                COUNT: tl.constexpr = 1 if CLASS == FEW else 3
                 first = tl.load(p_pair + 1)
-                logits = add_bias(logits, q_time[:, None], k_time[None, :], time, first, COUNT, TIME_STEPS, KIND)
+                logits = add_bias(logits, q_time[:, None], k_time[None, :], time, first, COUNT, TIME_STEPS, CLASS)
             if POSITION_BUCKETS > 0:
                 q_place, k_place = places(q_position, start, o_n, history, MASK and RULES)
                 first = tl.load(p_pair + 3)
-                COUNT_P: tl.constexpr = 1 if KIND == FEW else 2
+                COUNT_P: tl.constexpr = 1 if CLASS == FEW else 2
                 logits = add_bias(
-                    logits, q_place[:, None], k_place[None, :], position, first, COUNT_P, POSITION_STEPS, KIND
+                    logits, q_place[:, None], k_place[None, :], position, first, COUNT_P, POSITION_STEPS, CLASS
                 )
             if MASK:
                 visible = visible_keys(i[:, None], (start + o_n)[None, :], rules, RULES)
                 logits = tl.where(visible, logits, float("-inf"))
-            new = tl.maximum(maximum, tl.max(logits, axis=1))
-            finite = tl.where(new == float("-inf"), 0.0, new)
-            weights = tl.exp2(logits - finite[:, None])
-        decay = tl.exp2(maximum - finite)
-        total = total * decay + tl.sum(weights, axis=1)
+            if PLAIN:
+                weights = tl.exp2(logits)
+            else:
+                new = tl.maximum(maximum, tl.max(logits, axis=1))
+                reference = finite(new)
+                weights = tl.exp2(logits - reference[:, None])
+        if not PLAIN:
+            decay = tl.exp2(maximum - reference)
+            acc, total, maximum = acc * decay[:, None], total * decay, new
+        total += tl.sum(weights, axis=1)
         b_v = load_rows(p_v + start_k * stride_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, MASK).to(DOT)
-        acc = tl.dot(weights.to(DOT), b_v, acc * decay[:, None], input_precision=PRECISION)
-        maximum = new
+        acc = tl.dot(weights.to(DOT), b_v, acc, input_precision=PRECISION)
     return acc, maximum, total
+
+
+@triton.jit
+def finite(maximum):
+    """0 for a row that has seen no key yet: not −inf − (−inf)."""
+    return tl.where(maximum == float("-inf"), 0.0, maximum)

@@ -10,12 +10,14 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+MOST_PLAIN = tl.constexpr(2.0**48)  # that plain weights of a query may add up to, and the inverse of the least
 
 # The classes of pairs of tiles; each has a loop of its own, because a loop with a branch in it is not pipelined.
 UNIFORM = tl.constexpr(0)  # one bucket of each bias, so one scalar; every pair is seen
 FEW = tl.constexpr(1)  # at most 1 threshold of each bias is crossed: compared; every pair is seen
 SEVERAL = tl.constexpr(2)  # at most 3 thresholds of time and 2 of position: compared; every pair is seen
 GENERAL = tl.constexpr(3)  # any number of thresholds: looked up; some pairs may be hidden
+ALL = tl.constexpr(4)  # pairs of any class, in the way of GENERAL
 
 TILE = tl.constexpr(15)  # q_begin, n_q, k_begin, n_k, start, left, right, contexts, history, group, ends of the classes
 ENDS = tl.constexpr(10)

@@ -96,6 +96,35 @@ def test_long_sequences_in_many_tiles(backend: str, device: str) -> None:
     compare(replace(problem, **OPTIONS["causal window"]), backend, device, torch.float32)
 
 
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=["fp32", "fp16"])
+@pytest.mark.parametrize("shift", [-1e4, -60.0, 60.0, 150.0, 1e4])
+def test_a_bias_that_all_share_changes_nothing(shift: float, dtype: torch.dtype, backend: str, device: str) -> None:
+    """However far it takes weights, 2^logit, from what a float can hold, in one head of two."""
+    require(backend, device)
+    if backend == "native" and dtype == torch.float16:
+        pytest.skip("native takes bfloat16 and float32")
+    problem = with_options("all", cross=False, head_dim=8, num_groups=2).to(dtype)
+    exact = problem.to(torch.float64).run("reference").detach()
+    table = problem.time_table.detach().clone()
+    table[:, 1] += shift
+    shifted = replace(problem, time_table=table).to(dtype, device)
+    error = (shifted.run(backend).detach().double().cpu() - exact).abs().max()
+    rounded = 2 * abs(shift) * torch.finfo(torch.float32).eps  # of a logit
+    assert error <= 4 * (rounded + torch.finfo(dtype).eps * 4)
+
+
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_logits_of_any_size_side_by_side(backend: str, device: str) -> None:
+    """In one tile queries whose logits are of a thousand, of one, and the same for all; values and gradients."""
+    require(backend, device)
+    problem = random_problem([70, 5], num_heads=2, head_dim=8)
+    size = torch.ones(75, 1, 1)
+    size[::3], size[1::3] = 1000.0, 0.0
+    q = (problem.q.detach() * size).requires_grad_()
+    compare(replace(problem, q=q), backend, device, torch.float32)
+
+
 def test_reference_in_chunks_of_queries(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("alure.kernels.attention.reference._PAIRS", 300)
     for option in OPTIONS:
