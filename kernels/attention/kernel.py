@@ -21,9 +21,9 @@ from torch import Tensor
 
 from alure.kernels.attention.arguments import Batch, Bias, Gradients, delta
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
-from alure.kernels.attention.kernel_configs import AHEAD_OF_TIME, AHEAD_OF_TIME_SLOW, Config, block, configs
+from alure.kernels.attention.kernel_configs import AHEAD_OF_TIME, AHEAD_OF_TIME_SLOW, block, configs
 from alure.kernels.attention.kernel_forward import forward_kernel
-from alure.kernels.attention.kernel_plan import Plan, Tiling, make_plan
+from alure.kernels.attention.kernel_plan import Plan, Sizes, Tiling, make_plan
 from alure.kernels.backend import triton_interprets
 
 __all__ = ["AHEAD_OF_TIME", "AHEAD_OF_TIME_SLOW", "backward", "forward", "prepare"]
@@ -39,7 +39,8 @@ def prepare(
     gradients: bool,
 ) -> tuple[Tensor, ...]:
     """The plan of `batch` for values of `dtype` and `head_dim` on `device`; see kernel_plan.py. Waits for the batch's
-    device once. Without gradients it serves the forward alone.
+    device once. Without gradients it serves the forward alone. The kernels take a plan's tiles, whatever their own
+    would be: it serves any device.
     """
     forward_config, q_config, kv_config = configs(dtype, head_dim, device)
     tilings = [
@@ -59,6 +60,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
         return out, lse
     config = configs(q.dtype, q.shape[2], q.device)[0]
     plan = _plan(q, batch, bias, gradients=False)
+    sizes = Sizes(*plan.sizes.shape)
     q, scale, _ = _positive(q, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
     with _device(q):
@@ -76,7 +78,9 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
             scale,
             **_constants(q, k, bias, plan, batch.rules is not None),
             PLAIN=q.dtype != torch.float16,
-            **_launch(config),
+            BLOCK_M=sizes.forward_m,
+            BLOCK_N=sizes.forward_n,
+            **config.launch_options(),
         )
     return out, lse
 
@@ -96,6 +100,7 @@ def backward(
     """All gradients; the weights are computed again from lse. See arguments.py."""
     _, q_config, kv_config = configs(q.dtype, q.shape[2], q.device)
     plan = _plan(q, batch, bias, gradients=True)
+    sizes = Sizes(*plan.sizes.shape)
     q, scale, factor = _positive(q, scale)
     q, k, v, grad_out = _rows(q), _rows(k), _rows(v), _rows(grad_out)
     num_heads, kv_heads = q.shape[1], k.shape[1]
@@ -132,7 +137,9 @@ def backward(
                 **constants,
                 BLOCK_T=block(constants["TIME_BUCKETS"], 16),
                 BLOCK_P=block(constants["POSITION_BUCKETS"], 16),
-                **_launch(q_config),
+                BLOCK_M=sizes.dq_m,
+                BLOCK_N=sizes.dq_n,
+                **q_config.launch_options(),
             )
         if len(plan.kv_tiles):
             backward_kv_kernel[(len(plan.kv_tiles) * kv_heads,)](
@@ -152,7 +159,9 @@ def backward(
                 q.shape[0],
                 scale,
                 **constants,
-                **_launch(kv_config),
+                BLOCK_M=sizes.dkdv_m,
+                BLOCK_N=sizes.dkdv_n,
+                **kv_config.launch_options(),
             )
     return Gradients(
         dq if factor == 1 else dq * factor,
@@ -223,7 +232,7 @@ def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dic
     channels = 0 if bias.q_cyclic is None else bias.q_cyclic.shape[2]
     dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
-    time_steps, position_steps, _ = plan.steps.shape
+    sizes = Sizes(*plan.sizes.shape)
     return {
         "HEADS": q.shape[1],
         "KV_HEADS": k.shape[1],
@@ -232,14 +241,11 @@ def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dic
         "POSITION_BUCKETS": 0 if bias.position_table is None else bias.position_table.shape[2],
         "CHANNELS": channels,
         "RULES": rules,
-        "TIME_STEPS": block(time_steps, 1),
-        "POSITION_STEPS": block(position_steps, 1),
+        "TIME_STEPS": block(sizes.time_steps, 1),
+        "POSITION_STEPS": block(sizes.position_steps, 1),
         "DOT": tl.float32 if triton_interprets() else dtypes[q.dtype],  # the interpreter's bfloat16 dot is wrong
         "PRECISION": "ieee" if exact else "tf32",
         "BLOCK_D": block(q.shape[2], 16),
         "BLOCK_C": block(channels, 16),
     }
 
-
-def _launch(config: Config) -> dict[str, int | None]:
-    return {"BLOCK_M": config.block_m, "BLOCK_N": config.block_n, **config.launch_options()}

@@ -40,13 +40,27 @@ class Plan(NamedTuple):
     time_cells: Tensor  # [4096] int64, see `_cells`
     position_thresholds: Tensor  # [buckets − 1 + padding] int32
     position_cells: Tensor  # [4096] int64
-    steps: Tensor  # [time, position, 0]: its shape is the most thresholds within a cell, which the host has to know
+    sizes: Tensor  # [9 sizes, of which the last is 0]: its shape is what the host has to know, see `Sizes`
     tiles: Tensor  # of queries
     pairs: Tensor
     q_tiles: Tensor = _NONE  # of queries, of the size that dq takes; absent in a plan for the forward alone
     q_pairs: Tensor = _NONE
     kv_tiles: Tensor = _NONE  # of keys, for dk and dv; the pairs say where the queries start
     kv_pairs: Tensor = _NONE
+
+
+class Sizes(NamedTuple):
+    """The most thresholds within a cell; then queries and keys of a tile, which are 0 where a plan has no such tiles."""
+
+    time_steps: int
+    position_steps: int
+    forward_m: int
+    forward_n: int
+    dq_m: int
+    dq_n: int
+    dkdv_m: int
+    dkdv_n: int
+    nothing: int = 0
 
 
 class Tiling(NamedTuple):
@@ -82,6 +96,7 @@ def make_plan(
             (times - first[segment_ids(offsets, times.numel())]).to(torch.int32)
             for times, offsets in ((q_time, batch.q_offsets), (k_time, batch.k_offsets))
         )
+    tile_sizes = [size for tiling in tilings for size in tiling[:2]]
     made: dict[Tiling, tuple[Tensor, Tensor]] = {}
     for tiling, (tiles, pairs), total, total_pairs in zip(tilings, counts, totals[::2], totals[1::2], strict=True):
         if tiling not in made:
@@ -101,7 +116,7 @@ def make_plan(
         time_cells,
         _padded(position_thresholds, True),
         position_cells,
-        torch.empty(time_step, position_step, 0, device=device),
+        torch.empty(Sizes(time_step, position_step, *tile_sizes, *[0] * (6 - len(tile_sizes))), device=device),
         *(part for tiling in tilings for part in made[tiling]),
     )
 

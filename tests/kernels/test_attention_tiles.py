@@ -118,7 +118,7 @@ def looked_up(plan: Plan, delta: torch.Tensor) -> torch.Tensor:
     """What `look_up` of kernel_tiles.py does."""
     cell = (delta.to(torch.float32).view(torch.int32).to(torch.int64) & 0xFFFFFFFF) >> 20
     entry = plan.time_cells[cell]
-    bucket, steps = entry >> 32, plan.steps.shape[0]
+    bucket, steps = entry >> 32, plan.sizes.shape[0]
     if plan.q_time.dtype == torch.int32:
         bucket = bucket + (delta >= entry.to(torch.int32))
         steps -= 1
@@ -149,7 +149,7 @@ def test_look_up_finds_every_bucket(thresholds: list[int], near: int, span: int)
         ).long()
         delta = delta[delta.abs() < 2**30]
         assert torch.equal(looked_up(plan, delta), torch.bucketize(delta, chosen, right=True))
-        assert chosen is dense or plan.steps.shape[0] == 1  # log-spaced thresholds lie in cells of their own
+        assert chosen is dense or plan.sizes.shape[0] == 1  # log-spaced thresholds lie in cells of their own
 
 
 def small_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -218,6 +218,18 @@ def test_a_batch_in_another_order_gives_the_same_bits(monkeypatch: pytest.Monkey
     second = with_gradients(other.run("triton"), other.leaves()[:3], grad_out[rows])
     for x, y in zip(first, second, strict=True):
         assert torch.equal(x[rows], y)
+
+
+def test_a_plan_keeps_its_tiles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where the kernels would take others: on another GPU than it was made for, or once these have been tuned."""
+    require("triton", "cpu")
+    problem = bursty(random_problem([120], num_heads=1, dtype=torch.float32))
+    plan, grad_out = problem.plan(), torch.ones(problem.q.shape)
+    with monkeypatch.context() as there:
+        small_tiles(there)
+        made = with_gradients(problem.run_planned(plan, "triton"), problem.leaves(), grad_out)
+    used = with_gradients(problem.run_planned(plan, "triton"), problem.leaves(), grad_out)
+    assert all(torch.equal(x, y) for x, y in zip(made, used, strict=True))
 
 
 @pytest.mark.parametrize("scale", [-0.7, 0.0])
