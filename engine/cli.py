@@ -599,6 +599,30 @@ def bench(
 
 
 @app.command()
+def tune(
+    head_dim: Annotated[
+        list[int] | None, typer.Option("--head-dim", help="16, 32, 64, 128 or 256; repeatable. [default: 64 128]")
+    ] = None,
+    dtype: Annotated[
+        list[str] | None, typer.Option("--dtype", help="bfloat16, float16, float32; repeatable. [default: bfloat16]")
+    ] = None,
+    minutes: Annotated[float, typer.Option("--minutes", min=0.1, help="For compiling; timing adds a third.")] = 5.0,
+    as_json: Json = False,
+) -> None:
+    """Find the fastest tiles of the attention kernels on this GPU, and keep them for every job from now on.
+
+    Without it the kernels take tiles that are known to compile well. Results do not depend on it but for the last bits.
+    Run it again after an update of Triton.
+
+    Example: `alure tune --head-dim 64`
+    """
+    command = [sys.executable, "-m", "alure.bench.tune", "--minutes", str(minutes), *(["--json"] if as_json else [])]
+    for option, values in (("--head-dim", head_dim), ("--dtype", dtype)):
+        command += [word for value in values or [] for word in (option, str(value))]
+    raise typer.Exit(subprocess.run(command, check=False).returncode)
+
+
+@app.command()
 def profile(
     what: Annotated[str, typer.Argument(help="What to profile: refresh.")],
     model: Annotated[Path, typer.Argument(help="What `alure train` wrote.")],

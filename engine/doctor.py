@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from alure.engine.graph.engines import faiss_gpus, has_faiss
+from alure.kernels.attention.tuned import tuned
 from alure.kernels.backend import has_native, has_triton, native_instruction_set, resolve_backend
 
 OPERATORS: dict[str, str] = {  # operator: the module whose BACKENDS names its implementations
@@ -78,6 +79,7 @@ def gpu(index: int) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
+        "attention_tuned": has_triton() and bool(tuned(torch.device("cuda", index))),
     }
 
 
@@ -119,6 +121,8 @@ def advice(device: torch.device) -> list[str]:
         lines.append(f'pip install "alure[{extra}]": FAISS, the reference engine of the similarity graph')
     if device.type == "cuda" and not has_triton():
         lines.append("pip install triton: the GPU kernels")
+    elif device.type == "cuda" and not tuned(torch.device("cuda", torch.cuda.current_device())):
+        lines.append("alure tune: the fastest attention tiles for this GPU, in some minutes; the kernels are untuned")
     if not has_native():
         lines.append("pip install --force-reinstall alure: the compiled CPU kernels are missing")
     if device.type == "cpu" and Path("/proc/driver/nvidia").exists():
@@ -136,7 +140,8 @@ def render(findings: dict[str, Any]) -> str:
     ]
     for card in findings["gpu"]:
         arch = card["compute_capability"].replace(".", "")
-        rows.append(f"GPU {card['name']}, {card['memory_bytes'] / 2**30:.0f} GiB, sm_{arch}")
+        tiles = "tuned" if card["attention_tuned"] else "untuned"
+        rows.append(f"GPU {card['name']}, {card['memory_bytes'] / 2**30:.0f} GiB, sm_{arch}, attention {tiles}")
     if not findings["gpu"]:
         rows.append("no CUDA device: everything runs on the CPU")
     rows.append("")

@@ -77,7 +77,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
             total_q,
             scale,
             **_constants(q, k, bias, plan, batch.rules is not None),
-            PLAIN=q.dtype != torch.float16,
+            PLAIN=q.dtype == torch.bfloat16,
             BLOCK_M=sizes.forward_m,
             BLOCK_N=sizes.forward_n,
             **config.launch_options(),
@@ -248,4 +248,3 @@ def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dic
         "BLOCK_D": block(q.shape[2], 16),
         "BLOCK_C": block(channels, 16),
     }
-

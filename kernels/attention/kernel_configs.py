@@ -1,9 +1,8 @@
 """Tile sizes and launch options of the attention kernels, and the cases that are compiled ahead of time.
 
-Untuned: the largest tiles found that compile without spills with both biases, cyclic channels and masks together.
+Those here are untuned: the largest tiles found that compile without spills with both biases, cyclic channels and masks
+together. `alure tune` finds better ones on a GPU (tuned.py).
 """
-
-from typing import NamedTuple
 
 import torch
 import triton
@@ -11,24 +10,8 @@ import triton.language as tl
 
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
 from alure.kernels.attention.kernel_forward import forward_kernel
+from alure.kernels.attention.tuned import Config, Configs, tuned
 from alure.kernels.backend import triton_interprets
-
-
-class Config(NamedTuple):
-    """Queries and keys of a tile, and launch options.
-
-    maxnreg: registers a thread may have. Left to itself the assembler can settle on fewer and spill.
-    """
-
-    block_m: int
-    block_n: int
-    num_warps: int
-    num_stages: int
-    maxnreg: int | None = None
-
-    def launch_options(self) -> dict[str, int | None]:
-        return {"num_warps": self.num_warps, "num_stages": self.num_stages, "maxnreg": self.maxnreg}
-
 
 # By padded head_dim: (forward, dq, dk and dv). From sm_90 on tiles of 128 rows feed two groups of four warps.
 HOPPER_CONFIGS = {
@@ -49,7 +32,7 @@ AMPERE_CONFIGS = {
     16: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
     32: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
     64: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
-    128: (Config(128, 32, 8, 1), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
+    128: (Config(64, 32, 4, 1), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
 }
 # float32 multiplies in float32 unless torch allows tf32, and three tf32 products need twice the registers.
@@ -66,16 +49,20 @@ BLACKWELL_FLOAT_CONFIGS = FLOAT_CONFIGS | {
 }
 
 
-def configs(dtype: torch.dtype, head_dim: int, device: torch.device) -> tuple[Config, Config, Config]:
-    """(forward, dq, dk and dv) for such values."""
+def configs(dtype: torch.dtype, head_dim: int, device: torch.device) -> Configs:
+    """What `alure tune` found for such values on this device, else the untuned."""
     width = block(head_dim, 16)
+    return tuned(device).get((dtype, width)) or untuned_configs(dtype, width, device)
+
+
+def untuned_configs(dtype: torch.dtype, width: int, device: torch.device) -> Configs:
     if triton_interprets():  # one operation at a time, however large
-        return HOPPER_CONFIGS[width]
+        return Configs(*HOPPER_CONFIGS[width])
     major, _ = torch.cuda.get_device_capability(device)
     if dtype == torch.float32:
-        return (FLOAT_CONFIGS if major < 10 else BLACKWELL_FLOAT_CONFIGS)[width]
+        return Configs(*(FLOAT_CONFIGS if major < 10 else BLACKWELL_FLOAT_CONFIGS)[width])
     table = AMPERE_CONFIGS if major < 9 else HOPPER_CONFIGS if major == 9 else BLACKWELL_CONFIGS
-    return table[width]
+    return Configs(*table[width])
 
 
 def block(size: int, smallest: int) -> int:
@@ -105,7 +92,7 @@ def _case(name: str, dtype: str, head_dim: int, bias: str, config: Config, archi
         "BLOCK_N": config.block_n,
         "BLOCK_D": head_dim,
         "BLOCK_C": 16,
-        "PLAIN": True,
+        "PLAIN": dtype == "bf16",
         "BLOCK_T": block(time_buckets, 16),
         "BLOCK_P": block(position_buckets, 16),
     }

@@ -1,8 +1,8 @@
 """The forward kernel of jagged attention: out and lse of tiles of queries, one tile of one head at a time.
 
-A weight is 2^logit, as it is: no maxima, and nothing that was summed shrinks. Where a query's weights add up to
-something far from 1, its tile is computed again, with the query's maximum so far subtracted. float16 holds too few
-weights for that, so there maxima are always subtracted.
+In bfloat16 a weight is 2^logit, as it is: no maxima, and nothing that was summed shrinks. Where a query's weights add
+up to something far from 1, its tile is computed again, with the query's maximum so far subtracted. In the other types
+that is the only way: float16 holds too few weights, and float32 waits for its products.
 
 Shapes and dtypes as in kernel.py; the records of tiles and pairs as in kernel_tiles.py.
 """
@@ -251,8 +251,8 @@ def attend(
     KIND: tl.constexpr,
     PLAIN: tl.constexpr,
 ):
-    """The running (acc, maximum, total) after the pairs of one class; of ALL, in the way of GENERAL. If PLAIN the maximum
-    is not read, and stays.
+    """The running (acc, maximum, total) after the pairs of one class; of all classes, in the way of GENERAL, if KIND is
+    ALL. If PLAIN the maximum is not read, and stays.
     """
     CLASS: tl.constexpr = GENERAL if KIND == ALL else KIND
     queries, keys, time, position, rules, p_pairs, p_ends, scale = problem
@@ -263,7 +263,8 @@ def attend(
     history, n_k = rules[3], rules[4]
     BIASED: tl.constexpr = TIME_BUCKETS + POSITION_BUCKETS > 0
     MASK: tl.constexpr = CLASS == GENERAL
-    PARTS: tl.constexpr = 2 if BIASED and CLASS >= SEVERAL and BLOCK_N > 16 else 1  # comparisons take registers
+    # comparisons take registers, and to compute again must not take more than the rest
+    PARTS: tl.constexpr = 1 if not BIASED or CLASS < SEVERAL else min(4 if KIND == ALL else 2, BLOCK_N // 16)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     o_n = tl.arange(0, WIDTH)
     q_position = tl.minimum(i, history)

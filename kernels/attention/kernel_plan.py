@@ -50,7 +50,7 @@ class Plan(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """The most thresholds within a cell; then queries and keys of a tile, which are 0 where a plan has no such tiles."""
+    """The most thresholds within a cell; then queries and keys of a tile, 0 where a plan has no such tiles."""
 
     time_steps: int
     position_steps: int

@@ -18,7 +18,7 @@ from alure.engine.world import build_world
 
 COMMANDS = (
     "demo", "run", "ingest", "train", "align", "refresh", "graph", "retrieve", "evaluate", "rank", "inspect", "verify",
-    "rollback", "vacuum", "export", "bench", "profile", "doctor",
+    "rollback", "vacuum", "export", "bench", "tune", "profile", "doctor",
 )  # fmt: skip
 
 
