@@ -104,7 +104,7 @@ def jagged_attention(  # type: ignore[misc]  # `options` are those named here
         batch = replace(batch, q_timestamps=None, k_timestamps=None)
     scale = q.shape[2] ** -0.5 if softmax_scale is None else float(softmax_scale)
     resolved = choose_backend(backend, q.dtype, q.shape[2], q.device)
-    prepared = () if plan is None else plan.prepared(backend_module(resolved), q.dtype, q.shape[2], q.device)
+    prepared = () if plan is None else plan.prepared(resolved, q.dtype, q.shape[2], q.device)
     out, lse = _attention(
         q, k, v, *_flat(batch), *_flat(bias), list(prepared), num_groups, plan is not None, scale, resolved
     )

@@ -3,7 +3,6 @@
 import copy
 from collections.abc import Callable, Sequence
 from dataclasses import fields, replace
-from types import ModuleType
 from typing import Any
 
 import torch
@@ -72,27 +71,25 @@ class AttentionPlan:
     def prepare(
         self, dtype: torch.dtype, head_dim: int, device: torch.device | None = None, backend: str = "auto"
     ) -> None:
-        """Make now what attention over values of `dtype` and `head_dim` needs; else its first call does.
+        """Make now what attention over values of `dtype` and `head_dim` needs; else its first call does, which within
+        torch.compile it cannot.
 
         device: where they will be, when the plan will be `moved` there (default: where it is).
         """
         device = self.batch.q_offsets.device if device is None else device
-        self.prepared(backend_module(choose_backend(backend, dtype, head_dim, device)), dtype, head_dim, device)
+        self.prepared(choose_backend(backend, dtype, head_dim, device), dtype, head_dim, device)
 
-    def prepared(
-        self, backend: ModuleType, dtype: torch.dtype, head_dim: int, device: torch.device
-    ) -> tuple[Tensor, ...]:
+    def prepared(self, backend: str, dtype: torch.dtype, head_dim: int, device: torch.device) -> tuple[Tensor, ...]:
         """What `backend` makes of this batch for such values, made once; without gradients no more than they need."""
-        prepare = getattr(backend, "prepare", None)
-        if prepare is None:
-            return ()
         key, gradients = (backend, dtype, head_dim), torch.is_grad_enabled()
-        if (*key, True) in self._prepared:
-            return self._prepared[*key, True]
-        if (*key, gradients) not in self._prepared:
-            thresholds = self.time_thresholds, self.position_thresholds
-            self._prepared[*key, gradients] = prepare(dtype, head_dim, device, self.batch, *thresholds, gradients)
-        return self._prepared[*key, gradients]
+        for made_for in (True, gradients):
+            if (*key, made_for) in self._prepared:
+                return self._prepared[*key, made_for]
+        prepare = getattr(backend_module(backend), "prepare", None)
+        thresholds = self.time_thresholds, self.position_thresholds
+        made = () if prepare is None else prepare(dtype, head_dim, device, self.batch, *thresholds, gradients)
+        self._prepared[*key, gradients] = made
+        return made
 
     def cycles(self, dtype: torch.dtype) -> Cycles:
         """Of the times within the periods, made once."""

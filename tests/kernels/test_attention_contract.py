@@ -305,6 +305,26 @@ def test_compiles_into_one_graph(backend: str) -> None:
     assert problem.q.grad is not None
 
 
+@pytest.mark.parametrize(("backend", "device"), TARGETS)
+def test_a_prepared_plan_compiles_into_one_graph(backend: str, device: str) -> None:
+    require(backend, device)
+    if (backend, device) == ("triton", "cpu"):
+        pytest.skip("dynamo does not trace how the interpreter is found")
+    problem = random_problem([4, 7], dtype=torch.float32).to(torch.float32, device)
+    plan = problem.plan()
+    plan.prepare(torch.float32, problem.q.shape[2], backend=backend)
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def twice(q: torch.Tensor) -> torch.Tensor:
+        return replace(problem, q=q * 2).run_planned(plan, backend)
+
+    out = twice(problem.q)
+    torch.testing.assert_close(out, replace(problem, q=problem.q * 2).run(backend))
+    (gradient,) = torch.autograd.grad(out.sum(), problem.q)
+    (expected,) = torch.autograd.grad(replace(problem, q=problem.q * 2).run(backend).sum(), problem.q)
+    torch.testing.assert_close(gradient, expected)
+
+
 def test_memory_of_a_long_user_beside_many_short_ones() -> None:
     """20,000 events beside 10,000 users of 5: no padding to the longest, and no square of it."""
     lengths = torch.tensor([5] * 10_000 + [20_000])
