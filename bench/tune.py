@@ -123,7 +123,8 @@ def runs(job: Job) -> tuple[Job, str]:
 
 def that_run(jobs: Sequence[Job], seconds: float, say: Callable[[str], None]) -> list[Job]:
     """Those that run, of those that do so in time; in the order of `jobs`."""
-    deadline, found = time.monotonic() + seconds, set()
+    started, found = time.monotonic(), set()
+    deadline = started + seconds
     context = multiprocessing.get_context("spawn")
     with context.Pool(min(os.cpu_count() or 1, len(jobs)), maxtasksperchild=1) as pool:  # ends by terminating them
         answers = pool.imap_unordered(runs, jobs)
@@ -137,6 +138,9 @@ def that_run(jobs: Sequence[Job], seconds: float, say: Callable[[str], None]) ->
                 say(f"{name_of(job)} does not run: {problem}")
             else:
                 found.add(job)
+            if done % 10 == 0:
+                left = (len(jobs) - done) * (time.monotonic() - started) / done
+                say(f"{done} of {len(jobs)} compiled, about {left:.0f} s to go")
     return [job for job in jobs if job in found]
 
 
