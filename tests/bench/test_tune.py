@@ -14,7 +14,7 @@ pytest.importorskip("triton")
 from alure.bench import tune
 from alure.bench.tune import Job, Trial
 from alure.kernels.attention.kernel_configs import HOPPER_CONFIGS, configs
-from alure.kernels.attention.tuned import Config, Configs, read_tuned, tuned, write_tuned
+from alure.kernels.attention.tuned import Config, Configs, read_tuned, tuned, tuned_path, write_tuned
 
 CPU = torch.device("cpu")
 UNTUNED = Configs(*HOPPER_CONFIGS[16])
@@ -79,6 +79,14 @@ def test_a_file_that_is_not_one_is_an_error_that_names_it(broken: Callable[[Any]
     path.write_text(broken(json.loads(path.read_text())))
     with pytest.raises(ValueError, match=r"attention.json: expected what `alure tune` writes, got .*; delete it"):
         read_tuned(path, "A GPU")
+
+
+def test_a_gpu_reads_the_file_of_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: f"GPU {device.index}/SXM")
+    write_tuned(tuned_path("GPU 1/SXM"), "GPU 1/SXM", FOUND)
+    assert tuned(torch.device("cuda", 1)) == FOUND
+    assert tuned(torch.device("cuda", 0)) == {}
 
 
 def test_the_kernels_take_what_was_found() -> None:
