@@ -18,8 +18,8 @@ struct LeftMatrix {
 };
 
 // Its elements are pairs of neighbours, the first for the even lanes and the second for the odd ones: two products with
-// 24 columns take 3 vectors of 16 lanes instead of 4. Rows lie side by side, and as many from `next` are fetched into the
-// second cache, a line or two a step: all at once they would wait for each other.
+// 24 columns take 3 vectors of 16 lanes instead of 4. Rows lie side by side, and as many from `next` are fetched, a line or
+// two a step: all at once they would wait for each other.
 struct PairedMatrix {
     const float* data;
     std::int64_t row_stride;
@@ -32,7 +32,7 @@ struct PairedMatrix {
     }
     template <int Rows>
     void fetch(std::int64_t k) const {
-        for (int i = 0; i < 2 * Rows; i += 16) __builtin_prefetch(next + 2 * Rows * k + i, 0, 2);
+        for (int i = 0; i < 2 * Rows; i += 16) __builtin_prefetch(next + 2 * Rows * k + i);
     }
     [[nodiscard]] PairedMatrix from(std::int64_t row) const {
         return {data + row * row_stride, row_stride, next + row * row_stride};
