@@ -55,7 +55,7 @@ tables: $(VENV)/.alure-dev  ## docs/quality.md: runs what has no result yet; DAT
 bench-gpu: $(VENV)/.alure-dev  ## on a CUDA machine, in 8 minutes: the gpu tests, tuning, then every race, into bench/results/<device>.jsonl
 	@nvidia-smi -L >/dev/null || { echo "bench-gpu: needs a CUDA device, nvidia-smi finds none" >&2; exit 2; }
 	timeout 150 $(BIN)/pytest -m gpu -q -n 4 --dist worksteal; tests=$$?; \
-	timeout 90 $(BIN)/alure tune --minutes 0.8; \
+	timeout 90 $(BIN)/alure tune --minutes 0.6; \
 	$(BIN)/alure bench all --minutes 3.8 --out bench/results --plot bench/results/attention-gpu.svg && exit $$tests
 
 sanitize: $(VENV)/.alure-dev  ## the native kernels' tests under AddressSanitizer and UndefinedBehaviorSanitizer

@@ -12,6 +12,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
@@ -25,6 +26,7 @@ from alure.kernels.attention.tuned import (
     HEAD_DIMS,
     Config,
     Configs,
+    read_tuned,
     tuned,
     tuned_path,
     write_tuned,
@@ -184,6 +186,15 @@ def agree(x: Tensor, y: Tensor) -> bool:
     return bool((x.double() - y.double()).abs().max() <= 0.02 * y.double().abs().max())
 
 
+def delete_broken(path: Path, device_name: str, say: Callable[[str], None]) -> None:
+    """Whoever reads a broken file fails, this process too, and is told to tune again."""
+    try:
+        read_tuned(path, device_name)
+    except ValueError as error:
+        say(f"{error}: deleted")
+        path.unlink()
+
+
 def name_of(job: Job) -> str:
     return f"{job.kernel} of {job.dtype} {job.head_dim}, {text(job.config)}"
 
@@ -215,6 +226,7 @@ def main() -> int:
     device = current_device()
     device_name = torch.cuda.get_device_name(device)
     path = tuned_path(device_name)
+    delete_broken(path, device_name, say)
     kinds = [(dtype, head_dim) for dtype in options.dtype or ["bfloat16"] for head_dim in options.head_dim or [64, 128]]
     untuned = {(dtype, head_dim): untuned_configs(DTYPES[dtype], head_dim, device) for dtype, head_dim in kinds}
     jobs = [
@@ -225,15 +237,16 @@ def main() -> int:
         if config != getattr(of, kernel)
     ]
     say(f"{device_name}: compiling {len(jobs)} candidates on {os.cpu_count()} cores")
-    usable = that_run(jobs, options.minutes * 60 * 0.75, say)
+    usable = that_run(jobs, options.minutes * 60, say)
     results = []
     for kind, of in untuned.items():
         dtype, head_dim = kind
         say(f"{dtype}, head_dim {head_dim}")
         trial = Trial(DTYPES[dtype], head_dim, device)
         mine = [job for job in usable if (job.dtype, job.head_dim) == kind]
-        results += [{"dtype": dtype, "head_dim": head_dim, **found} for found in choose(trial, of, mine, say)]
-    write_tuned(path, device_name, tuned(device))
+        for found in choose(trial, of, mine, say):
+            results.append({"dtype": dtype, "head_dim": head_dim, **found})
+            write_tuned(path, device_name, tuned(device))  # who is stopped keeps what was found
     say(f"written to {path}; the kernels of processes that start from now on read it")
     if options.json:
         say(json.dumps({"device": device_name, "path": str(path), "results": results}))

@@ -79,8 +79,16 @@ def gpu(index: int) -> dict[str, Any]:
         "memory_bytes": properties.total_memory,
         "compute_capability": f"{properties.major}.{properties.minor}",
         "multiprocessors": properties.multi_processor_count,
-        "attention_tuned": has_triton() and bool(tuned(torch.device("cuda", index))),
+        "attention_tiles": attention_tiles(torch.device("cuda", index)),
     }
+
+
+def attention_tiles(device: torch.device) -> str:
+    """tuned, untuned, or what is wrong with the file that `alure tune` wrote."""
+    try:
+        return "tuned" if has_triton() and tuned(device) else "untuned"
+    except ValueError as error:
+        return str(error)
 
 
 def version(package: str) -> str | None:
@@ -121,7 +129,7 @@ def advice(device: torch.device) -> list[str]:
         lines.append(f'pip install "alure[{extra}]": FAISS, the reference engine of the similarity graph')
     if device.type == "cuda" and not has_triton():
         lines.append("pip install triton: the GPU kernels")
-    elif device.type == "cuda" and not tuned(torch.device("cuda", torch.cuda.current_device())):
+    elif device.type == "cuda" and attention_tiles(torch.device("cuda", torch.cuda.current_device())) != "tuned":
         lines.append("alure tune: the fastest attention tiles for this GPU, in some minutes; the kernels are untuned")
     if not has_native():
         lines.append("pip install --force-reinstall alure: the compiled CPU kernels are missing")
@@ -140,8 +148,8 @@ def render(findings: dict[str, Any]) -> str:
     ]
     for card in findings["gpu"]:
         arch = card["compute_capability"].replace(".", "")
-        tiles = "tuned" if card["attention_tuned"] else "untuned"
-        rows.append(f"GPU {card['name']}, {card['memory_bytes'] / 2**30:.0f} GiB, sm_{arch}, attention {tiles}")
+        rows.append(f"GPU {card['name']}, {card['memory_bytes'] / 2**30:.0f} GiB, sm_{arch}")
+        rows.append(f"    attention's tiles: {card['attention_tiles']}")
     if not findings["gpu"]:
         rows.append("no CUDA device: everything runs on the CPU")
     rows.append("")

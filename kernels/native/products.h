@@ -18,8 +18,8 @@ struct LeftMatrix {
 };
 
 // Its elements are pairs of neighbours, the first for the even lanes and the second for the odd ones: two products with
-// 24 columns take 3 vectors of 16 lanes instead of 4. Rows lie side by side, and as many from `next` are fetched, a line or
-// two a step: all at once they would wait for each other.
+// 24 columns take 3 vectors of 16 lanes instead of 4. Rows lie side by side, and as many from `next` are fetched, a line
+// or two a step: all at once they would wait for each other.
 struct PairedMatrix {
     const float* data;
     std::int64_t row_stride;

@@ -13,6 +13,7 @@ pytest.importorskip("triton")
 
 from alure.bench import tune
 from alure.bench.tune import Job, Trial
+from alure.engine.doctor import attention_tiles
 from alure.kernels.attention.kernel_configs import HOPPER_CONFIGS, configs
 from alure.kernels.attention.tuned import Config, Configs, read_tuned, tuned, tuned_path, write_tuned
 
@@ -89,6 +90,32 @@ def test_a_gpu_reads_the_file_of_its_kind(monkeypatch: pytest.MonkeyPatch, tmp_p
     assert tuned(torch.device("cuda", 0)) == {}
 
 
+def test_tuning_again_replaces_a_broken_file(tmp_path: Path) -> None:
+    path, lines = tmp_path / "attention.json", list[str]()
+    write_tuned(path, "A GPU", FOUND)
+    tune.delete_broken(path, "A GPU", lines.append)
+    assert path.exists()
+    assert not lines
+    path.write_text("{")
+    tune.delete_broken(path, "A GPU", lines.append)
+    assert not path.exists()
+    assert len(lines) == 1
+    assert str(path) in lines[0]
+
+
+def test_doctor_says_what_is_wrong_with_the_file(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    device = torch.device("cuda", 0)
+    assert attention_tiles(device) == "untuned"
+    for content, said in (("{", "delete it or run that again"), (None, "tuned")):
+        tuned.cache_clear()
+        write_tuned(tuned_path("A GPU"), "A GPU", FOUND)
+        if content is not None:
+            tuned_path("A GPU").write_text(content)
+        assert said in attention_tiles(device)
+
+
 def test_the_kernels_take_what_was_found() -> None:
     assert configs(torch.float32, 12, CPU) == UNTUNED
     tuned(CPU)[torch.float32, 16] = FOUND[torch.bfloat16, 64]
@@ -146,3 +173,26 @@ def test_needs_a_gpu(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixt
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     assert tune.main() == 2
     assert "needs a CUDA device" in capsys.readouterr().err
+
+
+def test_the_command_from_its_words_to_the_file(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In the interpreter, with a GPU in name alone; the seconds are made up."""
+    trials = tune.Trial
+    monkeypatch.setattr("sys.argv", ["tune", "--head-dim", "16", "--dtype", "float32", "--minutes", "1", "--json"])
+    monkeypatch.setattr(Path, "home", lambda: tmp_path)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "A GPU")
+    monkeypatch.setattr(tune, "current_device", lambda: CPU)
+    monkeypatch.setattr(tune, "CANDIDATES", {"forward": [FAST, SLOW], "dq": [], "dkdv": []})
+    monkeypatch.setattr(tune, "that_run", lambda jobs, seconds, say: list(jobs))
+    monkeypatch.setattr(tune, "Trial", lambda dtype, head_dim, device: trials(dtype, head_dim, device, tokens=24))
+    monkeypatch.setattr(
+        tune, "seconds_of", lambda call, clock: {FAST: 0.5}.get(tuned(CPU)[torch.float32, 16].forward, 1.0)
+    )
+    assert tune.main() == 0
+    assert read_tuned(tuned_path("A GPU"), "A GPU") == {(torch.float32, 16): UNTUNED._replace(forward=FAST)}
+    done = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert done["path"] == str(tuned_path("A GPU"))
+    assert [row["kernel"] for row in done["results"]] == ["forward", "dq", "dkdv"]
