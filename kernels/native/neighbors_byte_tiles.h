@@ -53,8 +53,8 @@ inline void visit_queries(const ScoreTile& t, std::int64_t column, Visit visit) 
             Floats scores[Panels];
 #pragma GCC unroll 2
             for (int v = 0; v < Panels; ++v)
-                scores[v] = bias[v] + scale[v] * query_scales[i] *
-                                          __builtin_convertvector(load_ints(row + v * kLanes), Floats);
+                scores[v] = bias[v] + __builtin_convertvector(load_ints(row + v * kLanes), Floats) * scale[v] *
+                                          query_scales[i];  // the product of two scales might be denormal
             visit(i, scores);
         }
     };

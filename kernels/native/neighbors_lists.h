@@ -95,11 +95,13 @@ public:
     // How far exact scores of a list's rows may be from factor(metric) · (kernel's score + shift).
     [[nodiscard]] float margin(std::int64_t list, const PackedQuery& q) const {
         // Twice the bound d·2⁻²⁴·|q||x| on a float32 product's rounding, and some for the roundings around it.
-        const float error = static_cast<float>(d_ + 16) * 0x1p-23f;
-        const float reach = q.norm + center_norms_[list] + norms_[list];
-        const float exactly = error * reach * (metric_ == Metric::kInnerProduct ? norms_[list] : reach);
-        return exactly +
-               factor(metric_) * 1.0001f * (q.norm * bounds_[list].residual + q.residual * bounds_[list].norm);
+        const float roundings = static_cast<float>(d_ + 16), center = center_norms_[list], norm = norms_[list];
+        const float reach = q.norm + center + norm;
+        const float exactly = roundings * 0x1p-23f * reach *
+                              (metric_ == Metric::kInnerProduct ? std::max(norm, center) : reach);
+        const float vanished = roundings * 0x1p-126f;  // denormals, also where they are flushed to zero
+        return exactly + factor(metric_) * (1.0001f * (q.norm * bounds_[list].residual +
+                                                       q.residual * bounds_[list].norm) + vanished);
     }
 
 private:

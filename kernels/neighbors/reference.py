@@ -110,6 +110,7 @@ class _Scan:
         self.shift = torch.zeros_like(self.query_norms) if ip else self.query_norms.square()
         # Twice the bound d·2⁻²⁴·|q||x| on a float32 product's rounding, and some for the roundings around it.
         self.error = (queries.shape[1] + 16) * 2.0**-23
+        self.vanished = (queries.shape[1] + 16) * 2.0**-125  # denormals, also where they are flushed to zero
 
     def list(self, index: int, members: Tensor) -> None:
         begin, end = self.offsets[index], self.offsets[index + 1]
@@ -119,7 +120,8 @@ class _Scan:
         columns = min(end - begin, TILE_COLUMNS)
         for rows in members.split(max(1, TILE // columns)):
             norms = self.query_norms[rows]
-            margin = self.error * (norms * norm if self.task.metric == "ip" else (norms + norm).square())
+            product = norms * norm if self.task.metric == "ip" else (norms + norm).square()
+            margin = self.error * product + self.vanished
             for first in range(begin, end, columns):
                 self.tile(rows, margin, first, min(first + columns, end))
 

@@ -425,6 +425,23 @@ def test_vectors_closer_than_products_resolve(spread: float) -> None:
     assert torch.equal(found[0], expected[0])
 
 
+@pytest.mark.parametrize("backend", ["reference", *instruction_sets()])
+@pytest.mark.parametrize("metric", METRICS)
+@pytest.mark.parametrize("scale", [1e-18, 1e-20, 1e-22, 1e-30])
+def test_scores_that_float32_cannot_tell_from_zero(
+    backend: str, metric: Any, scale: float, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Products of scales underflow, and every neighbour is found all the same."""
+    if backend != "reference":
+        monkeypatch.setattr(importlib.import_module("alure.kernels.neighbors.native"), "INSTRUCTION_SET", backend)
+        backend = "native"
+    queries, database = scale * random(60, 31), scale * random(90, 31, seed=1)
+    offsets, probes = lists(90, 3), torch.arange(3).expand(60, 3)
+    for k in (1, 15, 90):
+        found = grouped_topk(queries, database, offsets, probes, k, metric=metric, backend=backend)
+        check(found, brute_force(queries, database, offsets, probes, k, metric))
+
+
 # ---- assign_clusters
 
 
@@ -616,7 +633,9 @@ def test_kmeans_plus_plus_of_copies(n: int) -> None:
 @needs_native
 @pytest.mark.parametrize("instruction_set", instruction_sets())
 @pytest.mark.parametrize("metric", METRICS)
-@pytest.mark.parametrize(("n", "c", "d", "scale"), [(500, 90, 64, 1.0), (77, 1, 5, 1e-30), (300, 33, 130, 1e6)])
+@pytest.mark.parametrize(
+    ("n", "c", "d", "scale"), [(500, 90, 64, 1.0), (77, 1, 5, 1e-30), (300, 33, 130, 1e6), (200, 33, 16, 1e-21)]
+)
 def test_a_second_assignment_equals_a_fresh_one(
     instruction_set: str, metric: Any, n: int, c: int, d: int, scale: float, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -634,6 +653,19 @@ def test_a_second_assignment_equals_a_fresh_one(
         assert torch.equal(nearest, expected)
         exact = torch.zeros(c, d, dtype=torch.float64).index_add_(0, nearest, x.double())
         torch.testing.assert_close(sums, exact, rtol=1e-9, atol=1e-9 * scale)
+
+
+@needs_native
+@pytest.mark.parametrize("instruction_set", instruction_sets())
+def test_points_far_from_all_centroids(instruction_set: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The origin, which is among the points, is large beside the scores."""
+    native = importlib.import_module("alure.kernels.neighbors.native")
+    monkeypatch.setattr(native, "INSTRUCTION_SET", instruction_set)
+    x = torch.cat([1e-3 * random(300, 1), torch.full((700, 1), 1e5)])
+    centroids = torch.tensor([1.0, -1.0])[torch.randint(0, 2, (8, 1), generator=torch.Generator().manual_seed(0))]
+    points = native.ClusterPoints(x, "ip")
+    for each in (centroids, -centroids, centroids.flip(0)):  # assigned, then reassigned
+        assert torch.equal(points.assign(each)[0], (x.double() @ each.double().T).max(dim=1).indices)
 
 
 @needs_native
