@@ -213,10 +213,10 @@ private:
     }
 
     void finish(std::int64_t i, std::int64_t* keys) {
+        if (counts_[i] > in_.k) compact(i);
         const auto first = keys_.begin() + i * capacity_, last = first + counts_[i];
-        const std::int64_t found = std::min<std::int64_t>(in_.k, counts_[i]);
-        std::partial_sort_copy(first, last, keys, keys + found, std::greater<>());
-        std::fill(keys + found, keys + in_.k, kMissing);
+        std::sort(first, last, std::greater<>());
+        std::fill(std::copy(first, last, keys), keys + in_.k, kMissing);
     }
 
     [[nodiscard]] char* packed(std::int64_t member) const {
