@@ -102,7 +102,7 @@ class CandidateRetriever:
         index = self.events.user_indices(ids)
         parts = [
             self.to_table(users.slice(first, last - first), self.join(lists, index, first, last, country))
-            for country, first, last in chunks(users["country"], max(len(users), 1))
+            for country, first, last in self.chunks(users, max(len(users), 1))
         ]
         asked = pa.array(user_ids).cast(ids.type) if len(user_ids) else ids
         return pa.concat_tables(parts).combine_chunks().take(pc.index_in(asked, value_set=ids))
@@ -113,8 +113,19 @@ class CandidateRetriever:
             read_neighbors(self.store.iter_graph(self.source.generation, n), users, self.events) for n in self.graphs
         ]
 
+    def chunks(self, users: pa.Table, most: int) -> Iterator[tuple[str, int, int]]:
+        """(country, first row, last row + 1) of runs of at most `most` users; one run of nobody at least.
+
+        Of one country each where countries may be shown different ads, else of any: every join checks all engagements.
+        """
+        names = users["country"].combine_chunks().dictionary_encode()
+        changes = np.flatnonzero(np.diff(names.indices.to_numpy())) + 1 if self.eligibility else np.empty(0, np.int64)
+        for begin, end in pairwise([0, *changes.tolist(), len(users)]):
+            for first in range(begin, max(end, 1), most):
+                yield names[begin].as_py() if end else "", first, min(first + most, end)
+
     def join(self, lists: Sequence[Neighbors], users: np.ndarray, first: int, last: int, country: str) -> Candidates:
-        """The blend for rows first to last − 1, all of `country`. users: int64 [rows], index in the log, −1 unknown."""
+        """The blend of a run of `chunks`: rows first to last − 1. users: int64 [rows], index in the log, −1 unknown."""
         near = [graph.rows(first, last) for graph in lists]
         return self.blended(near, self.engagements, self.mixture, country, self.seen_by(users[first:last]))
 
@@ -182,16 +193,6 @@ def graph_sets(names: Sequence[str]) -> pa.Array:
     return pa.array(["+".join(n for g, n in enumerate(names) if bits >> g & 1) for bits in range(1 << len(names))])
 
 
-def chunks(countries: pa.ChunkedArray, most: int) -> Iterator[tuple[str, int, int]]:
-    """(country, first row, last row + 1) of runs of at most `most` users of one country; one run of nobody at least."""
-    names = countries.combine_chunks().dictionary_encode()
-    codes = names.indices.to_numpy()
-    borders = [0, *(np.flatnonzero(np.diff(codes)) + 1).tolist(), len(codes)]
-    for begin, end in pairwise(borders):
-        for first in range(begin, max(end, 1), most):
-            yield names[begin].as_py() if end else "", first, min(first + most, end)
-
-
 def retrieve(
     store: EmbeddingStore,
     events: Events,
@@ -218,7 +219,7 @@ def retrieve(
     with stop_flag("retrieve") as flag, track("Retrieving ads", len(users), "users") as bar:
 
         def batches() -> Iterator[pa.Table]:
-            for country, first, last in chunks(users["country"], step):
+            for country, first, last in retriever.chunks(users, step):
                 flag.check()
                 found = retriever.join(lists, index, first, last, country)
                 tally.add(found, np.sum([np.diff(graph.offsets[first : last + 1]) for graph in lists], axis=0))

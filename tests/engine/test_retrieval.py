@@ -20,6 +20,7 @@ from alure.engine.events import Events
 from alure.engine.retrieval import CandidateRetriever, retrieve
 from alure.engine.retrieval.neighbors import read_neighbors
 from alure.engine.store import EmbeddingStore, Generation
+from alure.kernels import Candidates, NeighborLists, join_candidates
 
 AS_OF = START + 30 * DAY
 TYPES = ["click", "conversion", "view"]
@@ -355,6 +356,20 @@ def test_chunks_make_no_difference(simple: tuple[EmbeddingStore, Events], monkey
     monkeypatch.setattr("alure.engine.retrieval.engagements.EXPANDED", 1)
     retrieve(store, events, SIMPLE.settings)
     assert store.read_candidates(name="alure+social").equals(whole)
+
+
+def test_countries_share_a_chunk_where_they_may_be_shown_the_same(
+    simple: tuple[EmbeddingStore, Events], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    joined: list[int] = []
+
+    def counted(near: NeighborLists, *arguments: Any, **named: Any) -> Candidates:
+        joined.append(len(near.offsets) - 1)
+        return join_candidates(near, *arguments, **named)
+
+    monkeypatch.setattr("alure.engine.retrieval.retriever.join_candidates", counted)
+    retrieve(*simple, SIMPLE.settings, graphs=["alure"])
+    assert joined == [SIMPLE.num_users]
 
 
 def test_lists_of_a_graph_in_any_order(simple: tuple[EmbeddingStore, Events]) -> None:
