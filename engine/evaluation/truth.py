@@ -114,7 +114,8 @@ def relevance(rows: pa.Table, user_ids: pa.Array, known_items: pa.ChunkedArray |
         counts["unknown_item_rows"] = int(missing.sum())
         counts["unknown_items"] = len(pc.unique(kept.filter(pa.array(missing))["item_id"]))
     distinct_users, row_of = np.unique(users, return_inverse=True)
-    keys = np.unique(row_of * np.int64(max(len(items), 1)) + indices(kept["item_id"], items))
+    keys = np.sort(row_of * np.int64(max(len(items), 1)) + indices(kept["item_id"], items))  # np.unique would hash
+    keys = keys[np.diff(keys, prepend=-1) != 0]
     counts |= {"repeated_rows": len(kept) - len(keys), "pairs": len(keys), "users": len(distinct_users)}
     return Relevance(distinct_users, items, keys, counts)
 
