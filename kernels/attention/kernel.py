@@ -13,8 +13,6 @@ tile by tile and added up in a fixed order: no atomics, the same bits every time
     tables [G, H, buckets] fp32; q_cyclic [Tq, H, C], k_cyclic [Tk, C] fp32; lse, delta [H, Tq] fp32
 """
 
-import contextlib
-
 import torch
 import triton.language as tl
 from torch import Tensor
@@ -24,7 +22,7 @@ from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward
 from alure.kernels.attention.kernel_configs import AHEAD_OF_TIME, AHEAD_OF_TIME_SLOW, block, configs
 from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.attention.kernel_plan import Plan, Sizes, Tiling, make_plan
-from alure.kernels.backend import triton_interprets
+from alure.kernels.backend import on_device, triton_interprets
 
 __all__ = ["AHEAD_OF_TIME", "AHEAD_OF_TIME_SLOW", "backward", "forward", "prepare"]
 
@@ -63,7 +61,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
     sizes = Sizes(*plan.sizes.shape)
     q, scale, _ = _positive(q, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    with _device(q):
+    with on_device(q):
         forward_kernel[(len(plan.tiles) * num_heads,)](
             q,
             k,
@@ -117,7 +115,7 @@ def backward(
     )
     biases = _biases(plan, bias, q)
     constants = _constants(q, k, bias, plan, batch.rules is not None)
-    with _device(q):
+    with on_device(q):
         if len(plan.q_tiles):
             backward_q_kernel[(len(plan.q_tiles) * num_heads,)](
                 q,
@@ -194,10 +192,6 @@ def _positive(q: Tensor, scale: float) -> tuple[Tensor, float, float]:
 def _rows(x: Tensor) -> Tensor:
     """x with contiguous channels; rows and heads may lie anywhere."""
     return x if x.stride(2) == 1 else x.contiguous()
-
-
-def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
 
 
 def _by_group(sums: Tensor, plan: Plan, table: Tensor) -> Tensor:
