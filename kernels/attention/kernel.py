@@ -8,6 +8,8 @@ of its own. Programs start in the order of the list, the longest first, as proce
 that take tiles in turn would give up that balance, and the loop around the loops costs 10 to 40 registers a thread.)
 Each output belongs to one tile and is summed in the order of its pairs, and the sums of a table's gradient are written
 tile by tile and added up in a fixed order: no atomics, the same bits every time. Logits in units of log 2, for exp2.
+Sizes that change from batch to batch are `do_not_specialize`, here as in the other operators' kernels: Triton would
+compile anew, for seconds, for a multiple of 16 and for 1.
 
     q [Tq, H, D]  k, v [Tk, Hk, D]  fp16 | bf16 | fp32, any strides with contiguous channels
     tables [G, H, buckets] fp32; q_cyclic [Tq, H, C], k_cyclic [Tk, C] fp32; lse, delta [H, Tq] fp32

@@ -90,7 +90,7 @@ def activate_kernel(p_product, p_scale, p_bias, p_hidden, p_activation, size, wi
     tl.store(p_activation + i, b_activation.to(p_activation.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def normalize_kernel(
     p_z,
     p_update,

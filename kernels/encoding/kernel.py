@@ -24,7 +24,7 @@ MAX_BLOCK_D = 128
 MAX_BLOCK_K = {2: 64, 4: 32}  # by bytes of the table's dtype; larger tiles of float32 spill
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def encode_events_kernel(
     p_out,
     p_table,

@@ -31,7 +31,7 @@ CHUNK = 64  # sorted rows a program of sum_rows
 JOINED = 16  # chunks joined at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def time_features_kernel(
     p_features,
     p_positions,
@@ -69,7 +69,7 @@ def time_features_kernel(
         tl.store(p_frequencies + i_t, octave(p_counts, i_t, m_t, F), mask=m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["x_feature"])
 def weight_gradient_kernel(
     p_partials,
     p_x,
@@ -113,7 +113,7 @@ def weight_gradient_kernel(
     tl.store(p_partials + o_partial, b_sum, mask=m_f[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def sum_runs_kernel(
     p_out,
     p_heads,
@@ -153,7 +153,7 @@ def sum_runs_kernel(
             key = following
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_chunks"])
 def join_runs_kernel(
     p_out,
     p_heads,

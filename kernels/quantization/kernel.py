@@ -20,7 +20,7 @@ BLOCK_D = 32
 NUM_WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "level"])
 def quantize_level_kernel(
     p_residual_in,
     p_residual_out,

@@ -1,6 +1,7 @@
-"""On a machine with several GPUs a kernel must be launched on the one where its tensors are."""
+"""What a launch means to a real GPU, which the interpreter does not care about: where it runs, and what it compiles."""
 
 import importlib
+from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -26,14 +27,32 @@ KERNELS = {
 }  # fmt: skip
 
 
+Launches = dict[str, set[tuple[str, ...]]]  # of every kernel, the kinds of its arguments
+
+
+def kinds_of(kernel: Any, given: dict[str, Any]) -> tuple[str, ...]:
+    """For each other one Triton compiles the kernel anew; not of constants, which are the model's."""
+    any_integer = kernel.kwargs["do_not_specialize"] or []
+    any_multiple = kernel.kwargs["do_not_specialize_on_alignment"] or []
+
+    def kind(name: str, x: Any) -> str:
+        if isinstance(x, Tensor):
+            return f"{x.dtype} aligned {x.data_ptr() % 16 == 0}"
+        if not isinstance(x, int) or name in any_integer:
+            return type(x).__name__
+        return "1" if x == 1 else "16 n" if x % 16 == 0 and name not in any_multiple else "int"
+
+    return tuple(f"{name}: {kind(name, x)}" for name, x in given.items())
+
+
 @pytest.fixture
-def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
+def launched(monkeypatch: pytest.MonkeyPatch) -> Launches:
     """The kernels that run, each of which must do so inside `on_device`."""
     require("triton", "cpu")
     from triton.runtime.interpreter import InterpretedFunction
 
     opened: list[torch.device] = []
-    found: set[str] = set()
+    found: Launches = defaultdict(set)
 
     @contextmanager
     def record(x: Tensor) -> Iterator[None]:
@@ -47,8 +66,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
 
     def watched(kernel: Any, grid: Any) -> Any:
         assert opened, f"{kernel.fn.__name__} is launched on whichever GPU is the current one"
-        found.add(kernel.fn.__name__)
-        return run(kernel, grid)
+
+        def launch(*args: Any, **kwargs: Any) -> None:
+            found[kernel.fn.__name__].add(kinds_of(kernel, dict(zip(kernel.arg_names, args))))
+            run(kernel, grid)(*args, **kwargs)
+
+        return launch
 
     monkeypatch.setattr(InterpretedFunction, "__getitem__", watched)
     for name in MODULES:
@@ -56,18 +79,35 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> set[str]:
     return found
 
 
-def test_every_kernel_is_launched_on_the_device_of_its_tensors(launched: set[str]) -> None:
-    problem = random_problem([5, 9], head_dim=8).to(torch.float32)
+def run_all(size: int) -> None:
+    """Every kernel, of a batch of so many rows."""
+    problem = random_problem([size], head_dim=8).to(torch.float32)
     torch.autograd.grad(problem.run("triton").sum(), problem.leaves())
-    encoding = random_encoding([3, 2]).to(torch.float32)
+    encoding = random_encoding([size], d_e=8, width=16, d_dense=16).to(torch.float32)
     torch.autograd.grad(encoding.run("triton").sum(), list(encoding.leaves().values()))
-    x = torch.randn(2, 6, 16)
+    x, books = torch.randn(size, 6, 16), torch.randn(3, 4, 16)
     compression = DotLinearCompression.initialize(6, 16, 2, 4, hidden=32)
     compress(x, compression, backend="triton")
     compress_int8(x, compression, backend="triton")
-    grouped_topk(x[0], x[1], torch.tensor([0, 6]), torch.zeros(6, 1, dtype=torch.int64), 2, backend="triton")
-    residual_quantize(x[0], torch.randn(2, 4, 16), backend="triton")
-    assert launched == KERNELS
+    rows = x[:, 0].contiguous()
+    grouped_topk(rows, rows, torch.tensor([0, size]), torch.zeros(size, 1, dtype=torch.int64), 1, backend="triton")
+    residual_quantize(rows, books, backend="triton")
+
+
+def test_every_kernel_is_launched_on_the_device_of_its_tensors(launched: Launches) -> None:
+    run_all(5)
+    assert launched.keys() == KERNELS
+
+
+def test_a_batch_of_another_size_compiles_nothing(launched: Launches) -> None:
+    """Seconds each, in the middle of a job. Nor does another level of a quantizer."""
+    before: dict[str, int] = {}
+    for size in (21, 32, 2):
+        run_all(size)
+        compiled = {name: len(kinds) for name, kinds in launched.items()}
+        assert not before or compiled == before
+        before = compiled
+    assert compiled["quantize_level_kernel"] == 1
 
 
 def test_the_current_gpu_is_that_of_the_tensor(monkeypatch: pytest.MonkeyPatch) -> None:
