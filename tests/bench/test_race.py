@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from alure.bench import __main__ as bench_main
+from alure.bench import neighbors
 from alure.bench.clock import Clock
 from alure.bench.conftest import Schedule
 from alure.bench.plot import draw
@@ -225,6 +226,17 @@ def test_the_plot_of_neighbors_has_a_curve_of_each_implementation(tmp_path: Path
     assert (tmp_path / "again.svg").read_text() == svg
     with pytest.raises(ValueError, match="expected timed rows of the neighbors suite"):
         draw_neighbors([row | {"suite": "attention"} for row in rows], tmp_path / "empty.svg")
+
+
+def test_neighbors_are_raced_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = neighbors.Case(5_000, 64, 64, torch.device("cpu"))
+    monkeypatch.setattr(neighbors, "find_spec", lambda name: None)
+    for contest in (neighbors.all_pairs(case, 8), neighbors.clustering(case, 10)):
+        race = Race(contest, CPU, seconds=0.01)
+        race.round()
+        assert all(result["ours"] and result["laps_s"] for result in race.results())
+        assert set(race.left_out) <= {"FAISS IVFFlat", "FAISS big_batch_search"}
+        assert not race.wrong
 
 
 def test_a_forward_entry_checks_what_it_times() -> None:
