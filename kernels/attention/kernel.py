@@ -227,7 +227,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dict[str, object]:
     channels = 0 if bias.q_cyclic is None else bias.q_cyclic.shape[2]
     dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     sizes = Sizes(*plan.sizes.shape)
     return {
         "HEADS": q.shape[1],

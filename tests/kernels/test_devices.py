@@ -25,8 +25,6 @@ KERNELS = {
     "weight_gradient_kernel", "sum_runs_kernel", "join_runs_kernel", "dot_linear_kernel", "activate_kernel",
     "normalize_kernel", "grouped_topk_kernel", "quantize_level_kernel",
 }  # fmt: skip
-
-
 Launches = dict[str, set[tuple[str, ...]]]  # of every kernel, the kinds of its arguments
 
 
@@ -120,3 +118,24 @@ def test_the_current_gpu_is_that_of_the_tensor(monkeypatch: pytest.MonkeyPatch) 
     with on_device(torch.zeros(1)):
         pass
     assert chosen == [torch.device("cuda", 3)]
+
+
+@pytest.mark.parametrize("precision", ["tf32", "ieee", "none"])
+def test_products_of_float32_are_as_exact_as_torch_is_told(
+    precision: str, launched: Launches, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the setting that torch has had since 2.9, beside which `allow_tf32` raises; that sets this one, too."""
+    attention = importlib.import_module("alure.kernels.attention.kernel")
+    given: list[str] = []
+    constants = attention._constants
+    monkeypatch.setattr(
+        attention, "_constants", lambda *args: (found := constants(*args), given.append(found["PRECISION"]))[0]
+    )
+    problem, before = random_problem([5], head_dim=8).to(torch.float32), torch.backends.cuda.matmul.fp32_precision
+    torch.backends.cuda.matmul.fp32_precision = precision
+    try:
+        problem.run("triton")
+        problem.to(torch.bfloat16).run("triton")
+    finally:
+        torch.backends.cuda.matmul.fp32_precision = before
+    assert given == ["tf32" if precision == "tf32" else "ieee", "tf32"]
