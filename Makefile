@@ -32,7 +32,7 @@ crash: $(VENV)/.alure-dev  ## for the night: 1,000 kills of a refresh, and every
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow" -n $$(nproc) --dist worksteal -q -rs tests/engine/test_crash.py
 
 test-gpu: $(VENV)/.alure-dev  ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu -q
+	$(BIN)/pytest -m gpu -q -rs -n 8 --dist worksteal
 
 kernels: $(VENV)/.alure-dev  ## every Triton kernel compiled for A100, H100 and B200, no GPU needed; against its budget
 	$(BIN)/python -m alure.bench.ahead_of_time --budget bench/ahead_of_time/budget.json $(FLAGS)
