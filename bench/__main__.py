@@ -16,7 +16,7 @@ from typing import Any
 from alure.bench import SUITES
 from alure.bench.report import LEGEND, append_lines, render, results_path, rows_of
 
-MOST_TIMES, SPARE_S = 1.25, 30.0  # of --minutes, after which the contest at hand is given up
+MOST_TIMES, SPARE_S = 1.25, 60.0  # of --minutes, after which the contest at hand is given up
 POLL_S = 0.2
 PLOTS = {"attention": "alure.bench.plot", "neighbors": "alure.bench.plot_neighbors"}  # of all suites, the first
 
