@@ -148,7 +148,8 @@ from alure.bench.race import Contest, Entry
 
 @pytest.fixture
 def made(request):
-    print("made", request.node.name)
+    with open(request.config.rootpath / "made", "a") as file:
+        file.write(request.node.name)
 
 @pytest.mark.parametrize("name", ["first", "second", "third"])
 def bench_it(race, made, name):
@@ -159,23 +160,44 @@ def bench_it(race, made, name):
 """
 
 
-@pytest.mark.parametrize(
-    ("breaks", "kept"),
-    [("os.abort()", ["first"]), ("raise RuntimeError('CUDA error')", ["first", "third"])],
-    ids=["crash", "error"],
-)
-def test_what_is_over_is_kept(breaks: str, kept: list[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Rows come contest by contest, whatever the one after it does to its process."""
+@pytest.fixture
+def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[str]]]:
+    """(exit code, cases that were kept) of SUITE, in a folder of its own."""
     for name in [name for name in os.environ if name.startswith("PYTEST_")]:
         monkeypatch.delenv(name)
     home = Path(bench_main.__file__).parent
     for file in ("conftest.py", "pytest.ini"):
         shutil.copy(home / file, tmp_path / file)
-    (tmp_path / "suite.py").write_text(SUITE.replace("{breaks}", breaks))
     words = [str(tmp_path / "suite.py"), f"--rootdir={tmp_path}", "-c", str(tmp_path / "pytest.ini"), "--quick", "-q"]
-    taken: list[str] = []
-    assert bench_main.run(words, None, lambda rows: taken.append(rows[0]["case"])) != 0
+
+    def run(breaks: str, *more: str) -> tuple[int, list[str]]:
+        (tmp_path / "suite.py").write_text(SUITE.replace("{breaks}", breaks))
+        taken: list[str] = []
+        return bench_main.run([*words, *more], None, lambda rows: taken.append(rows[0]["case"])), taken
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("breaks", "kept"),
+    [("os.abort()", ["first"]), ("raise RuntimeError('CUDA error')", ["first", "third"])],
+    ids=["crash", "error"],
+)
+def test_what_is_over_is_kept(
+    breaks: str, kept: list[str], run_suite: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    """Rows come contest by contest, whatever the one after it does to its process."""
+    code, taken = run_suite(breaks)
+    assert code != 0
     assert taken == kept
+    assert "second" in (tmp_path / "made").read_text()
+
+
+def test_of_a_contest_that_is_too_late_nothing_is_made(
+    run_suite: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    assert run_suite("pass", "--minutes", "1e-9") == (0, [])
+    assert not (tmp_path / "made").exists()
 
 
 def test_a_contest_that_hangs_is_ended(tmp_path: Path) -> None:
