@@ -18,7 +18,7 @@ demo: $(VENV)/.alure  ## the whole chain on a synthetic ads world: writes demo/r
 	$(BIN)/alure demo --out $(OUT)
 
 test: $(VENV)/.alure-dev lint  ## ruff, mypy and the default test suite
-	OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(nproc) --dist worksteal -q -rs
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(nproc) --dist worksteal -q -rs
 
 test-slow: $(VENV)/.alure-dev  ## the long tests
 	$(BIN)/pytest -m slow -q
@@ -32,7 +32,7 @@ crash: $(VENV)/.alure-dev  ## for the night: 1,000 kills of a refresh, and every
 	OMP_NUM_THREADS=1 $(BIN)/pytest -m "slow or not slow" -n $$(nproc) --dist worksteal -q -rs tests/engine/test_crash.py
 
 test-gpu: $(VENV)/.alure-dev  ## the tests that need a CUDA device
-	$(BIN)/pytest -m gpu -q
+	$(BIN)/pytest -m gpu -q -rs -n 8 --dist worksteal
 
 kernels: $(VENV)/.alure-dev  ## every Triton kernel compiled for A100, H100 and B200, no GPU needed; against its budget
 	$(BIN)/python -m alure.bench.ahead_of_time --budget bench/ahead_of_time/budget.json $(FLAGS)
@@ -54,7 +54,7 @@ tables: $(VENV)/.alure-dev  ## docs/quality.md: runs what has no result yet; DAT
 
 bench-gpu: $(VENV)/.alure-dev  ## on a CUDA machine, in 8 minutes: the gpu tests, tuning, then every race, into bench/results/<device>.jsonl
 	@nvidia-smi -L >/dev/null || { echo "bench-gpu: needs a CUDA device, nvidia-smi finds none" >&2; exit 2; }
-	timeout 150 $(BIN)/pytest -m gpu -q -n 4 --dist worksteal; tests=$$?; \
+	timeout -s INT -k 10 150 $(BIN)/pytest -m gpu -q -n 8 --dist worksteal --maxfail 40; tests=$$?; \
 	timeout 90 $(BIN)/alure tune --minutes 0.6; \
 	$(BIN)/alure bench all --minutes 3.8 --out bench/results --plot bench/results/attention-gpu.svg && exit $$tests
 

@@ -1,7 +1,9 @@
 """What the suites share: the options, the measured limits of the device, and `race`, which times one contest."""
 
+import json
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +20,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--quick", action="store_true", help="small sizes, fewer rounds")
     parser.addoption("--case", help="only the cases whose name contains this")
     parser.addoption("--minutes", type=float, help="time for all suites together")
+    parser.addoption("--contests", type=Path, help="a file that takes every contest, a JSON line, once it is over")
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -53,9 +56,22 @@ class Schedule:
         return min(self.most, left / (last + 1 - self.items.index(item)) / 2)
 
 
+_SCHEDULE = pytest.StashKey[Schedule]()
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    session.config.stash[_SCHEDULE] = Schedule(session.config, session.items)
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Before what a contest needs is made, which can take longer than the contest."""
+    item.config.stash[_SCHEDULE].seconds(item)
+
+
 @pytest.fixture(scope="session")
 def schedule(request: pytest.FixtureRequest) -> Schedule:
-    return Schedule(request.config, request.session.items)
+    return request.config.stash[_SCHEDULE]
 
 
 @pytest.fixture(scope="session")
@@ -77,7 +93,7 @@ def clock(device: torch.device) -> Clock:
 def limits(device: torch.device, clock: Clock) -> Callable[[torch.dtype], dict[str, float]]:
     """Measured limits that shares are taken of: FLOP/s of a large matrix product of a dtype, bytes/s of a copy.
 
-    Measured anew for every contest: the report takes the best of a run, for a shared machine may be busy at any one.
+    Measured anew for every contest: the report takes the best so far, for a shared machine may be busy at any one.
     """
 
     def of(dtype: torch.dtype) -> dict[str, float]:
@@ -94,24 +110,31 @@ def race(
     clock: Clock,
     limits: Callable[[torch.dtype], dict[str, float]],
 ) -> Callable[[Contest], None]:
-    """`race(contest)`: one pytest-benchmark record a contest; a round is a lap of everyone, laps are in extra_info."""
+    """`race(contest)`: a round of pytest-benchmark is a lap of everyone. What they took is written once it is known:
+    whatever happens to the contests after it, it is kept.
+    """
 
     def run(contest: Contest) -> None:
         racing = Race(contest, clock, schedule.seconds(request.node))
-        benchmark.extra_info.update(
-            suite=contest.suite,
-            case=contest.case,
-            dtype=str(contest.dtype).removeprefix("torch."),
-            facts=contest.facts | {"clock": clock.kind},
-            flops=contest.flops,
-            moved=contest.moved,
-            **limits(contest.dtype),
-            left_out=racing.left_out,
-        )
+        measured = limits(contest.dtype)
         if not racing.rounds:
             pytest.skip("; ".join(f"{name}: {reason}" for name, reason in racing.left_out.items()))
         benchmark.pedantic(racing.round, rounds=racing.rounds, iterations=1)
-        benchmark.extra_info["results"] = racing.results()
+        info = {
+            "suite": contest.suite,
+            "case": contest.case,
+            "dtype": str(contest.dtype).removeprefix("torch."),
+            "facts": contest.facts | {"clock": clock.kind},
+            "flops": contest.flops,
+            "moved": contest.moved,
+            **measured,
+            "left_out": racing.left_out,
+            "results": racing.results(),
+        }
+        contests = request.config.getoption("--contests")
+        if contests is not None:
+            with contests.open("a") as file:
+                file.write(json.dumps(info) + "\n")
         assert not racing.wrong, racing.wrong
 
     return run

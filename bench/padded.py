@@ -28,7 +28,7 @@ class PaddedUserModel:
     def __call__(self, sequence: EventSequence, as_of: Tensor, catalog: Catalog) -> Tensor:
         """Embeddings [B, k, d] of users, each with at least one event."""
         lengths = sequence.lengths
-        columns = torch.arange(int(lengths.max()))
+        columns = torch.arange(int(lengths.max()), device=lengths.device)
         real = columns < lengths[:, None]  # [B, L]
         place = torch.where(real, sequence.offsets[:-1, None] + columns, 0)
         times = sequence.timestamps[place]  # [B, L]
@@ -54,9 +54,9 @@ class PaddedUserModel:
         decay = torch.log1p(torch.stack([age, gap], dim=-1).float() / TAU)
         clock = torch.cat([decay, angle.sin(), angle.cos()], dim=-1).to(self.dtype)
         x = found.flatten(2) @ encoder.id_weight.flatten(0, 1) + clock @ encoder.time_weight + encoder.bias
-        order = real.sum(1, keepdim=True) - 1 - torch.arange(real.shape[1])
+        order = real.sum(1, keepdim=True) - 1 - torch.arange(real.shape[1], device=real.device)
         x = x + F.embedding(order.clamp(0, encoder.position_table.shape[0] - 1), encoder.position_table)
-        steps = 2 ** torch.arange(1, encoder.frequency_table.shape[0])
+        steps = 2 ** torch.arange(1, encoder.frequency_table.shape[0], device=counts.device)
         return x + F.embedding(torch.bucketize(counts + 1, steps, right=True), encoder.frequency_table)
 
     def attend(self, layer: AttentionLayer, x: Tensor, pairs: "Pairs") -> Tensor:
@@ -81,7 +81,7 @@ class PaddedUserModel:
         angle = angles(age, time.periods)
         bias = look_up(time.table.float(), torch.bucketize(age, time.thresholds, right=True))  # [B, H · m, L]
         cycles = angle.cos() @ time.cosine.T.float() + angle.sin() @ time.sine.T.float()
-        order = real.sum(1, keepdim=True) - 1 - torch.arange(real.shape[1])  # from the newest event
+        order = real.sum(1, keepdim=True) - 1 - torch.arange(real.shape[1], device=real.device)  # from the newest event
         near = look_up(position.table.float(), torch.bucketize(order, position.thresholds, right=True))
         bias = (bias + near + cycles.transpose(1, 2)).masked_fill(~real[:, None], -math.inf).to(self.dtype)
         bias = bias.unflatten(1, (tap.heads, -1))  # [B, H, m, L]
@@ -105,8 +105,8 @@ class Pairs:
 
     def __init__(self, times: Tensor, real: Tensor, dtype: torch.dtype) -> None:
         self.times, self.dtype = times, dtype
-        self.padding = torch.zeros(real.shape, dtype=dtype).masked_fill(~real, -math.inf)[:, None, None]
-        index = torch.arange(real.shape[1])
+        self.padding = torch.zeros_like(real, dtype=dtype).masked_fill_(~real, -math.inf)[:, None, None]
+        index = torch.arange(real.shape[1], device=real.device)
         self.distance, self.delta = index[:, None] - index, times[:, :, None] - times[:, None, :]
         self.buckets: Tensor | None = None
 

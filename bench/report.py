@@ -1,4 +1,4 @@
-"""From pytest-benchmark's results to rows, a table of ratios, and JSON lines that are only ever appended."""
+"""From contests to rows, a table of ratios, and JSON lines that are only ever appended."""
 
 import importlib.metadata
 import json
@@ -7,7 +7,9 @@ import platform
 import re
 import statistics
 import subprocess
+from collections.abc import Sequence
 from datetime import UTC, datetime
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -16,28 +18,27 @@ import torch
 PACKAGES = ("triton", "flash_attn", "faiss-cpu", "faiss-gpu", "duckdb")  # whose versions a figure may depend on
 
 
-def read_rows(results: Path) -> list[dict[str, Any]]:
-    """One row a case and implementation: median and spread in seconds, ratio to ours, shares of the limits.
+def rows_of(info: dict[str, Any], before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
+    """Of a contest one row an implementation: median and spread in seconds, ratio to ours, shares of the limits.
 
-    A row of an implementation that did not take part has `left_out`, the reason, and no times.
+    A row of an implementation that did not take part has `left_out`, the reason, and no times. before: the contests of
+    the run so far; the limits are the best that were measured, for a shared machine may be busy at any one.
     """
     stamp = environment()
     rows = []
-    contests = [entry["extra_info"] for entry in json.loads(results.read_text())["benchmarks"]]
-    for info in contests:
-        alike = [other for other in contests if other["dtype"] == info["dtype"]]
-        limits = {name: max(other[name] for other in alike) for name in ("matrix_rate", "copy_rate")}
-        case = {name: info[name] for name in ("suite", "case", "dtype")} | info["facts"]
-        times = {result["implementation"]: statistics.median(result["laps_s"]) for result in info["results"]}
-        ours = [times[result["implementation"]] for result in info["results"] if result["ours"]]
-        for result in info["results"]:
-            row = case | {name: result[name] for name in ("implementation", "ours", "peak_bytes")}
-            row |= result["facts"]
-            row |= _spread(result["laps_s"]) | _rates(info | limits, times[result["implementation"]])
-            if ours:
-                row["ours_is_faster_by"] = times[result["implementation"]] / ours[0]
-            rows.append(row | stamp)
-        rows += [case | {"implementation": name, "left_out": why} | stamp for name, why in info["left_out"].items()]
+    alike = [info, *(other for other in before if other["dtype"] == info["dtype"])]
+    limits = {name: max(other[name] for other in alike) for name in ("matrix_rate", "copy_rate")}
+    case = {name: info[name] for name in ("suite", "case", "dtype")} | info["facts"]
+    times = {result["implementation"]: statistics.median(result["laps_s"]) for result in info["results"]}
+    ours = [times[result["implementation"]] for result in info["results"] if result["ours"]]
+    for result in info["results"]:
+        row = case | {name: result[name] for name in ("implementation", "ours", "peak_bytes")}
+        row |= result["facts"]
+        row |= _spread(result["laps_s"]) | _rates(info | limits, times[result["implementation"]])
+        if ours:
+            row["ours_is_faster_by"] = times[result["implementation"]] / ours[0]
+        rows.append(row | stamp)
+    rows += [case | {"implementation": name, "left_out": why} | stamp for name, why in info["left_out"].items()]
     return rows
 
 
@@ -59,21 +60,26 @@ def _rates(info: dict[str, Any], seconds: float) -> dict[str, float]:
 
 def environment() -> dict[str, Any]:
     """What a figure depends on; `load` of the last minute includes this run."""
-    git = ["git", "-C", str(Path.cwd())]
-    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
-    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
     return {
         "device": device_name(),
         "threads": torch.get_num_threads(),
         "cores": len(os.sched_getaffinity(0)),
         "load": round(os.getloadavg()[0], 1),
-        "commit": commit.stdout.strip() or None,
-        "dirty": bool(dirty.stdout.strip()),
+        **_commit(),
         "torch": torch.__version__,
         "python": platform.python_version(),
         "versions": _versions(),
         "measured_at": datetime.now(UTC).isoformat(timespec="seconds"),
     }
+
+
+@cache
+def _commit() -> dict[str, Any]:
+    """As the run found it: its own results may lie in the repository."""
+    git = ["git", "-C", str(Path.cwd())]
+    commit = subprocess.run([*git, "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    dirty = subprocess.run([*git, "status", "--porcelain"], capture_output=True, text=True, check=False)
+    return {"commit": commit.stdout.strip() or None, "dirty": bool(dirty.stdout.strip())}
 
 
 def _versions() -> dict[str, str]:
@@ -98,22 +104,21 @@ def results_path(out: Path) -> Path:
     return out / f"{re.sub(r'[^a-z0-9]+', '-', device_name().lower()).strip('-')}.jsonl"
 
 
+LEGEND = (
+    "* ours. ×: time over our first line of the case, timed in turn in the same run; n: laps. On one thread of\n"
+    "a CPU all times are CPU time. Shares: of the rate of a large matrix product of the dtype (of float32 where\n"
+    "that is faster), and of a copy's bytes/s, measured here. MB: the most memory held during a call beyond its\n"
+    "inputs, its result included. What a peer prepares beforehand is in neither."
+)
+
+
 def render(rows: list[dict[str, Any]]) -> str:
-    """The race as a table: one block a case, fastest first, then who did not take part and why."""
-    lines = []
-    for suite, case in dict.fromkeys((row["suite"], row["case"]) for row in rows):
-        block = [row for row in rows if (row["suite"], row["case"]) == (suite, case)]
-        lines.append(f"\n{suite}: {case}")
-        for row in sorted((r for r in block if "median_s" in r), key=lambda r: r["median_s"]):
-            lines += [_line(row), *_quantiles(row.get("quantiles_ms", {}))]
-        lines += [f"   {row['implementation']:<38} – {row['left_out']}" for row in block if "left_out" in row]
-    legend = (
-        "* ours. ×: time over our first line of the case, timed in turn in the same run; n: laps. On one thread of\n"
-        "a CPU all times are CPU time. Shares: of the rate of a large matrix product of the dtype (of float32 where\n"
-        "that is faster), and of a copy's bytes/s, measured here. MB: the most memory held during a call beyond its\n"
-        "inputs, its result included. What a peer prepares beforehand is in neither."
-    )
-    return "\n".join([*lines, "", legend]) if rows else "no results"
+    """A contest as a block: fastest first, then who did not take part and why."""
+    lines = [f"\n{rows[0]['suite']}: {rows[0]['case']}"]
+    for row in sorted((r for r in rows if "median_s" in r), key=lambda r: r["median_s"]):
+        lines += [_line(row), *_quantiles(row.get("quantiles_ms", {}))]
+    lines += [f"   {row['implementation']:<38} – {row['left_out']}" for row in rows if "left_out" in row]
+    return "\n".join(lines)
 
 
 def _line(row: dict[str, Any]) -> str:

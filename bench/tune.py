@@ -33,6 +33,7 @@ from alure.kernels.attention.tuned import (
 )
 
 TOKENS = 1 << 17
+FEW_TOKENS = 1 << 13  # of a candidate that is compiled: the same kernel
 CANDIDATES: dict[str, list[Config]] = {
     "forward": [
         *(Config(128, 64, warps, stages) for warps in (8, 4) for stages in (2, 3, 4)),
@@ -99,7 +100,7 @@ class Job(NamedTuple):
     head_dim: int
     kernel: str
     configs: Configs
-    tokens: int = TOKENS
+    tokens: int = FEW_TOKENS
 
     def trial(self, device: torch.device) -> Trial:
         return Trial(DTYPES[self.dtype], self.head_dim, device, self.tokens)
@@ -127,7 +128,9 @@ def that_run(jobs: Sequence[Job], seconds: float, say: Callable[[str], None]) ->
     """Those that run, of those that do so in time; in the order of `jobs`."""
     started, found = time.monotonic(), set()
     deadline = started + seconds
-    context = multiprocessing.get_context("spawn")
+    # forked from a process that has imported all this: to import it takes as long as to compile
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(["alure.bench.tune", "alure.kernels.attention.kernel"])
     with context.Pool(min(os.cpu_count() or 1, len(jobs)), maxtasksperchild=1) as pool:  # ends by terminating them
         answers = pool.imap_unordered(runs, jobs)
         for done in range(1, len(jobs) + 1):

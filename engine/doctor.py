@@ -25,6 +25,7 @@ OPERATORS: dict[str, str] = {  # operator: the module whose BACKENDS names its i
     "rms_norm": "alure.kernels.rowwise.ops",
     "swiglu": "alure.kernels.rowwise.ops",
 }
+ON_THE_HOST = ("join_candidates", "personalized_pagerank")  # their tensors are on the CPU, wherever the others are
 PACKAGES = (
     "torch",
     "triton",
@@ -48,7 +49,7 @@ def examine() -> dict[str, Any]:
         "gpu": [gpu(index) for index in range(torch.cuda.device_count())] if device.type == "cuda" else [],
         "packages": {name: version(name) for name in PACKAGES},
         "device": str(device),
-        "backends": {name: backend_of(module, device) for name, module in OPERATORS.items()},
+        "backends": backends(device),
         "graph_search": graph_search(),
         "advice": advice(device),
     }
@@ -96,6 +97,11 @@ def version(package: str) -> str | None:
         return importlib.metadata.version(package)
     except importlib.metadata.PackageNotFoundError:
         return None
+
+
+def backends(device: torch.device) -> dict[str, dict[str, Any]]:
+    host = torch.device("cpu")
+    return {name: backend_of(module, host if name in ON_THE_HOST else device) for name, module in OPERATORS.items()}
 
 
 def backend_of(module: str, device: torch.device) -> dict[str, Any]:

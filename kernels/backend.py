@@ -2,8 +2,10 @@
 
 import importlib.util
 from collections.abc import Sequence
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
+from torch import Tensor
 
 BACKENDS = ("auto", "triton", "native", "reference", "cupy")
 
@@ -36,6 +38,11 @@ def triton_interprets() -> bool:
     import triton
 
     return bool(triton.knobs.runtime.interpret)
+
+
+def on_device(x: Tensor) -> AbstractContextManager[object]:
+    """The block's Triton kernels run on the GPU of `x`: they are launched on the current one, wherever tensors are."""
+    return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
 
 
 def resolve_backend(backend: str, device: torch.device, supported: Sequence[str]) -> str:

@@ -8,12 +8,12 @@ of its own. Programs start in the order of the list, the longest first, as proce
 that take tiles in turn would give up that balance, and the loop around the loops costs 10 to 40 registers a thread.)
 Each output belongs to one tile and is summed in the order of its pairs, and the sums of a table's gradient are written
 tile by tile and added up in a fixed order: no atomics, the same bits every time. Logits in units of log 2, for exp2.
+Sizes that change from batch to batch are `do_not_specialize`, here as in the other operators' kernels: Triton would
+compile anew, for seconds, for a multiple of 16 and for 1.
 
     q [Tq, H, D]  k, v [Tk, Hk, D]  fp16 | bf16 | fp32, any strides with contiguous channels
     tables [G, H, buckets] fp32; q_cyclic [Tq, H, C], k_cyclic [Tk, C] fp32; lse, delta [H, Tq] fp32
 """
-
-import contextlib
 
 import torch
 import triton.language as tl
@@ -24,7 +24,7 @@ from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward
 from alure.kernels.attention.kernel_configs import AHEAD_OF_TIME, AHEAD_OF_TIME_SLOW, block, configs
 from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.attention.kernel_plan import Plan, Sizes, Tiling, make_plan
-from alure.kernels.backend import triton_interprets
+from alure.kernels.backend import on_device, triton_interprets
 
 __all__ = ["AHEAD_OF_TIME", "AHEAD_OF_TIME_SLOW", "backward", "forward", "prepare"]
 
@@ -63,7 +63,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
     sizes = Sizes(*plan.sizes.shape)
     q, scale, _ = _positive(q, scale)
     q, k, v = _rows(q), _rows(k), _rows(v)
-    with _device(q):
+    with on_device(q):
         forward_kernel[(len(plan.tiles) * num_heads,)](
             q,
             k,
@@ -117,7 +117,7 @@ def backward(
     )
     biases = _biases(plan, bias, q)
     constants = _constants(q, k, bias, plan, batch.rules is not None)
-    with _device(q):
+    with on_device(q):
         if len(plan.q_tiles):
             backward_q_kernel[(len(plan.q_tiles) * num_heads,)](
                 q,
@@ -196,10 +196,6 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
-def _device(x: Tensor) -> contextlib.AbstractContextManager[object]:
-    return torch.cuda.device(x.device) if x.is_cuda else contextlib.nullcontext()
-
-
 def _by_group(sums: Tensor, plan: Plan, table: Tensor) -> Tensor:
     """[tiles, H, buckets] added up to the table's [G, H, buckets], in the order of the tiles."""
     groups = plan.q_tiles[:, 9, None, None]
@@ -231,7 +227,7 @@ def _strides(*tensors: Tensor) -> list[int]:
 def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dict[str, object]:
     channels = 0 if bias.q_cyclic is None else bias.q_cyclic.shape[2]
     dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
-    exact = q.dtype == torch.float32 and not torch.backends.cuda.matmul.allow_tf32
+    exact = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     sizes = Sizes(*plan.sizes.shape)
     return {
         "HEADS": q.shape[1],

@@ -29,7 +29,7 @@ from alure.kernels.attention.kernel_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_q"])
 def backward_q_kernel(
     p_q,
     p_k,
@@ -315,7 +315,7 @@ def attend_keys(
     return dq, d_qc, time_sums, position_sums
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_q"])
 def backward_kv_kernel(
     p_q,
     p_k,

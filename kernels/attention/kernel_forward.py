@@ -31,7 +31,7 @@ from alure.kernels.attention.kernel_tiles import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total_q"])
 def forward_kernel(
     p_q,
     p_k,

@@ -17,6 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alure.kernels.backend import on_device
 from alure.kernels.compression.parameters import DotLinearCompression
 from alure.kernels.compression.reference import INT8_LARGEST, L2_EPSILON, RMS_EPSILON
 
@@ -89,7 +90,7 @@ def activate_kernel(p_product, p_scale, p_bias, p_hidden, p_activation, size, wi
     tl.store(p_activation + i, b_activation.to(p_activation.dtype.element_ty), mask=m)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["num_rows"])
 def normalize_kernel(
     p_z,
     p_update,
@@ -177,11 +178,13 @@ def _dot_linear(x: Tensor, c: DotLinearCompression) -> tuple[Tensor, Tensor, Ten
     activation = torch.empty(batch, h, dtype=x.dtype, device=x.device)
     if batch:
         tensors = (x.contiguous(), c.mix.contiguous(), c.linear.contiguous(), z, products, scale)
-        dot_linear_kernel[(batch,)](*tensors, n=n, d=d, r=r, k=k, **_tiles(n, d, r + k, x.dtype))
+        with on_device(x):
+            dot_linear_kernel[(batch,)](*tensors, n=n, d=d, r=r, k=k, **_tiles(n, d, r + k, x.dtype))
     if hidden.numel():
         product = products @ c.hidden_weight
         tensors = (product, scale, c.hidden_bias.contiguous(), hidden, activation)
-        activate_kernel[(triton.cdiv(batch * h, 1024),)](*tensors, batch * h, h, BLOCK=1024)
+        with on_device(x):
+            activate_kernel[(triton.cdiv(batch * h, 1024),)](*tensors, batch * h, h, BLOCK=1024)
     return z, torch.addmm(c.output_bias, activation, c.output_weight), hidden
 
 
@@ -194,7 +197,8 @@ def _normalize(z: Tensor, update: Tensor | None, gate: Tensor | None, out: Tenso
     block = _normalize_block(d)
     numbers = (RMS_EPSILON, L2_EPSILON, float(INT8_LARGEST), SMALLEST_STEP)
     grid = (triton.cdiv(rows, block["BLOCK_ROWS"]),)
-    normalize_kernel[grid](z.contiguous(), update, gate, out, scales, rows, k, d, *numbers, **block)
+    with on_device(z):
+        normalize_kernel[grid](z.contiguous(), update, gate, out, scales, rows, k, d, *numbers, **block)
 
 
 def _normalize_block(d: int) -> dict:

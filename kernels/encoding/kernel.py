@@ -13,6 +13,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alure.kernels.backend import on_device
 from alure.kernels.encoding import kernel_backward
 from alure.kernels.encoding.arguments import EventColumns, EventEncoder
 from alure.kernels.encoding.kernel_features import cycle, decay, octave
@@ -23,7 +24,7 @@ MAX_BLOCK_D = 128
 MAX_BLOCK_K = {2: 64, 4: 32}  # by bytes of the table's dtype; larger tiles of float32 spill
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def encode_events_kernel(
     p_out,
     p_table,
@@ -127,16 +128,17 @@ def encode_events(table: Tensor, events: EventColumns, encoder: EventEncoder) ->
         encoder.time_weight, encoder.bias, encoder.position_table, encoder.frequency_table, encoder.periods,
         encoder.phases,
     )  # fmt: skip
-    encode_events_kernel[(triton.cdiv(total, BLOCK_T), triton.cdiv(width, _block(width, MAX_BLOCK_D)))](
-        *(None if x is None else x.contiguous() for x in pointers),
-        total,
-        encoder.tau,
-        encoder.position_table.shape[0],
-        A=attributes,
-        P=encoder.periods.numel(),
-        F=min(encoder.frequency_table.shape[0], 63),  # counts are below 2^62
-        **_tiles(d_e, d_dense, width, table.dtype),
-    )
+    with on_device(table):
+        encode_events_kernel[(triton.cdiv(total, BLOCK_T), triton.cdiv(width, _block(width, MAX_BLOCK_D)))](
+            *(None if x is None else x.contiguous() for x in pointers),
+            total,
+            encoder.tau,
+            encoder.position_table.shape[0],
+            A=attributes,
+            P=encoder.periods.numel(),
+            F=min(encoder.frequency_table.shape[0], 63),  # counts are below 2^62
+            **_tiles(d_e, d_dense, width, table.dtype),
+        )
     return out
 
 

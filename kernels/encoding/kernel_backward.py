@@ -18,6 +18,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alure.kernels.backend import on_device
 from alure.kernels.encoding.arguments import EventColumns, EventEncoder, Gradients
 from alure.kernels.encoding.kernel_features import cycle, decay, octave
 from alure.kernels.jagged import segment_ids
@@ -30,7 +31,7 @@ CHUNK = 64  # sorted rows a program of sum_rows
 JOINED = 16  # chunks joined at a time
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def time_features_kernel(
     p_features,
     p_positions,
@@ -68,7 +69,7 @@ def time_features_kernel(
         tl.store(p_frequencies + i_t, octave(p_counts, i_t, m_t, F), mask=m_t)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"], do_not_specialize_on_alignment=["x_feature"])
 def weight_gradient_kernel(
     p_partials,
     p_x,
@@ -112,7 +113,7 @@ def weight_gradient_kernel(
     tl.store(p_partials + o_partial, b_sum, mask=m_f[:, None] & m_d[None, :])
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total"])
 def sum_runs_kernel(
     p_out,
     p_heads,
@@ -152,7 +153,7 @@ def sum_runs_kernel(
             key = following
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["total", "num_chunks"])
 def join_runs_kernel(
     p_out,
     p_heads,
@@ -236,10 +237,11 @@ def sum_rows(x: Tensor, index: Tensor, num_rows: int) -> Tensor:
     num_chunks, block = triton.cdiv(n, CHUNK), min(128, triton.next_power_of_2(d))
     heads, tails = (torch.empty(num_chunks, d, dtype=torch.float32, device=x.device) for _ in range(2))
     grid = num_chunks, triton.cdiv(d, block)
-    sum_runs_kernel[grid](out, heads, tails, keys, order, x, n, D=d, CHUNK=CHUNK, BLOCK_D=block, num_warps=1)
-    join_runs_kernel[grid](
-        out, heads, tails, keys, n, num_chunks, D=d, CHUNK=CHUNK, JOINED=JOINED, BLOCK_D=block, num_warps=1
-    )
+    with on_device(x):
+        sum_runs_kernel[grid](out, heads, tails, keys, order, x, n, D=d, CHUNK=CHUNK, BLOCK_D=block, num_warps=1)
+        join_runs_kernel[grid](
+            out, heads, tails, keys, n, num_chunks, D=d, CHUNK=CHUNK, JOINED=JOINED, BLOCK_D=block, num_warps=1
+        )
     return out
 
 
@@ -254,18 +256,19 @@ def _time_features(events: EventColumns, encoder: EventEncoder) -> tuple[Tensor,
             segment_ids(events.offsets, total), events.offsets, events.timestamps, events.reference_times,
             events.counts, events.utc_offsets, encoder.periods, encoder.phases,
         )  # fmt: skip
-        time_features_kernel[(triton.cdiv(total, BLOCK_EVENTS),)](
-            features,
-            positions,
-            frequencies,
-            *(None if x is None else x.contiguous() for x in columns),
-            total,
-            encoder.tau,
-            encoder.position_table.shape[0],
-            P=num_periods,
-            F=min(encoder.frequency_table.shape[0], 63),  # counts are below 2^62
-            BLOCK_T=BLOCK_EVENTS,
-        )
+        with on_device(features):
+            time_features_kernel[(triton.cdiv(total, BLOCK_EVENTS),)](
+                features,
+                positions,
+                frequencies,
+                *(None if x is None else x.contiguous() for x in columns),
+                total,
+                encoder.tau,
+                encoder.position_table.shape[0],
+                P=num_periods,
+                F=min(encoder.frequency_table.shape[0], 63),  # counts are below 2^62
+                BLOCK_T=BLOCK_EVENTS,
+            )
     return features, positions, frequencies
 
 
@@ -285,7 +288,8 @@ def _weight_gradient(x: Tensor, grad: Tensor, ids: Tensor | None) -> Tensor:
         triton.cdiv(width, tiles["BLOCK_D"]),
         splits,
     )
-    weight_gradient_kernel[grid](partials, x, ids, grad, total, split, *x.stride(), **tiles)
+    with on_device(grad):
+        weight_gradient_kernel[grid](partials, x, ids, grad, total, split, *x.stride(), **tiles)
     return partials.sum(0)
 
 

@@ -15,6 +15,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alure.kernels.backend import on_device
 from alure.kernels.neighbors.scores import MISSING, Search, decode, encode, exact_scores
 
 SIZES = (2, 16, 64, 256)  # K: how many keys a query may keep; those of BLOCK_M queries live in registers
@@ -182,10 +183,11 @@ def _launch(task: Search, bias: Tensor, part: slice, probes: Tensor, best: Tenso
     if block_list.numel() == 0:
         return out
     queries = task.queries[part]
-    grouped_topk_kernel[(block_list.numel(),)](
-        queries, task.database, bias, task.rank, task.list_offsets,
-        slots // width, slots, block_list, block_first, block_last,
-        best[:, -1].contiguous(), task.exclude_row[part], out, queries.shape[1],
-        FACTOR=1 if task.metric == "ip" else 2, **tile, num_warps=NUM_WARPS,
-    )  # fmt: skip
+    with on_device(queries):
+        grouped_topk_kernel[(block_list.numel(),)](
+            queries, task.database, bias, task.rank, task.list_offsets,
+            slots // width, slots, block_list, block_first, block_last,
+            best[:, -1].contiguous(), task.exclude_row[part], out, queries.shape[1],
+            FACTOR=1 if task.metric == "ip" else 2, **tile, num_warps=NUM_WARPS,
+        )  # fmt: skip
     return out

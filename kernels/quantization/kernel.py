@@ -12,13 +12,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from alure.kernels.backend import on_device
+
 BLOCK_N = 64
 BLOCK_C = 64
 BLOCK_D = 32
 NUM_WARPS = 8
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n", "level"])
 def quantize_level_kernel(
     p_residual_in,
     p_residual_out,
@@ -76,10 +78,11 @@ def residual_quantize(x: Tensor, codebooks: Tensor) -> tuple[Tensor, Tensor]:
     buffers = (torch.empty_like(residual), torch.empty_like(residual))
     for level in range(num_levels):
         following = buffers[level % 2]
-        quantize_level_kernel[(triton.cdiv(n, BLOCK_N),)](
-            residual, following, books[level], half_norms[level], codes, n, level, num_levels, num_codes,
-            d=d, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
-        )  # fmt: skip
+        with on_device(x):
+            quantize_level_kernel[(triton.cdiv(n, BLOCK_N),)](
+                residual, following, books[level], half_norms[level], codes, n, level, num_levels, num_codes,
+                d=d, BLOCK_N=BLOCK_N, BLOCK_C=BLOCK_C, BLOCK_D=BLOCK_D, num_warps=NUM_WARPS,
+            )  # fmt: skip
         residual = following
     return codes, residual.to(x.dtype, copy=num_levels == 0)
 

@@ -1,7 +1,10 @@
 """The race itself: who takes part, whose turn it is, what is reported, drawn and appended."""
 
 import json
+import os
 import re
+import shutil
+import time
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -11,12 +14,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from alure.bench import __main__ as bench_main
+from alure.bench import neighbors
 from alure.bench.clock import Clock
 from alure.bench.conftest import Schedule
 from alure.bench.plot import draw
 from alure.bench.plot_neighbors import draw as draw_neighbors
 from alure.bench.race import Contest, Entry, LeftOut, Race, difference, forward_entry
-from alure.bench.report import append_lines, read_rows, render, results_path
+from alure.bench.report import append_lines, render, results_path, rows_of
 
 CPU = Clock(torch.device("cpu"))
 
@@ -90,7 +95,7 @@ def test_peak_is_the_memory_held_at_once() -> None:
     assert 45 << 20 <= peak < 60 << 20
 
 
-def results_of(folder: Path, entries: list[dict[str, Any]], left_out: dict[str, str], case: str) -> Path:
+def contest_of(entries: list[dict[str, Any]], left_out: dict[str, str], case: str) -> dict[str, Any]:
     info = {"suite": "attention", "case": case, "dtype": "float32", "flops": 2e9, "moved": 1e9}
     info |= {"matrix_rate": 1e11, "copy_rate": 1e10, "results": entries, "left_out": left_out}
     info["facts"] = {
@@ -103,9 +108,7 @@ def results_of(folder: Path, entries: list[dict[str, Any]], left_out: dict[str, 
         "head_dim": 64,
         "backward": False,
     }
-    path = folder / "results.json"
-    path.write_text(json.dumps({"benchmarks": [{"extra_info": info}]}))
-    return path
+    return info
 
 
 def lap_times(name: str, *laps: float, **facts: Any) -> dict[str, Any]:
@@ -116,7 +119,8 @@ def lap_times(name: str, *laps: float, **facts: Any) -> dict[str, Any]:
 def test_rows_hold_medians_ratios_and_shares(tmp_path: Path) -> None:
     quantiles = {"quantiles_ms": {"search": {"p50": 2.0, "p99": 31.25}}}
     entries = [lap_times("alure, time bias", 0.1, 0.3, 0.1, **quantiles), lap_times("SDPA", 0.4)]
-    rows = read_rows(results_of(tmp_path, entries, {"HSTU": "needs a GPU"}, "lognormal"))
+    busy = contest_of([], {}, "before") | {"matrix_rate": 1e10, "copy_rate": 1e9}
+    rows = rows_of(contest_of(entries, {"HSTU": "needs a GPU"}, "lognormal"), [busy])
     ours, sdpa, hstu = rows
     assert ours["median_s"] == pytest.approx(0.1)
     assert ours["gflops"] == pytest.approx(20)
@@ -137,6 +141,72 @@ def test_rows_hold_medians_ratios_and_shares(tmp_path: Path) -> None:
     assert {"device", "commit", "torch", "versions"} <= json.loads(lines[0]).keys()
 
 
+SUITE = """
+import os
+import pytest
+from alure.bench.race import Contest, Entry
+
+@pytest.fixture
+def made(request):
+    with open(request.config.rootpath / "made", "a") as file:
+        file.write(request.node.name)
+
+@pytest.mark.parametrize("name", ["first", "second", "third"])
+def bench_it(race, made, name):
+    def breaks():
+        {breaks}
+    run = breaks if name == "second" else lambda: 1
+    race(Contest("attention", name, [Entry("alure", lambda: (run, lambda found: ""))]))
+"""
+
+
+@pytest.fixture
+def run_suite(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[..., tuple[int, list[str]]]:
+    """(exit code, cases that were kept) of SUITE, in a folder of its own."""
+    for name in [name for name in os.environ if name.startswith("PYTEST_")]:
+        monkeypatch.delenv(name)
+    home = Path(bench_main.__file__).parent
+    for file in ("conftest.py", "pytest.ini"):
+        shutil.copy(home / file, tmp_path / file)
+    words = [str(tmp_path / "suite.py"), f"--rootdir={tmp_path}", "-c", str(tmp_path / "pytest.ini"), "--quick", "-q"]
+
+    def run(breaks: str, *more: str) -> tuple[int, list[str]]:
+        (tmp_path / "suite.py").write_text(SUITE.replace("{breaks}", breaks))
+        taken: list[str] = []
+        return bench_main.run([*words, *more], None, lambda rows: taken.append(rows[0]["case"])), taken
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("breaks", "kept"),
+    [("os.abort()", ["first"]), ("raise RuntimeError('CUDA error')", ["first", "third"])],
+    ids=["crash", "error"],
+)
+def test_what_is_over_is_kept(
+    breaks: str, kept: list[str], run_suite: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    """Rows come contest by contest, whatever the one after it does to its process."""
+    code, taken = run_suite(breaks)
+    assert code != 0
+    assert taken == kept
+    assert "second" in (tmp_path / "made").read_text()
+
+
+def test_of_a_contest_that_is_too_late_nothing_is_made(
+    run_suite: Callable[..., tuple[int, list[str]]], tmp_path: Path
+) -> None:
+    assert run_suite("pass", "--minutes", "1e-9") == (0, [])
+    assert not (tmp_path / "made").exists()
+
+
+def test_a_contest_that_hangs_is_ended(tmp_path: Path) -> None:
+    (tmp_path / "suite.py").write_text("import time\ntime.sleep(600)")
+    started = time.monotonic()
+    assert bench_main.run([str(tmp_path / "suite.py")], 0.5, lambda rows: None) != 0
+    assert time.monotonic() - started < 60
+
+
 def test_a_folder_names_the_results_after_the_device(tmp_path: Path) -> None:
     assert results_path(tmp_path / "x.jsonl") == tmp_path / "x.jsonl"
     name = results_path(tmp_path).name
@@ -147,8 +217,8 @@ def test_a_folder_names_the_results_after_the_device(tmp_path: Path) -> None:
 
 def test_the_plot_names_every_implementation(tmp_path: Path) -> None:
     entries = [lap_times("alure, time bias", 0.1), lap_times("SDPA of the batch, no bias", 0.2)]
-    rows = read_rows(results_of(tmp_path, entries, {"HSTU": "needs a GPU"}, "equal 64"))
-    rows += read_rows(results_of(tmp_path, entries, {}, "lognormal"))
+    rows = rows_of(contest_of(entries, {"HSTU": "needs a GPU"}, "equal 64"))
+    rows += rows_of(contest_of(entries, {}, "lognormal"))
     draw(rows, tmp_path / "figures" / "attention.svg")
     svg = (tmp_path / "figures" / "attention.svg").read_text()
     for label in ("alure, time bias", "SDPA of the batch, no bias", "2.00×", "GFLOP/s", "Lognormal lengths"):
@@ -158,17 +228,17 @@ def test_the_plot_names_every_implementation(tmp_path: Path) -> None:
 
 
 def test_the_plot_of_neighbors_has_a_curve_of_each_implementation(tmp_path: Path) -> None:
-    def rows_of(case: str, facts: dict[str, Any], *entries: dict[str, Any]) -> list[dict[str, Any]]:
-        rows = read_rows(results_of(tmp_path, list(entries), {}, case))
+    def rows_at(case: str, facts: dict[str, Any], *entries: dict[str, Any]) -> list[dict[str, Any]]:
+        rows = rows_of(contest_of(list(entries), {}, case))
         return [row | {"suite": "neighbors", "channels": 64, "nlist": 400} | facts for row in rows]
 
     rows = []
     for nprobe, recall in ((10, 0.5), (40, 0.8)):
         laps = [lap_times("alure grouped", 0.01 * nprobe), lap_times("FAISS IVFFlat", 0.1 * nprobe)]
-        rows += rows_of(f"{nprobe}", {"users": 5000, "nprobe": nprobe, "recall": recall}, *laps)
-    rows += rows_of("larger", {"users": 90_000, "nprobe": 50, "recall": 0.9}, lap_times("alure grouped", 3.0))
+        rows += rows_at(f"{nprobe}", {"users": 5000, "nprobe": nprobe, "recall": recall}, *laps)
+    rows += rows_at("larger", {"users": 90_000, "nprobe": 50, "recall": 0.9}, lap_times("alure grouped", 3.0))
     laps = [lap_times("alure train_kmeans", 0.1, objective=0.49), lap_times("faiss.Kmeans", 0.4, objective=0.48)]
-    rows += rows_of("k-means", {"users": 5000, "niter": 17}, *laps)
+    rows += rows_at("k-means", {"users": 5000, "niter": 17}, *laps)
     draw_neighbors(rows, tmp_path / "neighbors.svg")
     svg = (tmp_path / "neighbors.svg").read_text()
     for label in ("alure grouped", "FAISS IVFFlat", "All pairs, 5,000 × 64, 400 lists", "10", "40", "faiss.Kmeans"):
@@ -178,6 +248,17 @@ def test_the_plot_of_neighbors_has_a_curve_of_each_implementation(tmp_path: Path
     assert (tmp_path / "again.svg").read_text() == svg
     with pytest.raises(ValueError, match="expected timed rows of the neighbors suite"):
         draw_neighbors([row | {"suite": "attention"} for row in rows], tmp_path / "empty.svg")
+
+
+def test_neighbors_are_raced_without_faiss(monkeypatch: pytest.MonkeyPatch) -> None:
+    case = neighbors.Case(5_000, 64, 64, torch.device("cpu"))
+    monkeypatch.setattr(neighbors, "find_spec", lambda name: None)
+    for contest in (neighbors.all_pairs(case, 8), neighbors.clustering(case, 10)):
+        race = Race(contest, CPU, seconds=0.01)
+        race.round()
+        assert all(result["ours"] and result["laps_s"] for result in race.results())
+        assert set(race.left_out) <= {"FAISS IVFFlat", "FAISS big_batch_search"}
+        assert not race.wrong
 
 
 def test_a_forward_entry_checks_what_it_times() -> None:

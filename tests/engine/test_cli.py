@@ -12,8 +12,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+import torch
 from support.command_line import CommandLine
 
+from alure.engine.doctor import backends
 from alure.engine.world import build_world
 
 COMMANDS = (
@@ -118,6 +120,12 @@ def test_demo_twice_reuses_every_stage(alure: CommandLine, tmp_path: Path) -> No
     again = alure(*words)
     assert again.code == 0
     assert again.err.count("reused") == 6
+
+
+def test_doctor_on_a_gpu_knows_what_stays_on_the_host() -> None:
+    found = backends(torch.device("cuda"))
+    assert {found[name]["auto"] for name in ("join_candidates", "personalized_pagerank")} == {"native"}
+    assert found["encode_events"]["auto"] == "triton"
 
 
 def test_doctor_names_a_backend_for_every_operator(alure: CommandLine) -> None:

@@ -8,18 +8,19 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.tolerance import TARGETS, require
 from torch import Tensor
 
 from alure.kernels import assign_clusters, grouped_topk, train_kmeans
-from alure.kernels.backend import has_native, has_triton
+from alure.kernels.backend import has_native
 from alure.kernels.neighbors import reference
 from alure.kernels.neighbors.duplicates import first_copies
 from alure.kernels.neighbors.scores import MISSING, decode, encode
 
-TRITON = pytest.param("triton", marks=pytest.mark.skipif(not has_triton(), reason="needs triton"))
 needs_native = pytest.mark.skipif(not has_native(), reason="needs the compiled module")
-NATIVE = pytest.param("native", marks=needs_native)
-BACKENDS = ["reference", NATIVE, TRITON]
+EVERYWHERE = pytest.mark.parametrize(
+    ("backend", "device"), [*TARGETS, pytest.param("native", "cpu", id="native", marks=needs_native)]
+)
 METRICS = ["ip", "l2"]
 
 
@@ -67,6 +68,19 @@ def brute_force(
     return (D if metric == "ip" else -D), I
 
 
+def search(device: str, backend: str, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    """`grouped_topk` on a device; all is on the CPU before and after."""
+    return on(device, grouped_topk, backend, *tensors, **options)
+
+
+def on(device: str, call: Any, backend: str, *tensors: Tensor, **options: Any) -> tuple[Tensor, Tensor]:
+    require(backend, device)
+    given = {name: x.to(device) if isinstance(x, Tensor) else x for name, x in options.items()}
+    D, I = call(*(x.to(device) for x in tensors), **given, backend=backend)
+    assert D.device.type == I.device.type == device
+    return D.cpu(), I.cpu()
+
+
 def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None:
     assert found[0].dtype == torch.float32
     assert found[1].dtype == torch.int64
@@ -77,7 +91,7 @@ def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None
 # ---- grouped_topk
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EVERYWHERE
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(
     ("d", "k", "nq", "nb", "nlist", "nprobe", "integers"),
@@ -90,7 +104,7 @@ def check(found: tuple[Tensor, Tensor], expected: tuple[Tensor, Tensor]) -> None
     ],
 )
 def test_equals_brute_force(
-    backend: str, metric: Any, d: int, k: int, nq: int, nb: int, nlist: int, nprobe: int, integers: bool
+    backend: str, device: str, metric: Any, d: int, k: int, nq: int, nb: int, nlist: int, nprobe: int, integers: bool
 ) -> None:
     queries, database = random(nq, d, integers=integers), random(nb, d, seed=1, integers=integers)
     database[nb // 2 : nb // 2 + 10] = database[0].clone()  # copies: ties that only ids break
@@ -98,9 +112,7 @@ def test_equals_brute_force(
     probes = torch.randint(-1, nlist, (nq, nprobe), generator=torch.Generator().manual_seed(2))
     ids = torch.randperm(1000, generator=torch.Generator().manual_seed(3))[:nb] + (1 << 40)
     exclude = ids[torch.arange(nq) % nb]
-    found = grouped_topk(
-        queries, database, offsets, probes, k, ids=ids, exclude=exclude, metric=metric, backend=backend
-    )
+    found = search(device, backend, queries, database, offsets, probes, k=k, ids=ids, exclude=exclude, metric=metric)
     check(found, brute_force(queries, database, offsets, probes, k, metric, ids, exclude))
 
 
@@ -163,43 +175,40 @@ def same_by_score_groups(D: np.ndarray, I: np.ndarray, their_D: np.ndarray, thei
             assert abs(where[0] - D[row, -1]) < 2e-6, f"row {row}: {mine} is not a tie at the boundary"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_all_lists_probed_is_exact(backend: str) -> None:
+@EVERYWHERE
+def test_all_lists_probed_is_exact(backend: str, device: str) -> None:
     x = random(120, 6)
     offsets = lists(120, 4)
     everywhere = torch.arange(4).expand(30, 4)
-    found = grouped_topk(x[:30], x, offsets, everywhere, 5, backend=backend)
+    found = search(device, backend, x[:30], x, offsets, everywhere, k=5)
     check(found, brute_force(x[:30], x, torch.tensor([0, 120]), torch.zeros(30, 1, dtype=torch.int64), 5))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EVERYWHERE
 @pytest.mark.parametrize("metric", METRICS)
-def test_copies_of_one_vector_come_in_order_of_id(backend: str, metric: Any) -> None:
+def test_copies_of_one_vector_come_in_order_of_id(backend: str, device: str, metric: Any) -> None:
     x = random(1, 13).repeat(90, 1)  # a float product that rounds
     ids = torch.arange(90).flip(0) * 7
-    _, I = grouped_topk(
-        x, x, lists(90, 3), torch.arange(3).expand(90, 3), 8, ids=ids, exclude=ids, metric=metric, backend=backend
-    )
+    everywhere = torch.arange(3).expand(90, 3)
+    _, I = search(device, backend, x, x, lists(90, 3), everywhere, k=8, ids=ids, exclude=ids, metric=metric)
     for row in range(90):
         assert I[row].tolist() == [i for i in sorted(ids.tolist()) if i != int(ids[row])][:8]
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_zero_vectors_are_searched_like_others(backend: str) -> None:
+@EVERYWHERE
+def test_zero_vectors_are_searched_like_others(backend: str, device: str) -> None:
     x = torch.zeros(20, 4)
-    D, I = grouped_topk(x, x, torch.tensor([0, 20]), torch.zeros(20, 1, dtype=torch.int32), 3, backend=backend)
+    D, I = search(device, backend, x, x, torch.tensor([0, 20]), torch.zeros(20, 1, dtype=torch.int32), k=3)
     assert (D == 0).all()
     assert I.tolist() == [[0, 1, 2]] * 20
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EVERYWHERE
 @pytest.mark.parametrize(("metric", "nothing"), [("ip", -torch.inf), ("l2", torch.inf)])
-def test_fewer_than_k(backend: str, metric: Any, nothing: float) -> None:
+def test_fewer_than_k(backend: str, device: str, metric: Any, nothing: float) -> None:
     database = random(3, 4)
     probes = torch.tensor([[0, 1], [1, -1], [-1, -1]])  # all three rows, an empty list, no list
-    D, I = grouped_topk(
-        random(3, 4, seed=1), database, torch.tensor([0, 3, 3]), probes, 5, metric=metric, backend=backend
-    )
+    D, I = search(device, backend, random(3, 4, seed=1), database, torch.tensor([0, 3, 3]), probes, k=5, metric=metric)
     assert sorted(I[0].tolist()) == [-1, -1, 0, 1, 2]
     assert I[0, 3:].tolist() == [-1, -1]
     assert (D[0, 3:] == nothing).all()
@@ -207,29 +216,26 @@ def test_fewer_than_k(backend: str, metric: Any, nothing: float) -> None:
     assert (D[1:] == nothing).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_nothing_to_search(backend: str) -> None:
+@EVERYWHERE
+def test_nothing_to_search(backend: str, device: str) -> None:
     none = torch.zeros(0, 4)
-    D, I = grouped_topk(
-        random(2, 4), none, torch.tensor([0, 0]), torch.zeros(2, 1, dtype=torch.int64), 3, backend=backend
-    )
+    D, I = search(device, backend, random(2, 4), none, torch.tensor([0, 0]), torch.zeros(2, 1, dtype=torch.int64), k=3)
     assert D.shape == I.shape == (2, 3)
     assert (I == -1).all()
-    D, I = grouped_topk(
-        none, random(2, 4), torch.tensor([0, 2]), torch.zeros(0, 2, dtype=torch.int64), 3, backend=backend
-    )
+    D, I = search(device, backend, none, random(2, 4), torch.tensor([0, 2]), torch.zeros(0, 2, dtype=torch.int64), k=3)
     assert D.shape == I.shape == (0, 3)
-    D, I = grouped_topk(
-        random(2, 4), random(2, 4), torch.tensor([0, 2]), torch.zeros(2, 0, dtype=torch.int64), 3, backend=backend
-    )
+    no_probes = torch.zeros(2, 0, dtype=torch.int64)
+    D, I = search(device, backend, random(2, 4), random(2, 4), torch.tensor([0, 2]), no_probes, k=3)
     assert (I == -1).all()
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_a_list_named_twice_is_searched_once(backend: str) -> None:
+@EVERYWHERE
+def test_a_list_named_twice_is_searched_once(backend: str, device: str) -> None:
     x = random(10, 4)
-    once = grouped_topk(x, x, lists(10, 3), torch.tensor([[2, 0]]).expand(10, 2), 6, backend=backend)
-    twice = grouped_topk(x, x, lists(10, 3), torch.tensor([[2, 0, 2, 2, 0]]).expand(10, 5), 6, backend=backend)
+    once, twice = (
+        search(device, backend, x, x, lists(10, 3), torch.tensor([probes]).expand(10, -1), k=6)
+        for probes in ([2, 0], [2, 0, 2, 2, 0])
+    )
     assert torch.equal(once[1], twice[1])
 
 
@@ -309,8 +315,8 @@ def test_bad_input_is_named(change: dict[str, Any], message: str) -> None:
         grouped_topk(**{**arguments, **change})
 
 
-@pytest.mark.skipif(not has_triton(), reason="needs triton")
 def test_triton_says_what_it_cannot_do() -> None:
+    require("triton", "cpu")
     x = random(4, 4)
     probes = torch.zeros(4, 1, dtype=torch.int64)
     with pytest.raises(ValueError, match="keeps at most 255"):
@@ -319,15 +325,32 @@ def test_triton_says_what_it_cannot_do() -> None:
         grouped_topk(x.double(), x.double(), torch.tensor([0, 4]), probes, 2, backend="triton")
 
 
-@pytest.mark.skipif(not has_triton(), reason="needs triton")
-def test_triton_ignores_what_lies_beyond_its_rows() -> None:
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_triton_ignores_what_lies_beyond_its_rows(device: str) -> None:
     """A database inside a larger buffer of NaN, at odd sizes: nothing outside may be read into a score."""
-    buffer = torch.full((90, 7), torch.nan)
-    buffer[:50] = random(50, 7)
+    require("triton", device)
+    buffer = torch.full((90, 7), torch.nan, device=device)
+    buffer[:50] = random(50, 7).to(device)
     database = buffer[:50]
-    probes = torch.tensor([[0, 2], [1, 2], [2, 0]])
-    found = grouped_topk(database[:3], database, torch.tensor([0, 17, 18, 50]), probes, 4, backend="triton")
-    check(found, brute_force(database[:3], database, torch.tensor([0, 17, 18, 50]), probes, 4))
+    offsets, probes = torch.tensor([0, 17, 18, 50]), torch.tensor([[0, 2], [1, 2], [2, 0]])
+    found = grouped_topk(database[:3], database, offsets.to(device), probes.to(device), 4, backend="triton")
+    there = database.cpu()
+    check((found[0].cpu(), found[1].cpu()), brute_force(there[:3], there, offsets, probes, 4))
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("metric", METRICS)
+def test_on_a_gpu_many_rows_find_what_a_cpu_finds(metric: Any) -> None:
+    """Lists of many tiles, several launches, every size of a program's best."""
+    require("triton", "cuda")
+    x = random(6000, 40)
+    offsets, probes = lists(6000, 30), torch.randint(0, 30, (6000, 8), generator=torch.Generator().manual_seed(1))
+    for k in (1, 15, 60, 200):
+        arguments = (x[:2000], x, offsets, probes[:2000])
+        D, I = search("cuda", "triton", *arguments, k=k, metric=metric)
+        expected = search("cpu", "reference", *arguments, k=k, metric=metric)
+        torch.testing.assert_close(D, expected[0], rtol=1e-5, atol=1e-5)
+        assert (expected[1] == I).float().mean() > 0.999  # float32 products part rows at the k-th place
 
 
 # ---- the native search
@@ -466,13 +489,15 @@ def test_native_assignment(
     assert all(len(set(row)) == nprobe for row in I.tolist())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@EVERYWHERE
 @pytest.mark.parametrize("metric", METRICS)
 @pytest.mark.parametrize(("n", "c", "d", "nprobe"), [(40, 9, 5, 4), (17, 70, 3, 7), (5, 1, 2, 1), (30, 30, 6, 30)])
-def test_assignment_equals_brute_force(backend: str, metric: Any, n: int, c: int, d: int, nprobe: int) -> None:
+def test_assignment_equals_brute_force(
+    backend: str, device: str, metric: Any, n: int, c: int, d: int, nprobe: int
+) -> None:
     x, centroids = random(n, d, integers=True), random(c, d, seed=1, integers=True)
     centroids[-1] = centroids[0]
-    found = assign_clusters(x, centroids, nprobe, metric=metric, backend=backend)
+    found = on(device, assign_clusters, backend, x, centroids, nprobe=nprobe, metric=metric)
     check(found, brute_force(x, centroids, torch.tensor([0, c]), torch.zeros(n, 1, dtype=torch.int64), nprobe, metric))
 
 
@@ -529,6 +554,22 @@ def test_kmeans_in_euclidean_space() -> None:
     x = torch.cat([random(50, 3) * 0.1 + 5, random(50, 3, seed=1) * 0.1 - 5])
     centroids = train_kmeans(x, 2, spherical=False).sort(dim=0).values
     torch.testing.assert_close(centroids, torch.stack([x[50:].mean(0), x[:50].mean(0)]).sort(dim=0).values)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("init", ["random", "k-means++"])
+@pytest.mark.parametrize("spherical", [True, False])
+def test_kmeans_on_a_gpu_fits_as_on_a_cpu(spherical: bool, init: Any) -> None:
+    require("triton", "cuda")
+    x = clustered(3000, 20, 15)[0]
+    found, again = (train_kmeans(x.cuda(), 40, niter=5, init=init, spherical=spherical).cpu() for _ in range(2))
+    assert torch.equal(found, again)
+    metric: Any = "ip" if spherical else "l2"
+    reached, expected = (
+        assign_clusters(x, centroids, metric=metric)[0].double().mean()
+        for centroids in (found, train_kmeans(x, 40, niter=5, init=init, spherical=spherical))
+    )
+    assert abs(reached - expected) < 0.02 * abs(expected)
 
 
 def test_kmeans_depends_on_the_seed_only() -> None:
