@@ -10,7 +10,7 @@ from support.refresh import jagged_log, rows_of, save_model
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
-from alure.engine.refresh import RefreshJob, RefreshReport
+from alure.engine.refresh import RefreshJob, RefreshReport, leases
 from alure.engine.refresh.embedder import Work
 from alure.engine.refresh.leases import EXPIRES_S, FileLeases
 from alure.engine.refresh.watch import Watch
@@ -83,6 +83,31 @@ def test_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine.release("e")
     assert elsewhere.claim("e")
     assert not mine.claim("e")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="without /proc it is not known when a process began")
+def test_a_process_that_has_the_id_of_a_dead_holder_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that is started anew; and a zombie, which nobody waits for, is dead."""
+    monkeypatch.setattr("alure.engine.refresh.leases.os.getpid", os.getppid)
+    monkeypatch.setattr("alure.engine.refresh.leases._beginning", lambda process: "1")
+    before = FileLeases(tmp_path)
+    monkeypatch.undo()
+    zombie = os.fork()
+    if not zombie:
+        os._exit(0)
+    os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+    began = leases._beginning(os.getpid())
+    monkeypatch.setattr("alure.engine.refresh.leases.os.getpid", lambda: zombie)
+    monkeypatch.setattr("alure.engine.refresh.leases._beginning", lambda process: began)
+    undead = FileLeases(tmp_path)
+    monkeypatch.undo()
+    assert before.claim("a")
+    assert undead.claim("b")
+    mine = FileLeases(tmp_path)
+    assert [unit for unit in "ab" if mine.claim(unit)] == ["a", "b"]
+    os.waitpid(zombie, 0)
 
 
 def test_what_fails_in_a_process_fails_the_job(world: Path, tmp_path: Path) -> None:
