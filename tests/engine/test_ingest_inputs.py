@@ -400,6 +400,18 @@ def test_paths_and_partitions_of_odd_names(tmp_path: Path) -> None:
         ingest(EventsConfig(inputs=[file]), folder / "log [1]")
 
 
+@pytest.mark.parametrize("folder", ["Zq", "country=FR"])
+def test_delta_partitions_that_only_the_log_knows_are_refused(tmp_path: Path, folder: str) -> None:
+    table = pa.table({"user_id": [1], "timestamp": [START], "item_id": [3], "country": ["DE"]})
+    path = tmp_path / "delta"
+    write_deltalake(path, table, partition_by=["country"])
+    (path / "country=DE").rename(path / folder)
+    commit = path / "_delta_log" / f"{0:020}.json"
+    commit.write_text(commit.read_text().replace('"path":"country=DE', f'"path":"{folder}'))
+    with pytest.raises(InputError, match="expected a folder country=DE, as the Delta table's log has it"):
+        ingest(EventsConfig(inputs=[path]), tmp_path / "log")
+
+
 def test_delta_features_that_hide_rows_are_refused(tmp_path: Path) -> None:
     write_deltalake(tmp_path / "table", random_table(num_events=10))
     log = tmp_path / "table" / "_delta_log" / "00000000000000000000.json"
