@@ -16,11 +16,13 @@ import pyarrow as pa
 
 from alure.engine.config import EventsConfig
 from alure.engine.errors import AlureError, InputError
+from alure.engine.events.fingerprints import FINGERPRINTS_FILE
 from alure.engine.events.indices import Indices, build_indices, count, write_items, write_users
 from alure.engine.events.inputs import EVENT_COLUMNS, ID_COLUMNS, ITEM_COLUMNS, Inputs, first_line, nearest, read_inputs
 from alure.engine.events.manifest import FORMAT_VERSION, MANIFEST_FILE, IdType, Manifest
 from alure.engine.events.ordering import SourceShape, Written, write_sequences
 from alure.engine.events.quarantine import check_share, count_reasons, write_quarantine
+from alure.engine.events.reader import Events
 from alure.engine.events.replacing import building, check_replaceable, publish, recover
 from alure.engine.events.report import REPORT_FILE, IngestReport, SourceReport
 from alure.engine.events.staging import (
@@ -167,6 +169,8 @@ class Ingest:
                 reasons = self.quarantine(con, written)
         manifest = self.manifest(shapes, indices, written, reasons, fingerprint)
         manifest.write(self.folder)
+        with self.step("fingerprints"):
+            np.save(self.folder / FINGERPRINTS_FILE, Events.open(self.folder).fingerprints(), allow_pickle=False)
         report = self.report(manifest, indices, written)
         report.write(self.folder)
         return report

@@ -9,17 +9,19 @@ import pyarrow.compute as pc
 from alure.engine.events import Events
 from alure.engine.refresh.planner import Unit
 from alure.engine.store import EmbeddingStore, Generation
+from alure.engine.store.rows import FINGERPRINT
 
 
 @dataclass(frozen=True)
 class Earlier:
     """Of n users: `place` is the user's row in `rows`, −1 where there is none; `num_before` how many events the log has
-    by now up to the time that the user's embedding was made for.
+    by now up to the time that the user's embedding was made for; `same` whether they are those that it has seen.
     """
 
     place: np.ndarray  # int64 [n]
     rows: pa.Table
     num_before: np.ndarray  # int64 [n]
+    same: np.ndarray  # bool [n]
 
     def keep(self, kept: np.ndarray) -> pa.Table:
         """The rows of the users `kept` (bool [n]) that have one."""
@@ -28,9 +30,11 @@ class Earlier:
     def unseen_share(self, num_events: np.ndarray) -> np.ndarray:
         """float64 [n], 0 to 1: the share of the history that the embedding has not seen; 1 where there is none.
 
-        Events that came late or were deleted count too, also where as many are new.
+        Events that came late or were deleted count too, also where as many are new; of a history that changed without
+        that, one.
         """
         unseen = num_events - self.num_before + np.abs(self.num_before - column(self.rows, "num_events", self.place))
+        unseen = np.maximum(unseen, ~self.same)
         return np.minimum(unseen / np.maximum(num_events, 1), 1.0)
 
     def older_than(self, moment: float) -> np.ndarray:
@@ -55,6 +59,7 @@ def earlier_rows(
         place=np.full(len(known), -1),
         rows=pa.table({"num_events": pa.array([], pa.int64()), "as_of": pa.array([], pa.int64())}),
         num_before=np.zeros(len(known), np.int64),
+        same=np.zeros(len(known), bool),
     )
     if base is None:
         return nobody
@@ -65,6 +70,24 @@ def earlier_rows(
     found = pa.concat_tables(rows)
     if found["user_id"].type != known["user_id"].type or not len(found):
         return nobody
+    if FINGERPRINT not in found.schema.names:  # of a version before
+        found = found.append_column(FINGERPRINT, pa.nulls(len(found), pa.int64()))
     index = pc.fill_null(pc.index_in(known["user_id"], value_set=found["user_id"].combine_chunks()), -1)
     place = index.to_numpy().astype(np.int64)
-    return Earlier(place, found, events.num_events(column(found, "as_of", place), unit.users))
+    as_of = column(found, "as_of", place)
+    num_before = events.num_events(as_of, unit.users)
+    return Earlier(place, found, num_before, same_histories(found, place, events, unit, as_of, num_before))
+
+
+def same_histories(
+    rows: pa.Table, place: np.ndarray, events: Events, unit: Unit, as_of: np.ndarray, num_before: np.ndarray
+) -> np.ndarray:
+    """bool [n]: whether a user's events up to as_of are those that the embedding of its row was made of. Fingerprints
+    are looked at where the number is the same.
+    """
+    places = np.flatnonzero((place >= 0) & (num_before == column(rows, "num_events", place)))
+    now = pa.array(events.fingerprints(as_of[places], places + unit.first))
+    then = rows[FINGERPRINT].take(pa.array(place[places]))
+    same = np.zeros(len(place), bool)
+    same[places] = pc.fill_null(pc.equal(now, then.combine_chunks()), False).to_numpy(zero_copy_only=False)
+    return same
