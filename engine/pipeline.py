@@ -20,7 +20,7 @@ from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphCon
 from alure.engine.errors import InputError
 from alure.engine.evaluation import evaluate, gather_report_data, summary, write_figure, write_report
 from alure.engine.events import Events, ingest
-from alure.engine.events.manifest import MANIFEST_FILE
+from alure.engine.events.manifest import MANIFEST_FILE, Manifest
 from alure.engine.graph import build_graphs
 from alure.engine.progress import say
 from alure.engine.refresh import RefreshJob
@@ -89,7 +89,7 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
         "ingest",
         [config.events, identities(config.events)],
         lambda: ingest(config.events, events_path),
-        lambda _: (events_path / MANIFEST_FILE).is_file(),
+        lambda _: (events_path / MANIFEST_FILE).is_file() and not Manifest.read(events_path).is_due(),
     )
     events = Events.open(events_path)
     as_of = snapshot_time(config, events)
@@ -97,6 +97,7 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
         "train",
         [
             chain.key("ingest"),
+            events.manifest.fingerprint,
             as_of,
             config.model,
             config.training.model_copy(update={"tensorboard": None}),

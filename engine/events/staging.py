@@ -15,6 +15,7 @@ from alure.engine.events.inputs import ID_COLUMNS, FileGroup, InputFile, Inputs,
 
 # Later than this (year 5138) is no second: what stands there is milliseconds or finer.
 LAST_SECOND = 100_000_000_000
+FUTURE = "future_timestamp"
 SQL_TYPES = {
     "user_id": "BIGINT", "timestamp": "BIGINT", "source": "VARCHAR", "item_id": "BIGINT", "account_id": "BIGINT",
     "category_id": "BIGINT", "country": "VARCHAR", "event_type": "VARCHAR", "value": "FLOAT", "utc_offset": "INTEGER",
@@ -135,7 +136,7 @@ def event_findings(kinds: dict[str, str], rules: Rules) -> list[tuple[str, str]]
         ("unfit_item_id", "item_id_out_of_range"),
         ("item_id IS NULL", "null_item"),
         ("timestamp < 0", "negative_timestamp"),
-        (f"timestamp > {min(rules.latest, LAST_SECOND)}", "future_timestamp"),
+        (f"timestamp > {min(rules.latest, LAST_SECOND)}", FUTURE),
         ("source IS NULL", "null_source"),
         (f"strlen(source) > {LONGEST_NAME}", "source_too_long"),
         (f"strlen(country) > {LONGEST_NAME}", "country_too_long"),
