@@ -71,6 +71,21 @@ class Events:
         refuse_s3(path, "events")
         return cls(path, Manifest.read(path))
 
+    def hold(self) -> None:
+        """Map all of the log now, so that a log that takes its place later changes nothing for who has this one.
+
+        Raises InputError where one has already.
+        """
+        for name in self.manifest.sources:
+            self.source(name)
+        items = self.items
+        _ = self.users, self.accounts, self.categories, self._fingerprints
+        _ = items.table, items.keys, items.account_keys, items.category_keys, items.dense, items.semantic_ids
+        if Manifest.read(self.path) != self.manifest:
+            raise InputError(
+                f"event log: another one has taken the place of {self.path} since it was opened; run again"
+            )
+
     @property
     def num_users(self) -> int:
         return self.manifest.num_users

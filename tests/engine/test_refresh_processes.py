@@ -6,7 +6,7 @@ import time
 from pathlib import Path
 
 import pytest
-from support.refresh import jagged_log, rows_of, save_model
+from support.refresh import jagged_log, rename_log, rows_of, save_model
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
@@ -108,6 +108,30 @@ def test_a_process_that_has_the_id_of_a_dead_holder_holds_nothing(
     mine = FileLeases(tmp_path)
     assert [unit for unit in "ab" if mine.claim(unit)] == ["a", "b"]
     os.waitpid(zombie, 0)
+
+
+def test_processes_refuse_a_model_or_a_log_that_was_put_there_meanwhile(tmp_path: Path) -> None:
+    """Embeddings of two models would stand side by side, under the name of the first."""
+    events = jagged_log(tmp_path / "events")
+    save_model(tmp_path / "model", events)
+    paths = (tmp_path / "model", tmp_path / "events", tmp_path / "store")
+    job = RefreshJob(*paths, config=SMALL, workers=2)
+    alone = RefreshJob(*paths, as_of=job.as_of - 1, config=SMALL)
+    save_model(tmp_path / "model", events, seed=1)
+    with pytest.raises(InputError, match=r"model is another .* than when the job began"):
+        job.run()
+    assert not EmbeddingStore(tmp_path / "store").generations()
+    alone.run()
+    (published,) = EmbeddingStore(tmp_path / "store").generations("embeddings")
+    assert published.model == published.properties["space"] == alone.model.digest
+    assert published.model != RefreshJob(*paths, config=SMALL).digest
+
+    job = RefreshJob(*paths, config=SMALL, workers=2)
+    job.events.hold()
+    job.events.hold = lambda: None  # type: ignore[method-assign]
+    rename_log(tmp_path / "events", "another")
+    with pytest.raises(InputError, match=r"events is another .* than when the job began"):
+        job.run()
 
 
 def test_what_fails_in_a_process_fails_the_job(world: Path, tmp_path: Path) -> None:
