@@ -15,7 +15,8 @@ from alure.engine.store.rows import FINGERPRINT
 @dataclass(frozen=True)
 class Earlier:
     """Of n users: `place` is the user's row in `rows`, −1 where there is none; `num_before` how many events the log has
-    by now up to the time that the user's embedding was made for; `same` whether they are those that it has seen.
+    by now up to the time that the user's embedding was made for; `same` whether they are those that it has seen, and
+    all there are.
     """
 
     place: np.ndarray  # int64 [n]
@@ -49,10 +50,15 @@ def column(rows: pa.Table, name: str, place: np.ndarray) -> np.ndarray:
 
 
 def earlier_rows(
-    store: EmbeddingStore, base: str | Generation | None, events: Events, unit: Unit, columns: list[str] | None = None
+    store: EmbeddingStore,
+    base: str | Generation | None,
+    events: Events,
+    unit: Unit,
+    num_events: np.ndarray,
+    columns: list[str] | None = None,
 ) -> Earlier:
     """`columns` (default: all, embeddings as they are stored) of the base generation for the unit's users, by whose
-    (country, user_id) the log is sorted.
+    (country, user_id) the log is sorted. num_events: int64 [n], what each has by now.
     """
     known = events.users.slice(unit.first, unit.last - unit.first)
     nobody = Earlier(
@@ -76,18 +82,9 @@ def earlier_rows(
     place = index.to_numpy().astype(np.int64)
     as_of = column(found, "as_of", place)
     num_before = events.num_events(as_of, unit.users)
-    return Earlier(place, found, num_before, same_histories(found, place, events, unit, as_of, num_before))
-
-
-def same_histories(
-    rows: pa.Table, place: np.ndarray, events: Events, unit: Unit, as_of: np.ndarray, num_before: np.ndarray
-) -> np.ndarray:
-    """bool [n]: whether a user's events up to as_of are those that the embedding of its row was made of. Fingerprints
-    are looked at where the number is the same.
-    """
-    places = np.flatnonzero((place >= 0) & (num_before == column(rows, "num_events", place)))
+    same = (place >= 0) & (num_before == column(found, "num_events", place)) & (num_before == num_events)
+    places = np.flatnonzero(same)  # the fingerprints of whoever has another number of events say nothing more
     now = pa.array(events.fingerprints(as_of[places], places + unit.first))
-    then = rows[FINGERPRINT].take(pa.array(place[places]))
-    same = np.zeros(len(place), bool)
-    same[places] = pc.fill_null(pc.equal(now, then.combine_chunks()), False).to_numpy(zero_copy_only=False)
-    return same
+    then = found[FINGERPRINT].take(pa.array(place[places])).combine_chunks()
+    same[places] = pc.fill_null(pc.equal(now, then), False).to_numpy(zero_copy_only=False)
+    return Earlier(place, found, num_before, same)

@@ -313,7 +313,7 @@ class Embedder:
         """The unit's users with an event up to as_of: those who need to be embedded, the others carried forward."""
         snapshot = self.snapshot
         num_events, tokens = count_events(self.events, unit, snapshot.as_of, snapshot.config.max_events)
-        earlier = earlier_rows(store, snapshot.base, self.events, unit)
+        earlier = earlier_rows(store, snapshot.base, self.events, unit, num_events)
         present = num_events > 0
         chosen = present & needs_refresh(snapshot, earlier, num_events)
         places, resources = np.flatnonzero(chosen), ExitStack()

@@ -53,7 +53,9 @@ def look_ahead(
         num_events, tokens = count_events(events, unit, snapshot.as_of, snapshot.config.max_events)
         outlook.present += int((num_events > 0).sum())
         if unit.name not in written:
-            earlier = earlier_rows(store, base, events, unit, ["user_id", "num_events", "as_of", FINGERPRINT])
+            earlier = earlier_rows(
+                store, base, events, unit, num_events, ["user_id", "num_events", "as_of", FINGERPRINT]
+            )
             chosen = (num_events > 0) & needs_refresh(snapshot, earlier, num_events)
             outlook.add(unit, chosen, tokens, earlier.unseen_share(num_events))
     return outlook
