@@ -39,9 +39,12 @@ class FileLeases:
     """A file a holder, touched while it lives, and hard links to it named as the units."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.holder = folder, _this_process()
         self.mine = folder / f"holder {self.holder}"
+        self._appear()
+
+    def _appear(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.mine.write_text(self.holder)
 
     def claim(self, unit: str) -> bool:
@@ -52,8 +55,9 @@ class FileLeases:
                 return False
             self.release(unit)
             return self.claim(unit)
-        except FileNotFoundError:  # the generation is published, and its leases are gone
-            return False
+        except FileNotFoundError:  # the generation is published, or was vacuumed, and its leases are gone
+            self._appear()
+            return self.claim(unit)
         return True
 
     def keep(self) -> None:

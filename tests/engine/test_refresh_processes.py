@@ -5,6 +5,7 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
 from support.refresh import jagged_log, rename_log, rows_of, save_model
 
@@ -15,6 +16,7 @@ from alure.engine.refresh.embedder import Work
 from alure.engine.refresh.leases import EXPIRES_S, FileLeases
 from alure.engine.refresh.watch import Watch
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.upkeep import vacuum
 
 SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
 
@@ -108,6 +110,24 @@ def test_a_process_that_has_the_id_of_a_dead_holder_holds_nothing(
     mine = FileLeases(tmp_path)
     assert [unit for unit in "ab" if mine.claim(unit)] == ["a", "b"]
     os.waitpid(zombie, 0)
+
+
+def test_what_a_vacuum_without_grace_takes_from_a_job_is_done_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what is written of the generation, and its leases; the job waited for ever for units nobody took."""
+    write, written = EmbeddingStore.write_unit, []
+
+    def and_vacuum(self: EmbeddingStore, generation: str, unit: str, rows: pa.Table) -> bool:
+        written.append(write(self, generation, unit, rows))
+        if len(written) == 2:
+            vacuum(self, grace_hours=0)
+        return written[-1]
+
+    monkeypatch.setattr(EmbeddingStore, "write_unit", and_vacuum)
+    assert refresh(world, tmp_path).users == 58
+    assert len(written) == 6
+    EmbeddingStore(tmp_path).check_integrity()
 
 
 def test_processes_refuse_a_model_or_a_log_that_was_put_there_meanwhile(tmp_path: Path) -> None:
