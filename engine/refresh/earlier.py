@@ -69,8 +69,11 @@ def earlier_rows(
     )
     if base is None:
         return nobody
-    rows, chosen = [], store.published(base, "embeddings")
-    for country in pc.unique(known["country"]).to_pylist():
+    chosen, countries = store.published(base, "embeddings"), pc.unique(known["country"]).to_pylist()
+    rows = []
+    if len(countries) > 2:  # those between are whole in the unit: one read, however many
+        rows.append(store.read_countries(chosen, countries[1:-1], columns))
+    for country in dict.fromkeys((countries[0], countries[-1])):
         ids = known.filter(pc.equal(known["country"], country))["user_id"]
         rows.append(store.read_range(chosen, country, (ids[0], ids[-1]), columns))
     found = pa.concat_tables(rows)

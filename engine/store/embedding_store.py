@@ -313,9 +313,18 @@ class EmbeddingStore:
         """`columns` (default: all) of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order;
         embeddings as they are stored, to be written again. FINGERPRINT is left out where the store has none yet.
         """
-        chosen = self.published(generation, "embeddings")
         user = ds.field("user_id")
         where = (ds.field("country") == country) & (user >= bounds[0]) & (user <= bounds[1])
+        return self._read_part(self.published(generation, "embeddings"), where, columns)
+
+    def read_countries(
+        self, generation: GenerationName, countries: Sequence[str], columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """`read_range` of all users of some countries."""
+        where = ds.field("country").isin(pa.array(countries, pa.string()))
+        return self._read_part(self.published(generation, "embeddings"), where, columns)
+
+    def _read_part(self, chosen: Generation, where: ds.Expression, columns: Sequence[str] | None) -> pa.Table:
         part = self._part(chosen.generation, chosen.sequence)
         wanted = columns and [name for name in columns if name != FINGERPRINT or name in part.schema.names]
         return part.to_table(columns=wanted, filter=where)

@@ -124,6 +124,29 @@ def test_incremental_sees_what_was_replaced_in_place(tmp_path: Path, table: pa.T
             np.testing.assert_allclose(row["embedding"], expected[row["user_id"]]["embedding"], atol=2e-6)
 
 
+def test_incremental_over_many_countries_and_a_user_who_moves(tmp_path: Path) -> None:
+    """Units hold one country, parts of two, or several whole ones."""
+    table = random_table(countries=("AR", "BR", "CL", "DE", "ES", "FR", "GB"))
+    events = make_events(tmp_path, table, name="events")
+    model, user = save_model(tmp_path / "model", events), table["user_id"][7].as_py()
+    moved = [{**row, "country": "ZZ"} if row["user_id"] == user else row for row in table.to_pylist()]
+    later = make_events(tmp_path, moved, name="later")
+    for unit_users in (3, 16, 100):
+        config, store = CONFIG.model_copy(update={"unit_users": unit_users}), tmp_path / f"{unit_users}"
+        first = RefreshJob(model, events, store, config=config).run()
+        report = RefreshJob(model, later, store, as_of=START + 40 * DAY, incremental=True, config=config).run()
+        assert (report.users, report.embedded, report.carried) == (40, 1, 39)
+        opened = EmbeddingStore(store)
+        opened.check_integrity()
+        before, after = (
+            {row["user_id"]: row for row in opened.read_embeddings(generation).to_pylist()}
+            for generation in (first.generation, report.generation)
+        )
+        assert after[user]["country"] == "ZZ"
+        assert {u for u in after if after[u]["embedding"] != before[u]["embedding"]} <= {user}
+        assert {u for u in after if after[u]["country"] != before[u]["country"]} == {user}
+
+
 def test_a_store_of_a_version_before_goes_on(tmp_path: Path, table: pa.Table, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its rows have no fingerprint: they are read as ever, and carried forward only where a time limit says so."""
     events = make_events(tmp_path, table, name="events")
