@@ -6,7 +6,6 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
-import pyarrow.compute as pc
 
 from alure.engine.errors import InputError
 from alure.engine.events import Events
@@ -91,14 +90,13 @@ def embedding_quality(store: EmbeddingStore, generation: str, sample: int = 2000
 def user_in_store(store: EmbeddingStore, user: str) -> dict[str, Any]:
     """Neighbours and best candidates of one user in the newest generation."""
     generation = store.latest("embeddings").generation
-    key = typed_id(store.read_matrix(generation).user_ids.type, user)
+    key = typed_id(store.user_id_type(), user)
     story: dict[str, Any] = store.read_user(key, generation)
     del story["embedding"]
     for kind, read in (("graph", store.read_graph), ("candidates", store.read_candidates)):
         for published in store.generations(kind):
             if published.generation == generation:
-                table = read(generation, published.name)
-                rows = table.filter(pc.equal(table["user_id"], key)).to_pylist()
+                rows = read(generation, published.name, users=[key]).to_pylist()
                 lists = {name: v[:STORY_LENGTH] for row in rows for name, v in row.items() if isinstance(v, list)}
                 story.setdefault(kind, {})[published.name] = lists
     return story
@@ -109,6 +107,6 @@ def typed_id(kind: pa.DataType, text: str) -> int | str:
     if not pa.types.is_integer(kind):
         return text
     try:
-        return int(text)
-    except ValueError:
-        raise InputError(f"--user: user ids here are integers, got {text!r}") from None
+        return int(np.int64(int(text)))
+    except (ValueError, OverflowError):
+        raise InputError(f"--user: user ids here are integers of 64 bits, got {text!r}") from None

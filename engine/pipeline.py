@@ -20,6 +20,7 @@ from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphCon
 from alure.engine.errors import InputError
 from alure.engine.evaluation import evaluate, gather_report_data, summary, write_figure, write_report
 from alure.engine.events import Events, ingest
+from alure.engine.events.manifest import MANIFEST_FILE, Manifest
 from alure.engine.graph import build_graphs
 from alure.engine.progress import say
 from alure.engine.refresh import RefreshJob
@@ -43,13 +44,21 @@ class Chain:
     def path(self, name: str) -> Path:
         return self.config.output / name
 
-    def stage(self, name: str, made_from: list[Any], work: Callable[[], Any]) -> dict[str, Any]:
-        """Do `work` unless a stamp says that it was done from the same things; returns the stage's report."""
+    def stage(
+        self,
+        name: str,
+        made_from: list[Any],
+        work: Callable[[], Any],
+        is_there: Callable[[dict[str, Any]], bool] = lambda report: True,
+    ) -> dict[str, Any]:
+        """Do `work` unless a stamp says that it was done from the same things and what it made `is_there`, asked with
+        its report; returns the stage's report.
+        """
         key = fingerprint([STAMP_VERSION, name, *made_from])
         stamp = self.path("stages") / f"{name}.json"
         if stamp.exists():
             saved = json.loads(stamp.read_text())
-            if saved["key"] == key:
+            if saved["key"] == key and is_there(saved["report"]):
                 say(f"{name}: unchanged, reused ({saved['seconds']:.1f} s when it was made)")
                 self.stages[name] = saved
                 return saved["report"]
@@ -76,47 +85,60 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
     config.output.mkdir(parents=True, exist_ok=True)
     events_path, model, store_path = chain.path("events"), chain.path("model"), chain.path("store")
 
-    chain.stage("ingest", [config.events, identities(config.events)], lambda: ingest(config.events, events_path))
+    chain.stage(
+        "ingest",
+        [config.events, identities(config.events)],
+        lambda: ingest(config.events, events_path),
+        lambda _: (events_path / MANIFEST_FILE).is_file() and not Manifest.read(events_path).is_due(),
+    )
     events = Events.open(events_path)
     as_of = snapshot_time(config, events)
     chain.stage(
         "train",
         [
             chain.key("ingest"),
+            events.manifest.fingerprint,
             as_of,
             config.model,
             config.training.model_copy(update={"tensorboard": None}),
             config.seed,
         ],
         lambda: train(events, config.model, config.training, model, as_of=as_of, seed=config.seed),
+        lambda _: model.is_dir(),
     )
-    chain.stage(
+    store = EmbeddingStore(store_path, create=True)
+    generation = chain.stage(
         "refresh",
         [chain.key("train"), as_of, config.refresh],
-        lambda: RefreshJob(model, events_path, store_path, as_of=as_of, config=config.refresh).run(),
-    )
-    store = EmbeddingStore(store_path)
+        lambda: RefreshJob(model, events_path, store, as_of=as_of, config=config.refresh).run(),
+        lambda report: report["generation"] in names_of(store, "embeddings"),
+    )["generation"]
+    newest = store.latest("embeddings").generation
+    if newest != generation:
+        say(f"refresh: readers see generation {newest}; `alure rollback {store_path} --to {generation}` makes this it")
     chain.stage(
         "graph",
         [chain.key("refresh"), config.graph, identity(config.events.social), config.seed],
-        lambda: build_graphs(store, config.graph, social=config.events.social, seed=config.seed),
+        lambda: build_graphs(store, config.graph, social=config.events.social, generation=generation, seed=config.seed),
+        lambda report: {graph["name"] for graph in report["graphs"]} <= names_of(store, "graph", generation),
     )
-    candidate_sets = blends(config, store)
+    candidate_sets = blends(config, store, generation)
     chain.stage(
         "retrieve",
         [chain.key("graph"), config.retrieval, identity(config.retrieval.eligible), candidate_sets],
         lambda: {
-            "+".join(graphs): to_dict(retrieve(store, events, config.retrieval, graphs=graphs))
+            "+".join(graphs): to_dict(retrieve(store, events, config.retrieval, graphs=graphs, generation=generation))
             for graphs in candidate_sets
         },
+        lambda report: set(report) <= names_of(store, "candidates", generation),
     )
     truth = config.evaluation.truth or write_holdout(events, as_of, chain.path("truth.parquet"))
     chain.stage(
         "evaluate",
         [chain.key("retrieve"), config.evaluation, identity(truth), config.seed],
-        lambda: evaluate(store, truth, config.evaluation, events=events, seed=config.seed),
+        lambda: evaluate(store, truth, config.evaluation, events=events, generation=generation, seed=config.seed),
     )
-    return publish_report(chain, events, store, truth, world)
+    return publish_report(chain, events, store, truth, world, generation)
 
 
 def run_demo(out: Path, num_users: int, seed: int, training: TrainingConfig) -> dict[str, Any]:
@@ -170,8 +192,11 @@ def publish_report(
     store: EmbeddingStore,
     truth: Path,
     world: dict[str, Any] | None = None,
+    generation: str | None = None,
 ) -> dict[str, Any]:
-    """Write report.html and summary.json into the output folder; returns the summary."""
+    """Write report.html and summary.json of a generation (None: the newest) into the output folder; returns the
+    summary.
+    """
     started = time.monotonic()
     data = gather_report_data(
         chain.config,
@@ -181,6 +206,7 @@ def publish_report(
         world=world,
         planted=chain.path("world/users.parquet") if world else None,
         truth=truth,
+        generation=generation,
     )
     report = write_report(chain.config.output, data)
     evaluated = data.report("evaluate")
@@ -217,10 +243,16 @@ def write_holdout(events: Events, as_of: int, path: Path) -> Path:
     return path
 
 
-def blends(config: Config, store: EmbeddingStore) -> list[list[str]]:
+def names_of(store: EmbeddingStore, table: str, generation: str | None = None) -> set[str]:
+    """What is published of a table: the generations, or the names of what one generation has."""
+    if generation is None:
+        return {published.generation for published in store.generations(table)}
+    return {published.name for published in store.generations(table) if published.generation == generation}
+
+
+def blends(config: Config, store: EmbeddingStore, generation: str) -> list[list[str]]:
     """The candidate sets that are compared: each graph alone, the other graphs together, and all of them."""
-    newest = store.latest("embeddings").generation
-    published = {graph.name for graph in store.generations("graph") if graph.generation == newest}
+    published = names_of(store, "graph", generation)
     present = [name for name in config.retrieval.graphs if name in published]
     others = [name for name in present if name != "alure"]
     sets = [[name] for name in present]

@@ -66,10 +66,13 @@ def gather_report_data(
     world: Mapping[str, Any] | None = None,
     planted: Path | None = None,
     truth: Path | None = None,
+    generation: str | None = None,
 ) -> ReportData:
-    """Collect a run's figures. `planted`: a world's users.parquet (user_id, topic), which colours the map."""
+    """Collect a run's figures. `planted`: a world's users.parquet (user_id, topic), which colours the map. generation:
+    which of the store's (None: the newest).
+    """
     generations = store.generations("embeddings") if store else []
-    chosen = generations[-1] if generations else None
+    chosen = next((g for g in reversed(generations) if generation in (None, g.generation)), None)
     pieces: dict[str, Any] = {}
     if events is not None:
         pieces["log"] = events.manifest.model_dump(mode="json", exclude={"fingerprint"})

@@ -12,13 +12,15 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from alure.engine.errors import AlureError
+from alure.engine.errors import AlureError, InputError
 from alure.engine.events.columns import ColumnWriter
 from alure.engine.events.keys import stable_keys
 from alure.engine.events.manifest import Country
 
 MAX_INDEX = 2**31 - 1
 NO_COUNTRY = "all"
+MOST_COUNTRIES = 5_000  # each is a folder in every generation
+MOST_EVENT_TYPES = 2**15 - 1  # an index of int16
 ITEM_ROWS = 65_536  # items a record batch
 
 
@@ -45,13 +47,15 @@ def build_indices(con: duckdb.DuckDBPyConnection, sources: list[str], has_items:
         "SELECT country, CAST(row_number() OVER (ORDER BY country) - 1 AS INTEGER) AS index "
         "FROM (SELECT DISTINCT country FROM good_events WHERE country IS NOT NULL)"
     )
+    check_few(con, "country_names", "country", MOST_COUNTRIES)
     several = index_users(con)
     index_items(con, has_items)
     con.execute(
         "CREATE TABLE event_types AS "
-        "SELECT event_type, CAST(row_number() OVER (ORDER BY event_type) - 1 AS SMALLINT) AS index "
+        "SELECT event_type, TRY_CAST(row_number() OVER (ORDER BY event_type) - 1 AS SMALLINT) AS index "
         "FROM (SELECT DISTINCT event_type FROM good_events WHERE event_type IS NOT NULL)"
     )
+    check_few(con, "event_types", "event_type", MOST_EVENT_TYPES)
     sizes = {table: count(con, table) for table in ("users", "items", "accounts", "categories")}
     for table, size in sizes.items():
         if size > MAX_INDEX:
@@ -74,6 +78,17 @@ def build_indices(con: duckdb.DuckDBPyConnection, sources: list[str], has_items:
 def count(con: duckdb.DuckDBPyConnection, table: str) -> int:
     ((rows,),) = con.execute(f"SELECT count(*) FROM {table}").fetchall()
     return int(rows)
+
+
+def check_few(con: duckdb.DuckDBPyConnection, table: str, column: str, most: int) -> None:
+    """Raise InputError where a column that names groups has as many values as one that names things."""
+    found = count(con, table)
+    if found > most:
+        some = con.execute(f"SELECT {column} FROM {table} ORDER BY {column} LIMIT 3").fetchall()
+        raise InputError(
+            f"column {column}: expected at most {most:,} values, got {found:,}, such as "
+            f"{', '.join(value for (value,) in some)}; name another column with --map {column}=COLUMN"
+        )
 
 
 def index_users(con: duckdb.DuckDBPyConnection) -> int:

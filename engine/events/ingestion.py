@@ -16,14 +16,17 @@ import pyarrow as pa
 
 from alure.engine.config import EventsConfig
 from alure.engine.errors import AlureError, InputError
+from alure.engine.events.fingerprints import FINGERPRINTS_FILE
 from alure.engine.events.indices import Indices, build_indices, count, write_items, write_users
 from alure.engine.events.inputs import EVENT_COLUMNS, ID_COLUMNS, ITEM_COLUMNS, Inputs, first_line, nearest, read_inputs
 from alure.engine.events.manifest import FORMAT_VERSION, MANIFEST_FILE, IdType, Manifest
 from alure.engine.events.ordering import SourceShape, Written, write_sequences
 from alure.engine.events.quarantine import check_share, count_reasons, write_quarantine
+from alure.engine.events.reader import Events
 from alure.engine.events.replacing import building, check_replaceable, publish, recover
 from alure.engine.events.report import REPORT_FILE, IngestReport, SourceReport
 from alure.engine.events.staging import (
+    FUTURE,
     LAST_SECOND,
     Rules,
     event_findings,
@@ -97,13 +100,21 @@ def fingerprint_of(config: EventsConfig, events: Inputs, items: Inputs | None) -
     return hashlib.sha256(json.dumps([FORMAT_VERSION, files, options], sort_keys=True).encode()).hexdigest()
 
 
+def with_future(fingerprint: str, future_rows: int) -> str:
+    """The log's, whose content the inputs decide together with the day: rows of the future become good ones."""
+    return hashlib.sha256(f"{fingerprint} {future_rows}".encode()).hexdigest() if future_rows else fingerprint
+
+
 def is_log_of(out: Path, fingerprint: str) -> bool:
     if not (out / MANIFEST_FILE).is_file() or not (out / REPORT_FILE).is_file():
         return False
     try:
-        return Manifest.read(out).fingerprint == fingerprint
+        manifest = Manifest.read(out)
     except InputError:
         return False  # damaged, or of another format: made anew
+    return not manifest.is_due() and manifest.fingerprint == with_future(
+        fingerprint, manifest.quarantine.get(FUTURE, 0)
+    )
 
 
 @contextmanager
@@ -141,6 +152,7 @@ class Ingest:
         self.notes = [*events.hints, *(items.hints if items else ())]
         self.rules, self.item_rules = Rules(), Rules()
         self.rows = 0
+        self.next_timestamp: int | None = None  # the earliest of the future
 
     @contextmanager
     def step(self, name: str) -> Iterator[None]:
@@ -167,6 +179,8 @@ class Ingest:
                 reasons = self.quarantine(con, written)
         manifest = self.manifest(shapes, indices, written, reasons, fingerprint)
         manifest.write(self.folder)
+        with self.step("fingerprints"):
+            np.save(self.folder / FINGERPRINTS_FILE, Events.open(self.folder).fingerprints(), allow_pickle=False)
         report = self.report(manifest, indices, written)
         report.write(self.folder)
         return report
@@ -201,6 +215,9 @@ class Ingest:
         if not self.rows:
             raise InputError(f"input: {self.events.files[0].path} has no rows, nor has any other file given")
         self.check_unit(con)
+        ((self.next_timestamp,),) = con.execute(
+            f"SELECT min(timestamp) FROM event_rows WHERE reason = '{FUTURE}' AND timestamp <= {LAST_SECOND}"
+        ).fetchall()
         self.check_health(con, self.rows, reasons, "events")
         if self.items is not None:
             self.item_rules = Rules(
@@ -329,7 +346,8 @@ class Ingest:
             item_id_type=id_type("item_id"),
             account_id_type=id_type("account_id") if indices.num_accounts else None,
             category_id_type=id_type("category_id") if indices.num_categories else None,
-            fingerprint=fingerprint,
+            fingerprint=with_future(fingerprint, reasons.get(FUTURE, 0)),
+            next_timestamp=self.next_timestamp if self.config.latest is None else None,
         )
 
     def report(self, manifest: Manifest, indices: Indices, written: Written) -> IngestReport:

@@ -129,7 +129,7 @@ def find_delta_files(path: Path) -> Iterator[InputFile]:
     try:
         table = DeltaTable(path)
         foreign = FOREIGN_FEATURES & set(table.protocol().reader_features or [])
-        listed = sorted(pa.table(table.get_add_actions(flatten=True)).column("path").to_pylist())
+        listed = sorted(pa.table(table.get_add_actions(flatten=True)).to_pylist(), key=lambda file: file["path"])
         fields = {field.name: field.type for field in table.schema().fields}
         keys = table.metadata().partition_columns
     except DeltaError as error:
@@ -144,7 +144,22 @@ def find_delta_files(path: Path) -> Iterator[InputFile]:
     whole = ("long", "integer", "short", "byte")
     types = {k: pa.int64() if getattr(fields[k], "type", "") in whole else pa.string() for k in keys}
     for stored in listed:  # relative to the table (or a file: URL), percent-encoded as Delta's protocol has it
-        yield describe_file(path / unquote(stored).removeprefix("file://"), types)
+        file = path / unquote(stored["path"]).removeprefix("file://")
+        check_partition_folders(file, {key: stored[f"partition.{key}"] for key in keys})
+        yield describe_file(file, types)
+
+
+def check_partition_folders(file: Path, values: dict[str, object]) -> None:
+    """DuckDB reads partition values from the folders' names; what counts in Delta is the log."""
+    named = dict(part.split("=", 1) for part in file.parts[:-1] if "=" in part)
+    for key, value in values.items():
+        folder = named.get(key)
+        differs = type(value) in (str, int) and folder is not None and unquote(folder) != str(value)
+        if folder is None or differs:
+            raise InputError(
+                f"input: {file}: expected a folder {key}={value}, as the Delta table's log has it; "
+                "write the table anew with its partitions in folders of these names"
+            )
 
 
 def describe_file(path: Path, partitions: dict[str, pa.DataType]) -> InputFile:

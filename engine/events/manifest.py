@@ -1,6 +1,7 @@
 """events.json: what an event log holds, and the shapes of its columns."""
 
 import json
+import time
 from pathlib import Path
 from typing import Literal
 from urllib.parse import quote
@@ -57,7 +58,16 @@ class Manifest(BaseModel):
     item_id_type: IdType
     account_id_type: IdType | None = None
     category_id_type: IdType | None = None
-    fingerprint: str = Field(description="of the inputs' paths, sizes and times, and of the options")
+    fingerprint: str = Field(
+        description="of the inputs' paths, sizes and times, of the options and of how many rows were of the future"
+    )
+    next_timestamp: int | None = Field(
+        None, description="the earliest of these, where the future began with the ingest"
+    )
+
+    def is_due(self) -> bool:
+        """Whether rows that were of the future are good ones by now, so that the inputs are worth another look."""
+        return self.next_timestamp is not None and self.next_timestamp <= time.time()
 
     def country(self, name: str) -> Country:
         for country in self.countries:

@@ -8,7 +8,7 @@ from deltalake import write_deltalake
 
 from alure.engine.errors import AlureError
 from alure.engine.events.inputs import Inputs
-from alure.engine.events.staging import name, scan, text
+from alure.engine.events.staging import json_value, name, scan, text
 
 SCHEMA = pa.schema([("origin", pa.string()), ("row_number", pa.int64()), ("row", pa.string()), ("reason", pa.string())])
 BATCH_ROWS = 65_536
@@ -35,7 +35,9 @@ def write_quarantine(con: duckdb.DuckDBPyConnection, folder: Path, staged: dict[
             continue
         bad = f"(SELECT origin, row_number, reason FROM {table} WHERE reason IS NOT NULL)"
         for group in inputs.groups:
-            row = ", ".join(f"{text(column)}: i.{name(column)}" for column, _ in group.columns)
+            row = ", ".join(
+                f"{text(column)}: {json_value(f'i.{name(column)}', type_)}" for column, type_ in group.columns
+            )
             parts.append(
                 f"SELECT b.origin, b.row_number, CAST(to_json({{{row}}}) AS VARCHAR) AS row, b.reason "
                 f"FROM {scan(group)} i JOIN {bad} b ON i.filename = b.origin AND i.file_row_number = b.row_number"

@@ -3,6 +3,7 @@
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +15,9 @@ import torch
 
 from alure.engine.errors import InputError, refuse_s3
 from alure.engine.events.batch import EventBatch, EventSequence
+from alure.engine.events.fingerprints import BLOCK_ROWS, FINGERPRINTS_FILE, EventHashes, sums
 from alure.engine.events.items import ItemTable, load_column, load_optional
+from alure.engine.events.keys import stable_keys
 from alure.engine.events.manifest import Manifest, folder_name
 
 
@@ -68,6 +71,21 @@ class Events:
         refuse_s3(path, "events")
         return cls(path, Manifest.read(path))
 
+    def hold(self) -> None:
+        """Map all of the log now, so that a log that takes its place later changes nothing for who has this one.
+
+        Raises InputError where one has already.
+        """
+        for name in self.manifest.sources:
+            self.source(name)
+        items = self.items
+        _ = self.users, self.accounts, self.categories, self._fingerprints
+        _ = items.table, items.keys, items.account_keys, items.category_keys, items.dense, items.semantic_ids
+        if Manifest.read(self.path) != self.manifest:
+            raise InputError(
+                f"event log: another one has taken the place of {self.path} since it was opened; run again"
+            )
+
     @property
     def num_users(self) -> int:
         return self.manifest.num_users
@@ -115,6 +133,46 @@ class Events:
             columns = self.source(name)
             total += self._ends(columns, rows, limit) - columns.offsets[rows]
         return total
+
+    def fingerprints(
+        self, as_of: int | np.ndarray | None = None, users: np.ndarray | range | None = None
+    ) -> np.ndarray:
+        """int64 [users], see fingerprints.py, of all events with timestamp <= as_of; 0 where there is none.
+
+        `ingest` leaves those of whole histories, so that only of who has later events the events are read.
+        """
+        rows = self._rows(range(self.num_users) if users is None else users)
+        limit = np.broadcast_to(np.asarray(self.manifest.last_timestamp if as_of is None else as_of), rows.shape)
+        ends = {name: self._ends(self.source(name), rows, limit) for name in self.manifest.sources}
+        found = np.zeros(len(rows), np.uint64)
+        left = np.ones(len(rows), bool)
+        if self._fingerprints is not None:
+            left = np.any([end < self.source(name).offsets[rows + 1] for name, end in ends.items()], axis=0)
+            found[~left] = self._fingerprints[rows[~left]].view(np.uint64)
+        for name, end in ends.items():
+            found[left] += self._sums(name, self.source(name).offsets[rows[left]], end[left])
+        return found.view(np.int64)
+
+    @cached_property
+    def _fingerprints(self) -> np.ndarray | None:
+        return load_optional(self.path / FINGERPRINTS_FILE)
+
+    @cached_property
+    def _hashes(self) -> EventHashes:
+        keys = {"account": self.accounts, "category": self.categories}
+        types = stable_keys(pa.array(self.manifest.event_types, pa.string()))
+        return EventHashes(self.items, {n: t["key"].to_numpy() for n, t in keys.items()} | {"event_type": types})
+
+    def _sums(self, source: str, starts: np.ndarray, ends: np.ndarray) -> np.ndarray:
+        """uint64 [users]: the sum of the hashes of rows starts[u] to ends[u] − 1."""
+        found = np.zeros(len(starts), np.uint64)
+        total = np.concatenate([[0], np.cumsum(ends - starts)])
+        cuts = np.searchsorted(total, np.arange(0, total[-1], BLOCK_ROWS), side="right") - 1
+        for first, last in pairwise([*np.unique(cuts), len(starts)]):
+            offsets = total[first : last + 1] - total[first]
+            rows = ranges(starts[first:last], ends[first:last], offsets)
+            found[first:last] = sums(self._hashes.of_rows(source, self.source(source), rows), offsets)
+        return found
 
     def batch(
         self,

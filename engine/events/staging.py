@@ -15,11 +15,14 @@ from alure.engine.events.inputs import ID_COLUMNS, FileGroup, InputFile, Inputs,
 
 # Later than this (year 5138) is no second: what stands there is milliseconds or finer.
 LAST_SECOND = 100_000_000_000
+FUTURE = "future_timestamp"
 SQL_TYPES = {
     "user_id": "BIGINT", "timestamp": "BIGINT", "source": "VARCHAR", "item_id": "BIGINT", "account_id": "BIGINT",
     "category_id": "BIGINT", "country": "VARCHAR", "event_type": "VARCHAR", "value": "FLOAT", "utc_offset": "INTEGER",
     "dense": "FLOAT[]", "semantic_ids": "INTEGER[]", "title": "VARCHAR",
 }  # fmt: skip
+# Bytes of a country's or a source's name: percent-encoded, it has to fit into the 255 of a folder's.
+LONGEST_NAME = 80
 # Columns whose cast may fail; `unfit_…` tells a value that does not fit from one that was missing from the start.
 CAST_COLUMNS = (*ID_COLUMNS, "value", "utc_offset", "dense", "semantic_ids")
 
@@ -63,9 +66,21 @@ def seconds(column: str, type_: pa.DataType) -> str:
     """Unix seconds, rounded down; a number too large for int64 becomes the largest one."""
     if not pa.types.is_timestamp(type_):
         return f"CASE WHEN {column} IS NOT NULL THEN COALESCE(TRY_CAST({column} AS BIGINT), {2**63 - 1}) END"
-    unit, per_second = ("epoch_ns", 10**9) if type_.unit == "ns" else ("epoch_us", 10**6)
-    ticks = f"{unit}({column})"
-    return f"({ticks} - (({ticks} % {per_second}) + {per_second}) % {per_second}) // {per_second}"
+    ticks, per_second = ticks_of(column, type_)
+    return f"{ticks} // {per_second} - CAST({ticks} % {per_second} < 0 AS BIGINT)"  # // rounds towards 0
+
+
+def ticks_of(column: str, type_: pa.TimestampType) -> tuple[str, int]:
+    """A timestamp as a number, as DuckDB reads it, and how many make a second."""
+    return (f"epoch_ns({column})", 10**9) if type_.unit == "ns" else (f"epoch_us({column})", 10**6)
+
+
+def json_value(column: str, type_: pa.DataType) -> str:
+    """A column for a row's JSON. DuckDB 2.0 dies of the text of a timestamp near −2⁶³, so that is its number."""
+    if not pa.types.is_timestamp(type_):
+        return column
+    ticks, _ = ticks_of(column, type_)
+    return f"CASE WHEN {ticks} < {-922 * 10**16} THEN CAST({ticks} AS VARCHAR) ELSE CAST({column} AS VARCHAR) END"
 
 
 def normalised(group: FileGroup, known: list[str], kinds: dict[str, str], rules: Rules) -> str:
@@ -79,6 +94,8 @@ def normalised(group: FileGroup, known: list[str], kinds: dict[str, str], rules:
             unfit = f"({expression} IS NULL AND {theirs} IS NOT NULL)"
             if ours == "timestamp":
                 expression = seconds(theirs, group.types[ours])
+            if ours == "country":
+                expression = f"NULLIF({expression}, '')"
         else:
             absent = text(rules.only_source) if ours == "source" and rules.only_source is not None else "NULL"
             expression, unfit = f"CAST({absent} AS {type_})", "false"
@@ -119,8 +136,10 @@ def event_findings(kinds: dict[str, str], rules: Rules) -> list[tuple[str, str]]
         ("unfit_item_id", "item_id_out_of_range"),
         ("item_id IS NULL", "null_item"),
         ("timestamp < 0", "negative_timestamp"),
-        (f"timestamp > {min(rules.latest, LAST_SECOND)}", "future_timestamp"),
+        (f"timestamp > {min(rules.latest, LAST_SECOND)}", FUTURE),
         ("source IS NULL", "null_source"),
+        (f"strlen(source) > {LONGEST_NAME}", "source_too_long"),
+        (f"strlen(country) > {LONGEST_NAME}", "country_too_long"),
     ]
     if rules.sources is not None:
         findings.append((f"source NOT IN ({', '.join(text(s) for s in rules.sources)})", "unknown_source"))

@@ -35,6 +35,11 @@ class CheckpointConfig(BaseModel):
     space: str | None = None
     sha256: str
 
+    def digest(self) -> str:
+        """See `model_digest`."""
+        identity = self.model_dump(mode="json", exclude={"step", "space"})  # the rotations are among the tensors
+        return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+
     @classmethod
     def read(cls, folder: Path) -> "CheckpointConfig":
         path = folder / CONFIG
@@ -110,18 +115,13 @@ def fill(module: nn.Module, tensors: dict[str, Tensor], what: str) -> None:
 
 def model_digest(folder: Path | str) -> str:
     """What tells one trained model from another, 64 hex digits: of its tensors, configuration and schema."""
-    return _digest(CheckpointConfig.read(Path(folder)))
+    return CheckpointConfig.read(Path(folder)).digest()
 
 
 def model_space(folder: Path | str) -> str:
     """Digest of the model whose space a checkpoint's embeddings are in: its own unless it is aligned."""
     config = CheckpointConfig.read(Path(folder))
-    return config.space or _digest(config)
-
-
-def _digest(config: CheckpointConfig) -> str:
-    identity = config.model_dump(mode="json", exclude={"step", "space"})  # the rotations are among the tensors
-    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+    return config.space or config.digest()
 
 
 def describe_differences(mine: BaseModel, theirs: BaseModel, what: str) -> list[str]:

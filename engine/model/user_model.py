@@ -73,9 +73,11 @@ class UserModel(nn.Module):
     """K sources × L layers of jagged attention over CFEE tokens; taps; compression to k unit embeddings a user.
 
     rotations: float32 [k, d, d] that turn its embeddings onto another model's space, None where there are none.
+    digest, space: of the checkpoint that it was loaded from, whatever lies there by now; "" where it was not.
     """
 
     rotations: Tensor | None
+    digest, space = "", ""
 
     def __init__(self, config: ModelConfig, schema: EventSchema) -> None:
         super().__init__()
@@ -103,6 +105,8 @@ class UserModel(nn.Module):
             model = cls(config.model, config.events)
         model.align(tensors.get("rotations"))
         fill(model, tensors, f"model: {path}")
+        model.digest = config.digest()
+        model.space = config.space or model.digest
         return model.eval().requires_grad_(False)
 
     def align(self, rotations: Tensor | None) -> None:

@@ -28,6 +28,7 @@ from alure.engine.refresh.reuse import KvFolders, Reuse, Reused
 from alure.engine.refresh.transfer import Packed, Sender
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.kv_cache import SegmentWriter
+from alure.engine.store.rows import FINGERPRINT
 from alure.engine.store.vectors import Vectors
 from alure.kernels.backend import native_instruction_set
 
@@ -312,7 +313,7 @@ class Embedder:
         """The unit's users with an event up to as_of: those who need to be embedded, the others carried forward."""
         snapshot = self.snapshot
         num_events, tokens = count_events(self.events, unit, snapshot.as_of, snapshot.config.max_events)
-        earlier = earlier_rows(store, snapshot.base, self.events, unit)
+        earlier = earlier_rows(store, snapshot.base, self.events, unit, num_events)
         present = num_events > 0
         chosen = present & needs_refresh(snapshot, earlier, num_events)
         places, resources = np.flatnonzero(chosen), ExitStack()
@@ -331,13 +332,16 @@ class Embedder:
         """What is written of an embedded unit; a GPU takes no part in it."""
         unit, finite = task.unit, task.vectors.finite()
         users = self.events.users.slice(unit.first, unit.last - unit.first).take(task.users - unit.first)
-        rows = self._rows(users.filter(finite), task.num_events[finite], task.vectors.columns(finite))
+        fingerprints = self.events.fingerprints(self.snapshot.as_of, task.users[finite])
+        rows = self._rows(users.filter(finite), task.num_events[finite], fingerprints, task.vectors.columns(finite))
         if len(task.carried):
             rows = pa.concat_tables([rows, task.carried.select(rows.schema.names).cast(rows.schema)])
         bad = users["user_id"].filter(~finite).to_pylist()
         return UnitResult(rows, bad, replace(task.work, bad=len(bad)))
 
-    def _rows(self, users: pa.Table, num_events: np.ndarray, embeddings: dict[str, pa.Array]) -> pa.Table:
+    def _rows(
+        self, users: pa.Table, num_events: np.ndarray, fingerprints: np.ndarray, embeddings: dict[str, pa.Array]
+    ) -> pa.Table:
         count, now = len(users), pa.scalar(datetime.now(UTC), pa.timestamp("us", "UTC"))
         return pa.table(
             {
@@ -349,6 +353,7 @@ class Embedder:
                 "model": pa.repeat(self.snapshot.model, count),
                 "num_events": pa.array(num_events),
                 "refreshed_at": pa.repeat(now, count),
+                FINGERPRINT: pa.array(fingerprints),
             }
         )
 

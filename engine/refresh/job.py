@@ -20,7 +20,7 @@ from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
 from alure.engine.limits import SHORT_S, matrix_limit
 from alure.engine.metrics import exposition
-from alure.engine.model import UserModel, model_digest, model_space
+from alure.engine.model import UserModel
 from alure.engine.model.key_values import check_reusable
 from alure.engine.progress import say, track
 from alure.engine.refresh.clusters import run_on_ray, run_on_spark
@@ -88,7 +88,7 @@ class RefreshJob:
             raise InputError(f"engine: expected one of {', '.join(ENGINES)}, got {engine!r}")
         if (workers > 1 or engine != "local") and self.model_path is None:
             raise InputError("workers: other processes need the model as a path to open, got a UserModel in memory")
-        self.digest = memory_digest(self.model) if self.model_path is None else model_digest(self.model_path)
+        self.digest = memory_digest(self.model) if self.model_path is None else self.model.digest
 
     def run(self) -> RefreshReport:
         """Do what is left to do and publish. Raises Interrupted on SIGTERM or SIGINT, AlureError where it fails."""
@@ -101,6 +101,7 @@ class RefreshJob:
             say(f"refresh: generation {snapshot.generation} is published already, with {published.rows:,} users")
             return self._report(snapshot, published, (units, len(units)), None, None)
         self._refuse_withdrawn(snapshot.generation)
+        self.events.hold()
         names = [unit.name for unit in units]
         done = self.store.written_units(snapshot.generation, names)
         with stop_flag("refresh") as flag:
@@ -207,7 +208,7 @@ class RefreshJob:
                 return share_units(embedder, self.store, units, flag.check, self.watch)
             assert self.model_path is not None
             paths = (self.model_path.resolve(), self.events.path.resolve(), self.store.path.resolve())
-            job = Job(*paths, snapshot, units)
+            job = Job(*paths, self.events.manifest.fingerprint, snapshot, units)
             if self.engine == "local":
                 return run_workers(job, devices, flag, self.watch)
             on_ray = self.engine == "ray"
@@ -280,7 +281,7 @@ class RefreshJob:
             "precision": self.config.precision,
             "output_dtype": self.config.output_dtype,
             "base": snapshot.base,
-            "space": self.digest if self.model_path is None else model_space(self.model_path),
+            "space": self.digest if self.model_path is None else self.model.space,
             "max_minutes": self.config.max_minutes,
             "kv_cache": self.config.kv_cache,
             "events": self.events.manifest.fingerprint,

@@ -39,9 +39,12 @@ class FileLeases:
     """A file a holder, touched while it lives, and hard links to it named as the units."""
 
     def __init__(self, folder: Path) -> None:
-        folder.mkdir(parents=True, exist_ok=True)
         self.folder, self.holder = folder, _this_process()
         self.mine = folder / f"holder {self.holder}"
+        self._appear()
+
+    def _appear(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True)
         self.mine.write_text(self.holder)
 
     def claim(self, unit: str) -> bool:
@@ -52,8 +55,9 @@ class FileLeases:
                 return False
             self.release(unit)
             return self.claim(unit)
-        except FileNotFoundError:  # the generation is published, and its leases are gone
-            return False
+        except FileNotFoundError:  # the generation is published, or was vacuumed, and its leases are gone
+            self._appear()
+            return self.claim(unit)
         return True
 
     def keep(self) -> None:
@@ -109,22 +113,30 @@ class S3Leases:
 
 
 def _this_process() -> str:
-    return f"{socket.gethostname()}:{os.getpid()}"
+    return f"{_beginning(os.getpid())}@{socket.gethostname()}:{os.getpid()}"
 
 
 def _abandoned(holder: str, mine: str, age_s: float) -> bool:
     """Whether a lease may be taken over, given its holder, who asks, and the age of the holder's last sign of life."""
-    host, _, process = holder.rpartition(":")
-    if host == mine.rpartition(":")[0]:
-        return holder == mine or not _alive(int(process))
+    place, _, process = holder.rpartition(":")
+    beginning, _, host = place.partition("@")
+    if host == mine.rpartition(":")[0].partition("@")[2]:
+        return holder == mine or _beginning(int(process)) != beginning
     return age_s > EXPIRES_S
 
 
-def _alive(process: int) -> bool:
+def _beginning(process: int) -> str | None:
+    """When a live process began, None where there is none: ids are given again, in a container started anew the very
+    same. Without /proc "live".
+    """
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return False
+        return None
     except PermissionError:
-        return True
-    return True
+        pass
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except FileNotFoundError:
+        return None if Path("/proc/self/stat").exists() else "live"
+    return None if fields[0] in "ZX" else fields[19]  # a zombie is dead; 19: its start, in ticks since the system's

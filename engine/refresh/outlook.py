@@ -10,6 +10,7 @@ from alure.engine.refresh.earlier import earlier_rows
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work, needs_refresh
 from alure.engine.refresh.planner import Unit, count_events
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.rows import FINGERPRINT
 
 BINS = 1_000  # of the unseen share: how finely a time limit cuts
 SPARE = 0.9  # of a time limit is planned for
@@ -52,7 +53,9 @@ def look_ahead(
         num_events, tokens = count_events(events, unit, snapshot.as_of, snapshot.config.max_events)
         outlook.present += int((num_events > 0).sum())
         if unit.name not in written:
-            earlier = earlier_rows(store, base, events, unit, ["user_id", "num_events", "as_of"])
+            earlier = earlier_rows(
+                store, base, events, unit, num_events, ["user_id", "num_events", "as_of", FINGERPRINT]
+            )
             chosen = (num_events > 0) & needs_refresh(snapshot, earlier, num_events)
             outlook.add(unit, chosen, tokens, earlier.unseen_share(num_events))
     return outlook

@@ -11,7 +11,7 @@ from typing import Protocol
 
 import torch
 
-from alure.engine.errors import AlureError
+from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events
 from alure.engine.model import UserModel
 from alure.engine.ranges import marker_of, op, stage
@@ -35,19 +35,33 @@ class Progress(Protocol):
 
 @dataclass(frozen=True)
 class Job:
-    """What a worker needs to know: paths that it opens for itself, and the work."""
+    """What a worker needs to know: paths that it opens for itself, what lay there when the job began, and the work."""
 
     model: Path
     events: Path
     store: Location
+    log: str  # the fingerprint of the event log
     snapshot: Snapshot
     units: list[Unit]
 
 
 def run_shard(job: Job, device: str, progress: Progress | None = None) -> Work:
-    """Open the model, the log and the store, and share the job's units with whoever else does."""
+    """Open the model, the log and the store, and share the job's units with whoever else does. Raises InputError where
+    another model or log has taken the place of the job's.
+    """
     with stop_flag("refresh") as flag:
-        embedder = Embedder(UserModel.load(job.model), Events.open(job.events), job.snapshot, torch.device(device))
+        model, events = UserModel.load(job.model), Events.open(job.events)
+        events.hold()
+        for path, found, expected in (
+            (job.model, model.digest, job.snapshot.model),
+            (job.events, events.manifest.fingerprint, job.log),
+        ):
+            if found != expected:
+                raise InputError(
+                    f"refresh: {path} is another ({found[:12]}) than when the job began ({expected[:12]}); nothing was "
+                    "published. Run again for a generation of what is there now"
+                )
+        embedder = Embedder(model, events, job.snapshot, torch.device(device))
         return share_units(embedder, EmbeddingStore(job.store), job.units, flag.check, progress or Work())
 
 

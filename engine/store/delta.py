@@ -14,7 +14,15 @@ from urllib.parse import unquote
 
 import pyarrow as pa
 import pyarrow.dataset as ds
-from deltalake import ColumnProperties, CommitProperties, DeltaTable, Transaction, WriterProperties, write_deltalake
+from deltalake import (
+    ColumnProperties,
+    CommitProperties,
+    DeltaTable,
+    Field,
+    Transaction,
+    WriterProperties,
+    write_deltalake,
+)
 from deltalake.exceptions import CommitFailedError, DeltaError
 
 from alure.engine.errors import AlureError, InputError
@@ -33,10 +41,14 @@ class DataFile(NamedTuple):
 
 
 class DataTable:
-    """A Delta table. Its schema is that of the first write (the type of ids is the input's), then it is fixed."""
+    """A Delta table. Its schema is that of the first write (the type of ids is the input's), then it is fixed but for
+    `later` columns, which a table made by a version before gets with its next write; its old rows have null there.
+    """
 
-    def __init__(self, path: Location, partition_by: list[str], row_group_rows: int = 65_536) -> None:
-        self.path = path
+    def __init__(
+        self, path: Location, partition_by: list[str], row_group_rows: int = 65_536, later: tuple[str, ...] = ()
+    ) -> None:
+        self.path, self.later = path, later
         self.partition_by = partition_by
         self.row_group_rows = row_group_rows
 
@@ -66,6 +78,10 @@ class DataTable:
         """A snapshot, of the table made where there is none. InputError where it has other columns or types."""
         table = self.open() if self.exists() else self._create(schema)
         have = _schema_of(table)
+        missing = [field for field in schema if field.name in self.later and field.name not in have.names]
+        if missing:
+            table = self._add(table, missing)
+            have = _schema_of(table)
         for field in schema:
             place = have.get_field_index(field.name)
             if place < 0 or not _same(have.field(place), field):
@@ -91,6 +107,19 @@ class DataTable:
             if self.exists():
                 return self.open()
             raise refused(self.path, error) from error
+
+    def _add(self, table: DeltaTable, missing: list[pa.Field]) -> DeltaTable:
+        """With these columns too, whichever process adds them."""
+        for _ in range(COMMIT_ATTEMPTS):
+            try:
+                table.alter.add_columns([Field.from_arrow(field) for field in missing])
+            except CommitFailedError:
+                table = self.open()
+            except (DeltaError, OSError) as error:
+                raise refused(self.path, error) from error
+            if {field.name for field in missing} <= set(_schema_of(table).names):
+                return table
+        raise AlureError(f"{self.path}: lost {COMMIT_ATTEMPTS} races to add a column; run again")
 
     def written(self, group: str, parts: Sequence[str]) -> set[str]:
         """Those of `parts` that `append_once` wrote to the group, from one snapshot."""

@@ -30,6 +30,7 @@ from alure.engine.store.generations import Generation, GenerationLog
 from alure.engine.store.location import Location, locate, make, reach
 from alure.engine.store.rows import (
     EMBEDDING_COLUMNS,
+    FINGERPRINT,
     check_unit,
     conform,
     embedding_schema,
@@ -69,7 +70,7 @@ class EmbeddingStore:
         reach(self.path)
         self.log = GenerationLog(self.path / "generations")
         self.checksums = Checksums(self.path)
-        self.embeddings = DataTable(self.path / "embeddings", ["generation", "country"], ROW_GROUP_ROWS)
+        self.embeddings = DataTable(self.path / "embeddings", ["generation", "country"], ROW_GROUP_ROWS, (FINGERPRINT,))
         self.whole = {table: WholeTable(self.path, table, self.log, self.checksums) for table in SHAPES}
         self._part = lru_cache(maxsize=8)(self._open_part)
         self.quarantine = DataTable(self.path / "quarantine", [])
@@ -102,13 +103,15 @@ class EmbeddingStore:
     def write_unit(self, generation: str, unit: str, rows: pa.Table) -> bool:
         """Add one unit of a generation's embeddings in one commit; False where it was there already.
 
-        rows: EMBEDDING_COLUMNS (`generation` may be left out); one model and one width throughout. embedding: lists
-        of float32 or float16, or of int8 beside `scales`, one float32 an embedding; InputError where the store has
-        another type.
+        rows: EMBEDDING_COLUMNS (`generation` may be left out), and FINGERPRINT or not; one model and one width
+        throughout. embedding: lists of float32 or float16, or of int8 beside `scales`, one float32 an embedding;
+        InputError where the store has another type.
         A row's as_of is the time its embedding was made for: earlier than the generation's where it is carried forward.
         """
         dtype = dtype_of(rows.schema)
         self.check_dtype(dtype)
+        if FINGERPRINT not in rows.schema.names:
+            rows = rows.append_column(FINGERPRINT, pa.nulls(len(rows), pa.int64()))
         rows = conform(rows, embedding_schema(id_type(rows, "user_id"), dtype), {"generation": generation})
         check_unit(rows, unit)
         return self.embeddings.append_once(rows, generation, unit)
@@ -308,12 +311,23 @@ class EmbeddingStore:
         self, generation: GenerationName, country: str, bounds: tuple[Any, Any], columns: Sequence[str] | None = None
     ) -> pa.Table:
         """`columns` (default: all) of a country's users with bounds[0] <= user_id <= bounds[1], in no particular order;
-        embeddings as they are stored, to be written again.
+        embeddings as they are stored, to be written again. FINGERPRINT is left out where the store has none yet.
         """
-        chosen = self.published(generation, "embeddings")
         user = ds.field("user_id")
         where = (ds.field("country") == country) & (user >= bounds[0]) & (user <= bounds[1])
-        return self._part(chosen.generation, chosen.sequence).to_table(columns=columns, filter=where)
+        return self._read_part(self.published(generation, "embeddings"), where, columns)
+
+    def read_countries(
+        self, generation: GenerationName, countries: Sequence[str], columns: Sequence[str] | None = None
+    ) -> pa.Table:
+        """`read_range` of all users of some countries."""
+        where = ds.field("country").isin(pa.array(countries, pa.string()))
+        return self._read_part(self.published(generation, "embeddings"), where, columns)
+
+    def _read_part(self, chosen: Generation, where: ds.Expression, columns: Sequence[str] | None) -> pa.Table:
+        part = self._part(chosen.generation, chosen.sequence)
+        wanted = columns and [name for name in columns if name != FINGERPRINT or name in part.schema.names]
+        return part.to_table(columns=wanted, filter=where)
 
     def _open_part(self, generation: str, sequence: int) -> ds.Dataset:
         """The files of a published generation, which never change under one sequence number."""

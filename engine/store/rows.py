@@ -10,17 +10,18 @@ from alure.engine.config import OutputDtype
 from alure.engine.store.vectors import SCALES, embedding_fields
 
 EMBEDDING_COLUMNS = ["user_id", "country", "generation", "embedding", "as_of", "model", "num_events", "refreshed_at"]
+FINGERPRINT = "fingerprint"  # of the history, for refreshes; null where a version before wrote the row
 STRINGS = pa.list_(pa.string())
 
 
 def embedding_schema(ids: pa.DataType, dtype: OutputDtype = "float32") -> pa.Schema:
-    """EMBEDDING_COLUMNS as they are stored: with the column `scales` where the embeddings are int8."""
+    """EMBEDDING_COLUMNS as they are stored: with the column `scales` where the embeddings are int8, and FINGERPRINT."""
     types = {"user_id": ids, "as_of": pa.int64(), "num_events": pa.int64(), "refreshed_at": pa.timestamp("us", "UTC")}
     fields = []
     for name in EMBEDDING_COLUMNS:
         plain = pa.field(name, types.get(name, pa.string()))
         fields += embedding_fields(dtype) if name == "embedding" else [plain]
-    return pa.schema(fields)
+    return pa.schema([*fields, pa.field(FINGERPRINT, pa.int64())])
 
 
 def id_type(rows: pa.RecordBatch | pa.Table, column: str) -> pa.DataType:
@@ -54,7 +55,7 @@ def conform(rows: pa.RecordBatch | pa.Table, schema: pa.Schema, constants: Mappi
 def check_unit(rows: pa.Table, unit: str) -> None:
     """Raise ValueError unless the rows have no nulls, one model and one width, each user once, and a country each."""
     for name in rows.schema.names:
-        if rows[name].null_count:
+        if rows[name].null_count and name != FINGERPRINT:
             raise ValueError(f"unit {unit}: expected no nulls in {name}, got {rows[name].null_count}")
     if not len(rows):
         return

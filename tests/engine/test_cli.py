@@ -90,7 +90,9 @@ def test_the_chain_command_by_command(alure: CommandLine, world: Path, tmp_path:
     assert story.code == 0, story.err
     assert set(story.json["graph"]) == {"alure", "social", "ppr"}
     assert alure("inspect", events, "--user", user).code == 0
-    assert alure("inspect", store, "--user", 10**12).code == 2
+    for unknown in (10**12, 10**30):  # the second is no int64
+        assert alure("inspect", store, "--user", unknown).code == 2
+        assert alure("inspect", events, "--user", unknown).code == 2
     assert alure("inspect", model, "--user", user).code == 2
 
     for words in (["parquet"], ["parquet", "--flat"], ["npy"], ["faiss"]):

@@ -324,7 +324,7 @@ def test_the_report_is_json_and_adds_up(tmp_path: Path) -> None:
         assert source.p50 <= source.p90 <= source.p99 <= source.longest < 2 ** (len(source.histogram) - 1)
         assert source.longest >= 2 ** (len(source.histogram) - 2)
     assert report.num_bytes > 10_000
-    assert set(report.seconds) == {"validate", "index", "order", "items", "quarantine"}
+    assert set(report.seconds) == {"validate", "index", "order", "items", "quarantine", "fingerprints"}
 
 
 def test_the_items_of_the_world_helper_fit(tmp_path: Path) -> None:

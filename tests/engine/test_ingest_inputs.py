@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -170,6 +171,21 @@ def test_a_few_times_in_milliseconds_are_bad_rows(tmp_path: Path) -> None:
     assert report.quarantine == {"future_timestamp": 1}
 
 
+@pytest.mark.parametrize("unit", ["us", "ns"])
+@pytest.mark.parametrize("zone", [None, "UTC"])
+def test_times_at_the_ends_of_int64_are_bad_rows(tmp_path: Path, unit: str, zone: str | None) -> None:
+    """NumPy's NaT, say, which some writers leave as a number. Two others are DuckDB's infinities, which are no time."""
+    good = START * {"us": 10**6, "ns": 10**9}[unit]
+    times = pa.array([-(2**63), 1 - 2**63, 2**63 - 1, good, -1, 0], pa.int64()).cast(pa.timestamp(unit, zone))
+    table = pa.table({"user_id": range(6), "timestamp": times, "item_id": range(6)})
+    events, report = run(tmp_path, table)
+    assert events.source("events").timestamp.tolist() == [START, 0]
+    assert report.quarantine == {"null_timestamp": 2, "negative_timestamp": 2}
+    kept = [json.loads(entry["row"])["timestamp"] for entry in quarantined(tmp_path / "log" / "quarantine")]
+    assert kept[0] == str(-(2**63))
+    assert kept[3].startswith("1969-12-31 23:59:59.999")
+
+
 def test_the_future_begins_now_by_default(tmp_path: Path) -> None:
     _, report = run(tmp_path, [row(), row(timestamp=9 * 10**9)], latest=None)
     assert report.quarantine == {"future_timestamp": 1}
@@ -232,6 +248,35 @@ def test_users_belong_to_their_latest_country(tmp_path: Path) -> None:
 def test_a_column_of_thousands_of_values_is_no_source(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="column source: expected at most 256 values, got 300"):
         run(tmp_path, [row(source=f"url {i}") for i in range(300)])
+
+
+@pytest.mark.parametrize(("column", "most"), [("country", 5_000), ("event_type", 32_767)])
+def test_a_column_of_more_values_than_groups(tmp_path: Path, column: str, most: int) -> None:
+    def table(values: int) -> pa.Table:
+        names = {name: np.arange(values) for name in ("user_id", "item_id", column)}
+        return pa.table({**names, "timestamp": np.full(values, START)})
+
+    with pytest.raises(InputError, match=f"column {column}: expected at most {most:,} values, got {most + 1:,}"):
+        run(tmp_path, table(most + 1))
+    events, _ = run(tmp_path, table(most))
+    assert events.num_users == most
+
+
+def test_an_empty_country_is_none(tmp_path: Path) -> None:
+    events, report = run(tmp_path, [row(country=""), row(country="DE", item_id=8), row(user_id=2, country="")])
+    assert events.users["country"].to_pylist() == ["DE", "all"]
+    assert not report.quarantine
+    assert report.users_of_several_countries == 0
+
+
+def test_names_too_long_for_a_folder_are_bad_rows(tmp_path: Path) -> None:
+    names = ["é" * 40, "é" * 40 + "e"]  # 80 and 81 bytes
+    rows = [row(user_id=i, country=name) for i, name in enumerate(names)]
+    rows += [row(user_id=i, source=name) for i, name in enumerate(names)]
+    events, report = run(tmp_path, rows)
+    assert report.quarantine == {"country_too_long": 1, "source_too_long": 1}
+    assert events.manifest.sources == ["ad_click", names[0]]
+    assert events.users["country"].to_pylist() == [names[0]]
 
 
 # ---------------------------------------------------------------- items
@@ -353,6 +398,18 @@ def test_paths_and_partitions_of_odd_names(tmp_path: Path) -> None:
         assert [events.source(s).item.tolist() for s in events.manifest.sources] == [[0], [2], [1]]
     with pytest.raises(InputError, match="cannot lie under a path with"):
         ingest(EventsConfig(inputs=[file]), folder / "log [1]")
+
+
+@pytest.mark.parametrize("folder", ["Zq", "country=FR"])
+def test_delta_partitions_that_only_the_log_knows_are_refused(tmp_path: Path, folder: str) -> None:
+    table = pa.table({"user_id": [1], "timestamp": [START], "item_id": [3], "country": ["DE"]})
+    path = tmp_path / "delta"
+    write_deltalake(path, table, partition_by=["country"])
+    (path / "country=DE").rename(path / folder)
+    commit = path / "_delta_log" / f"{0:020}.json"
+    commit.write_text(commit.read_text().replace('"path":"country=DE', f'"path":"{folder}'))
+    with pytest.raises(InputError, match="expected a folder country=DE, as the Delta table's log has it"):
+        ingest(EventsConfig(inputs=[path]), tmp_path / "log")
 
 
 def test_delta_features_that_hide_rows_are_refused(tmp_path: Path) -> None:

@@ -7,12 +7,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from support.events import START, make_events, random_table, write_rows
+from support.events import DAY, START, make_events, random_table, write_rows
 
 from alure.engine.config import EventsConfig
 from alure.engine.errors import AlureError, InputError
 from alure.engine.events import Events, ingest
-from alure.engine.events.manifest import FORMAT_VERSION
+from alure.engine.events.manifest import FORMAT_VERSION, Manifest
 
 KILLED = """
 import os, sys
@@ -89,6 +89,36 @@ def test_another_input_or_option_is_read_anew(tmp_path: Path) -> None:
     (tmp_path / "log" / "events.json").write_text("{")
     assert not ingest(EventsConfig(inputs=[file], items=items), tmp_path / "log").unchanged
     assert names(tmp_path) == ["a.parquet", "items.parquet", "log"]
+
+
+def test_rows_of_the_future_come_in_when_it_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until then the same inputs make the same log, also at another place, and from then on one of another name."""
+    now = [START + 60 * DAY]
+    monkeypatch.setattr("time.time", lambda: now[0])
+    rows = [{"user_id": i, "timestamp": START + 59 * DAY + i * DAY, "item_id": i} for i in range(4)]
+    rows.append({"user_id": 9, "timestamp": 10**10 + START, "item_id": 1})  # of the year 2340, say by mistake
+    config = EventsConfig(inputs=[write_rows(tmp_path / "a.parquet", rows)], max_quarantine_share=1.0)
+
+    def log_of(name: str) -> tuple[bool, Manifest]:
+        unchanged = ingest(config, tmp_path / name).unchanged
+        return unchanged, Events.open(tmp_path / name).manifest
+
+    first = log_of("log")[1]
+    assert (first.num_events, first.quarantine, first.next_timestamp) == (
+        2,
+        {"future_timestamp": 3},
+        rows[2]["timestamp"],
+    )
+    now[0] += DAY - 1
+    assert log_of("log") == (True, first)
+    assert log_of("other")[1].fingerprint == first.fingerprint
+    now[0] += 1
+    unchanged, second = log_of("log")
+    assert (unchanged, second.num_events) == (False, 3)
+    assert second.fingerprint != first.fingerprint
+    now[0] += 9 * DAY
+    assert log_of("log")[1].num_events == 4
+    assert log_of("log")[0]
 
 
 def test_only_an_event_log_is_replaced(tmp_path: Path) -> None:

@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from support.events import random_events
 from support.model import DAY, START, LogParts, SourceRows, planted_log, write_log
 from support.refresh import jagged_log, name_countries, rename_log, rows_of, save_model
 
@@ -26,6 +27,7 @@ from alure.engine.refresh import RefreshJob, RefreshReport, embedder
 from alure.engine.refresh.embedder import Embedder, Snapshot, Work, token_budget
 from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.rows import FINGERPRINT
 from alure.engine.store.upkeep import rollback, vacuum, verify
 
 SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
@@ -462,6 +464,30 @@ def test_bad_times_and_workers_are_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="expected one of local, ray, spark, got 'dask'"):
         refresh(world, tmp_path, engine="dask")
     assert EmbeddingStore(tmp_path).generations() == []
+
+
+def test_a_log_that_is_replaced_meanwhile_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A nightly ingest puts another log into the place of the one that a refresh reads."""
+    model = save_model(tmp_path / "model", random_events(tmp_path))
+    RefreshJob(model, tmp_path / "events", tmp_path / "undisturbed", config=SMALL).run()
+    late = RefreshJob(model, tmp_path / "events", tmp_path / "late", config=SMALL)
+    begin, begun = Embedder.begin, []
+
+    def and_replace(self: Embedder, unit: Unit, store: EmbeddingStore) -> Any:
+        if not begun:
+            random_events(tmp_path, seed=1, num_users=30)
+        begun.append(unit)
+        return begin(self, unit, store)
+
+    monkeypatch.setattr(Embedder, "begin", and_replace)
+    RefreshJob(model, tmp_path / "events", tmp_path / "store", config=SMALL).run()
+    stores = [EmbeddingStore(tmp_path / name) for name in ("undisturbed", "store")]
+    assert rows_of(stores[0]) == rows_of(stores[1])
+    users, columns = range(1_000, 1_040), ["user_id", FINGERPRINT]
+    found = [store.read_written(store.latest("embeddings").generation, users, columns) for store in stores]
+    assert found[0].sort_by("user_id").equals(found[1].sort_by("user_id"))
+    with pytest.raises(InputError, match="another one has taken the place of"):
+        late.run()
 
 
 def test_a_long_job_is_estimated_first(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -5,16 +5,18 @@ import signal
 import time
 from pathlib import Path
 
+import pyarrow as pa
 import pytest
-from support.refresh import jagged_log, rows_of, save_model
+from support.refresh import jagged_log, rename_log, rows_of, save_model
 
 from alure.engine.config import RefreshConfig
 from alure.engine.errors import AlureError, InputError
-from alure.engine.refresh import RefreshJob, RefreshReport
+from alure.engine.refresh import RefreshJob, RefreshReport, leases
 from alure.engine.refresh.embedder import Work
 from alure.engine.refresh.leases import EXPIRES_S, FileLeases
 from alure.engine.refresh.watch import Watch
 from alure.engine.store import EmbeddingStore
+from alure.engine.store.upkeep import vacuum
 
 SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
 
@@ -83,6 +85,73 @@ def test_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     mine.release("e")
     assert elsewhere.claim("e")
     assert not mine.claim("e")
+
+
+@pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="without /proc it is not known when a process began")
+def test_a_process_that_has_the_id_of_a_dead_holder_holds_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that is started anew; and a zombie, which nobody waits for, is dead."""
+    monkeypatch.setattr("alure.engine.refresh.leases.os.getpid", os.getppid)
+    monkeypatch.setattr("alure.engine.refresh.leases._beginning", lambda process: "1")
+    before = FileLeases(tmp_path)
+    monkeypatch.undo()
+    zombie = os.fork()
+    if not zombie:
+        os._exit(0)
+    os.waitid(os.P_PID, zombie, os.WEXITED | os.WNOWAIT)
+    began = leases._beginning(os.getpid())
+    monkeypatch.setattr("alure.engine.refresh.leases.os.getpid", lambda: zombie)
+    monkeypatch.setattr("alure.engine.refresh.leases._beginning", lambda process: began)
+    undead = FileLeases(tmp_path)
+    monkeypatch.undo()
+    assert before.claim("a")
+    assert undead.claim("b")
+    mine = FileLeases(tmp_path)
+    assert [unit for unit in "ab" if mine.claim(unit)] == ["a", "b"]
+    os.waitpid(zombie, 0)
+
+
+def test_what_a_vacuum_without_grace_takes_from_a_job_is_done_again(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It takes what is written of the generation, and its leases; the job waited for ever for units nobody took."""
+    write, written = EmbeddingStore.write_unit, []
+
+    def and_vacuum(self: EmbeddingStore, generation: str, unit: str, rows: pa.Table) -> bool:
+        written.append(write(self, generation, unit, rows))
+        if len(written) == 2:
+            vacuum(self, grace_hours=0)
+        return written[-1]
+
+    monkeypatch.setattr(EmbeddingStore, "write_unit", and_vacuum)
+    assert refresh(world, tmp_path).users == 58
+    assert len(written) == 6
+    EmbeddingStore(tmp_path).check_integrity()
+
+
+def test_processes_refuse_a_model_or_a_log_that_was_put_there_meanwhile(tmp_path: Path) -> None:
+    """Embeddings of two models would stand side by side, under the name of the first."""
+    events = jagged_log(tmp_path / "events")
+    save_model(tmp_path / "model", events)
+    paths = (tmp_path / "model", tmp_path / "events", tmp_path / "store")
+    job = RefreshJob(*paths, config=SMALL, workers=2)
+    alone = RefreshJob(*paths, as_of=job.as_of - 1, config=SMALL)
+    save_model(tmp_path / "model", events, seed=1)
+    with pytest.raises(InputError, match=r"model is another .* than when the job began"):
+        job.run()
+    assert not EmbeddingStore(tmp_path / "store").generations()
+    alone.run()
+    (published,) = EmbeddingStore(tmp_path / "store").generations("embeddings")
+    assert published.model == published.properties["space"] == alone.model.digest
+    assert published.model != RefreshJob(*paths, config=SMALL).digest
+
+    job = RefreshJob(*paths, config=SMALL, workers=2)
+    job.events.hold()
+    job.events.hold = lambda: None  # type: ignore[method-assign]
+    rename_log(tmp_path / "events", "another")
+    with pytest.raises(InputError, match=r"events is another .* than when the job began"):
+        job.run()
 
 
 def test_what_fails_in_a_process_fails_the_job(world: Path, tmp_path: Path) -> None:
