@@ -1,6 +1,5 @@
 """Runs suites under pytest-benchmark, prints the race, appends JSON lines, draws the plot."""
 
-import argparse
 import importlib
 import json
 import sys
@@ -9,12 +8,13 @@ from pathlib import Path
 
 from alure.bench import SUITES
 from alure.bench.report import append_lines, read_rows, render, results_path
+from alure.bench.usage import EXIT_USAGE, Parser, refuse
 
 PLOTS = {"attention": "alure.bench.plot", "neighbors": "alure.bench.plot_neighbors"}  # of all suites, the first
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="alure bench", description="Race the kernels and stages beside their peers.")
+    parser = Parser(prog="alure bench", description="Race the kernels and stages beside their peers.")
     parser.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "all"])
     parser.add_argument("--quick", action="store_true", help="small sizes, fewer laps")
     parser.add_argument("--case", help='only the cases whose name contains this, such as "equal 1024" or "backward"')
@@ -27,15 +27,13 @@ def main() -> int:
         import pytest
         import pytest_benchmark  # noqa: F401
     except ModuleNotFoundError:
-        print('alure bench: needs pytest-benchmark; install it (pip install "alure[dev]")', file=sys.stderr)
-        return 2
+        return refuse("alure bench", 'needs pytest-benchmark; install it (pip install "alure[dev]")')
 
     home = Path(__file__).resolve().parent
     chosen = SUITES if options.suite == "all" else (options.suite,)
     plotted = next((suite for suite in PLOTS if suite in chosen), None)
     if options.plot and plotted is None:
-        print(f"alure bench: --plot draws the race of {' or '.join(PLOTS)}; run that suite", file=sys.stderr)
-        return 2
+        return refuse("alure bench", f"--plot draws the race of {' or '.join(PLOTS)}; run that suite")
     with tempfile.TemporaryDirectory() as folder:
         results = Path(folder) / "results.json"
         words = [str(home / f"{suite}.py") for suite in chosen]
@@ -62,6 +60,8 @@ def main() -> int:
         importlib.import_module(PLOTS[plotted]).draw(rows, options.plot)
     if options.json:
         print(json.dumps({"suites": list(chosen), "passed": code == 0, "results": rows}))
+    if code == pytest.ExitCode.USAGE_ERROR:
+        return EXIT_USAGE
     return 1 if code else 0
 
 

@@ -14,6 +14,9 @@ import pyarrow.parquet as pq
 import pytest
 from support.command_line import CommandLine
 
+from alure.engine.config import Config, GraphConfig, ModelConfig
+from alure.engine.options import override
+from alure.engine.signals import stop_flag
 from alure.engine.world import build_world
 
 COMMANDS = (
@@ -58,6 +61,8 @@ def test_the_chain_command_by_command(alure: CommandLine, world: Path, tmp_path:
 
     trained = alure("train", events, "--out", model, "--steps", 5, "--as-of", facts["as_of"], "--json")
     assert trained.code == 0, trained.err
+    based = alure("train", events, "--out", tmp_path / "base", "--steps", 0, "--preset", "base", "--json")
+    assert based.json["parameters"] > 10 * trained.json["parameters"]
     refreshed = alure("refresh", model, events, "--store", store, "--as-of", facts["as_of"], "--json")
     assert refreshed.code == 0, refreshed.err
     figures = tmp_path / "refresh.prom"
@@ -147,12 +152,21 @@ def test_doctor_names_a_backend_for_every_operator(alure: CommandLine) -> None:
         (["run", "nowhere.yaml"], "nowhere.yaml"),
         (["refresh", "m", "e", "--store", "s", "--as-of", "yesterday"], "--as-of"),
         (["profile", "cooking", "m", "e"], "refresh"),
+        (["cook"], "No such command"),
+        (["train"], "Missing argument"),
+        (["train", "events", "--out", "model", "--steps", "-1"], "--steps"),
+        (["run", "folder"], "expected a YAML file, got the folder folder"),
+        (["demo", "--out", "file"], "there is a file where a folder is expected"),
+        (["bench", "cooking"], "invalid choice: 'cooking'"),
+        (["tune", "--head-dim", "17"], "invalid choice: 17"),
     ],
 )
 def test_bad_input_is_explained_and_exits_with_2(
     alure: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
     outcome = alure(*words, "--json")
     assert outcome.code == 2, outcome.err
     assert complaint in outcome.err
@@ -222,6 +236,28 @@ def test_a_signal_while_training_exits_with_75(world: Path, tmp_path: Path) -> N
     assert json.loads(out.splitlines()[-1])["exit_code"] == 75
     assert not (tmp_path / "model" / "model.safetensors").exists()
     assert json.loads((tmp_path / "model" / "training" / "state.json").read_text())["step"] > 0
+
+
+def test_a_second_ctrl_c_exits_with_75_too(alure: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        with stop_flag("stage"):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("alure.engine.pipeline.run_demo", interrupted)
+    outcome = alure("demo", "--out", tmp_path / "demo", "--json")
+    assert outcome.code == outcome.json["exit_code"] == 75
+    assert "run the same command again" in outcome.err
+
+
+def test_an_option_implies_what_the_file_does_not_say() -> None:
+    """What another preset, or another kind of nlist, filled in is not taken for given."""
+    assert override(ModelConfig(), preset="base") == ModelConfig(preset="base")
+    assert override(Config(model={"preset": "large", "hash_rows": 4096}).model, preset="base") == ModelConfig(
+        preset="base", hash_rows=4096
+    )
+    assert override(GraphConfig(nlist="auto"), nlist="400") == GraphConfig()
+    assert override(GraphConfig(nprobe=20), nlist="64") == GraphConfig(nlist=64, nprobe=20)
 
 
 def test_schema_is_json(alure: CommandLine) -> None:
