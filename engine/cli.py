@@ -35,7 +35,7 @@ from alure.engine.signals import interruptible
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
 TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, such as a second Ctrl-C
-(UsageError,) = typer.BadParameter.__bases__  # click's, which typer keeps under a private name
+UsageError: Any = typer.BadParameter.__base__  # click's, which typer keeps under a private name
 
 app = Commands(
     name="alure",

@@ -214,6 +214,44 @@ def test_run_reads_paths_beside_the_file_or_from_data(
     assert len(results["online"].recent) == 1
 
 
+def test_run_looks_for_every_file_before_the_first_stage(alure: CommandLine, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": [1], "timestamp": [1], "item_id": [1]}), tmp_path / "log.parquet")
+    config = tmp_path / "run.yaml"
+    for key, section in (
+        ("events.items", "events: {inputs: [log.parquet], items: no.parquet}"),
+        ("events.social", "events: {inputs: [log.parquet], social: no.parquet}"),
+        ("evaluation.truth", "events: {inputs: [log.parquet]}\nevaluation: {truth: no.parquet}"),
+        ("retrieval.eligible", "events: {inputs: [log.parquet]}\nretrieval: {eligible: no.parquet}"),
+        ("events.social", "events: {inputs: [log.parquet]}\ngraph: {ppr: true}"),
+    ):
+        config.write_text(f"output: out\n{section}\n")
+        outcome = alure("run", config)
+        assert outcome.code == 2, outcome.err
+        assert key in outcome.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_run_names_columns_and_graphs_that_it_does_not_know(alure: CommandLine, tmp_path: Path) -> None:
+    log = {
+        "user_id": np.repeat(np.arange(50), 6),
+        "timestamp": np.tile(np.arange(6) * 86_400, 50) + 1_700_000_000,
+        "ad": np.arange(300) % 13,
+        "surface": ["feed"] * 300,
+    }
+    pq.write_table(pa.table(log), tmp_path / "log.parquet")
+    config, events = tmp_path / "run.yaml", "events: {inputs: [log.parquet]"
+    config.write_text(f"output: out\n{events}}}\n")
+    assert "(in a configuration, events.columns: {item_id: COLUMN})" in alure("run", config).err
+    settings = f"{events}, columns: {{item_id: ad}}}}\ntraining: {{steps: 1}}\n"
+    config.write_text(f"output: out\n{settings}retrieval: {{graphs: {{alur: 1}}}}\n")
+    outcome = alure("run", config)
+    assert outcome.code == 2, outcome.err
+    assert "columns that are not read: surface;" in outcome.err
+    assert re.search(r"retrieval.graphs: expected graphs that \S+ has, alure, got alur", outcome.err)
+    config.write_text(f"output: out\n{settings}retrieval: {{graphs: {{social: 1}}}}\n")
+    assert "has, alure, got social" in alure("run", config).err
+
+
 def readme_blocks() -> list[str]:
     """The Python examples of the README, as a reader would paste them one after another."""
     text = (Path(__file__).parents[2] / "README.md").read_text(encoding="utf-8")
