@@ -21,6 +21,7 @@ from alure.kernels.compression import (
     compress_int8,
 )
 from alure.kernels.encoding import EventEncoder, encode_events
+from alure.kernels.jagged import to_jagged
 from alure.kernels.neighbors import assign_clusters, grouped_topk, train_kmeans
 from alure.kernels.pagerank import PageRanks, personalized_pagerank
 from alure.kernels.quantization import ResidualCodebooks, residual_quantize, train_residual_codebooks
