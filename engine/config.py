@@ -397,14 +397,18 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod
-    def load(cls, path: Path, data: Path | None = None) -> "Config":
-        """Read YAML. Relative paths start from the file's folder, those of inputs from `data` where it is given."""
+    def load(cls, path: Path | str, data: Path | str | None = None) -> "Config":
+        """Read YAML. Relative paths start from the file's folder, those of inputs from `data` where it is given.
+
+        Raises InputError where there is no such file, and names every key that is unknown or has a wrong value.
+        """
+        path = Path(path)
         try:
             config = cls.model_validate(read_yaml(path))
         except ValidationError as error:
             raise InputError(describe(error, path)) from None
         home = path.resolve().parent
-        inputs = home if data is None else data.resolve()
+        inputs = home if data is None else Path(data).resolve()
         events, truth, eligible = config.events, config.evaluation.truth, config.retrieval.eligible
         board = config.training.tensorboard
         found = {
