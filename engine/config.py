@@ -278,7 +278,9 @@ class RefreshConfig(Section):
         0.001, ge=0, le=1, description="of users without a finite embedding: left out; a larger share stops the job"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of weights and activations; auto: bfloat16 on GPUs and on CPUs with AMX, else float32"
+        "auto",
+        description="of weights and activations; auto: bfloat16 on GPUs and CPUs that multiply it (AMX, AVX512_BF16), "
+        "else float32",
     )
     output_dtype: OutputDtype = Field(
         "float32", description="of the embeddings in the store, one for all its generations; int8: a scale an embedding"
@@ -415,6 +417,7 @@ class Config(Section):
             "inputs": [inputs / file for file in events.inputs],
             "items": events.items and inputs / events.items,
             "social": events.social and inputs / events.social,
+            "temp_directory": events.temp_directory and home / events.temp_directory,
         }
         return config.model_copy(
             update={

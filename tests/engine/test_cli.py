@@ -203,6 +203,9 @@ def test_run_reads_paths_beside_the_file_or_from_data(
     assert alure("run", config).code == 2
     outcome = alure("run", config, "--data", tmp_path / "data", "--json")
     assert outcome.code == 0, outcome.err
+    assert f"inside: {tmp_path / 'out' / 'store'}" in alure("inspect", tmp_path / "out").err
+    config.write_text("events: {temp_directory: spill}")
+    assert Config.load(config, tmp_path / "data").events.temp_directory == tmp_path / "spill"
     assert (tmp_path / "out" / "report.html").exists()
     monkeypatch.chdir(tmp_path)
     results: dict[str, Any] = {}

@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
+from matplotlib.figure import Figure
 from support.browser import dump_dom, probed, with_probe
 
 from alure.engine.config import Config, EvaluationConfig, EventsConfig
@@ -23,6 +24,7 @@ from alure.engine.evaluation import (
     write_report,
 )
 from alure.engine.evaluation.charts import THEMED
+from alure.engine.evaluation.figures import readme
 from alure.engine.evaluation.layout import neighbour_layout, pca
 from alure.engine.evaluation.sections import ranking
 from alure.engine.events import Events, ingest
@@ -263,6 +265,23 @@ def test_readme_figure(data: ReportData, tmp_path: Path, suffix: str) -> None:
     assert len(first) > 10_000
     assert THEMED.ink.encode() not in first
     write_figure(tmp_path / f"c.{suffix}", replace(data, embedding_map=None))
+
+
+def test_nothing_of_the_readme_figure_is_cut_off(
+    data: ReportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    sets, mapped = data.report("evaluate")["sets"], data.embedding_map
+    named = [{**found, "name": "alure+social+ppr"} for found in sets]  # the longest, which leaves the map least room
+    readme(tmp_path / "a.svg", named, data.report("evaluate")["k"], mapped)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for text in (axes.title, axes._left_title, axes.xaxis.label, *axes.get_yticklabels()):
+            extent = text.get_window_extent()
+            assert extent.x0 >= 0, text
+            assert extent.x1 <= figure.bbox.x1, text
 
 
 def test_readme_figure_without_recall_is_refused(tmp_path: Path) -> None:
