@@ -237,6 +237,8 @@ def test_recall_is_shown_by_slice_and_auc_beside_entropy(data: ReportData, page:
     table = ranking(measured).tables[0]
     assert dict(zip(table.head, table.rows[0]))["AUC with"] == "0.8125"
     assert summary(measured)["auc"] == {"ctr": {"without": 0.5, "with": 0.8125}}
+    gain = {"gain": 0.5, "low": 0.4, "high": 0.6, "value": 0.5}
+    assert summary(measured)["ne"] == {"ctr": {"without": 0.5, "with": 0.5, **gain}}
 
 
 def test_stories_are_of_known_users_and_reasons(data: ReportData, world: World) -> None:
