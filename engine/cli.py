@@ -586,7 +586,9 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Append the results as JSON lines: a .jsonl file, or a folder.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the attention race into this SVG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the race of attention or neighbors into this SVG file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Race the kernels and stages beside their peers on this machine, in one run.

@@ -143,6 +143,7 @@ def summary(data: ReportData) -> dict[str, Any]:
         "candidates": {name: r.get("candidates") for name, r in data.report("retrieve").items()},
         "users_evaluated": evaluated.get("users"),
         "recall": recall,
+        "not_measured": evaluated.get("reasons", {}),
         "recall_by_slice": slices,
         "gains": gains,
         "ne": {

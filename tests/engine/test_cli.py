@@ -13,10 +13,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 from support.command_line import CommandLine
+from support.graph import add_generation
 
 from alure.engine.config import Config, GraphConfig, ModelConfig
 from alure.engine.options import override
 from alure.engine.signals import stop_flag
+from alure.engine.store import EmbeddingStore
 from alure.engine.world import build_world
 
 COMMANDS = (
@@ -171,6 +173,14 @@ def test_bad_input_is_explained_and_exits_with_2(
     assert outcome.code == 2, outcome.err
     assert complaint in outcome.err
     assert outcome.json["exit_code"] == 2
+
+
+def test_evaluate_says_why_there_is_no_recall(alure: CommandLine, tmp_path: Path) -> None:
+    add_generation(EmbeddingStore(tmp_path / "store", create=True), "g", np.eye(6, dtype=np.float32))
+    pq.write_table(pa.table({"user_id": [1], "item_id": [7]}), tmp_path / "truth.parquet")
+    outcome = alure("evaluate", tmp_path / "store", "--truth", tmp_path / "truth.parquet", "--json")
+    assert "has no candidates yet; run `alure retrieve`" in outcome.json["not_measured"]["recall"]
+    assert "evaluate: no recall: generation" in outcome.err
 
 
 def test_configuration_errors_name_the_key(alure: CommandLine, tmp_path: Path) -> None:

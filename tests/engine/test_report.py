@@ -219,6 +219,7 @@ def test_summary_holds_the_figures_that_matter(data: ReportData) -> None:
     assert "alure − popularity, recall@10" in found["gains"]
     parts = ["cold users", "warm users", *(f"popularity {tenth}" for tenth in range(1, 11))]
     assert list(found["recall_by_slice"]) == [f"{name}, {part}" for name in ("alure", "popularity") for part in parts]
+    assert found["not_measured"] == data.report("evaluate")["reasons"]
     assert found["seconds"]["retrieve"] == 1.5
     json.dumps(found, allow_nan=False)
     json.dumps(summary(ReportData(name="Nothing", seed=0, as_of=None, config={})), allow_nan=False)
