@@ -1,6 +1,5 @@
 """Runs suites under pytest-benchmark; prints the race and appends JSON lines, contest by contest; draws the plot."""
 
-import argparse
 import importlib
 import json
 import signal
@@ -15,14 +14,16 @@ from typing import Any
 
 from alure.bench import SUITES
 from alure.bench.report import LEGEND, append_lines, render, results_path, rows_of
+from alure.bench.usage import EXIT_USAGE, Parser, refuse
 
 MOST_TIMES, SPARE_S = 1.25, 60.0  # of --minutes, after which the contest at hand is given up
 POLL_S = 0.2
+PYTEST_USAGE_ERROR = 4
 PLOTS = {"attention": "alure.bench.plot", "neighbors": "alure.bench.plot_neighbors"}  # of all suites, the first
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="alure bench", description="Race the kernels and stages beside their peers.")
+    parser = Parser(prog="alure bench", description="Race the kernels and stages beside their peers.")
     parser.add_argument("suite", nargs="?", default="all", choices=[*SUITES, "all"])
     parser.add_argument("--quick", action="store_true", help="small sizes, fewer laps")
     parser.add_argument("--case", help='only the cases whose name contains this, such as "equal 1024" or "backward"')
@@ -32,15 +33,13 @@ def main() -> int:
     parser.add_argument("--json", action="store_true", help="print one JSON object as the last line")
     options = parser.parse_args()
     if not (find_spec("pytest") and find_spec("pytest_benchmark")):
-        print('alure bench: needs pytest-benchmark; install it (pip install "alure[dev]")', file=sys.stderr)
-        return 2
+        return refuse("alure bench", 'needs pytest-benchmark; install it (pip install "alure[dev]")')
 
     home = Path(__file__).resolve().parent
     chosen = SUITES if options.suite == "all" else (options.suite,)
     plotted = next((suite for suite in PLOTS if suite in chosen), None)
     if options.plot and plotted is None:
-        print(f"alure bench: --plot draws the race of {' or '.join(PLOTS)}; run that suite", file=sys.stderr)
-        return 2
+        return refuse("alure bench", f"--plot draws the race of {' or '.join(PLOTS)}; run that suite")
     words = [str(home / f"{suite}.py") for suite in chosen]
     words += [f"--rootdir={home}", "-c", str(home / "pytest.ini"), "-q", "-p", "no:cacheprovider"]
     words += ["-rs", "--disable-warnings", "--benchmark-disable-gc", "--benchmark-quiet"]
@@ -62,7 +61,7 @@ def main() -> int:
         importlib.import_module(PLOTS[plotted]).draw(rows, options.plot)
     if options.json:
         print(json.dumps({"suites": list(chosen), "passed": code == 0, "results": rows}))
-    return 1 if code else 0
+    return EXIT_USAGE if code == PYTEST_USAGE_ERROR else 1 if code else 0
 
 
 def run(words: list[str], seconds: float | None, take: Callable[[list[dict[str, Any]]], None]) -> int:

@@ -4,7 +4,6 @@ Candidates are compiled and run once in processes of their own, all cores at a t
 breaks nothing else; then they are timed one after the other, each checked against the untuned kernel.
 """
 
-import argparse
 import json
 import multiprocessing
 import os
@@ -20,6 +19,7 @@ from torch import Tensor
 
 from alure.bench.clock import Clock
 from alure.bench.histories import Histories
+from alure.bench.usage import Parser, refuse
 from alure.kernels import AttentionPlan, TimeBias, jagged_attention
 from alure.kernels.attention.tuned import (
     DTYPES,
@@ -212,15 +212,14 @@ def current_device() -> torch.device:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(prog="alure tune")
+    parser = Parser(prog="alure tune")
     parser.add_argument("--head-dim", type=int, action="append", choices=HEAD_DIMS)
     parser.add_argument("--dtype", action="append", choices=DTYPES)
     parser.add_argument("--minutes", type=float, default=5.0)
     parser.add_argument("--json", action="store_true")
     options = parser.parse_args()
     if not torch.cuda.is_available():
-        print("alure tune: needs a CUDA device, and there is none; the CPU's kernels need no tuning", file=sys.stderr)
-        return 2
+        return refuse("alure tune", "needs a CUDA device, and there is none; the CPU's kernels need no tuning")
     from alure.kernels.attention.kernel_configs import untuned_configs
 
     def say(line: str) -> None:

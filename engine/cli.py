@@ -10,7 +10,7 @@ import subprocess
 import sys
 from contextlib import ExitStack
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any, NoReturn
 
 import typer
 
@@ -34,6 +34,8 @@ from alure.engine.progress import say
 from alure.engine.signals import interruptible
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, such as a second Ctrl-C
+UsageError: Any = typer.BadParameter.__base__  # click's, which typer keeps under a private name
 
 app = Commands(
     name="alure",
@@ -119,7 +121,9 @@ def ingest(
     source: Annotated[list[str] | None, typer.Option(help="Only these sources; others go to quarantine.")] = None,
     ad_source: Annotated[list[str] | None, typer.Option(help="Sources whose items are ads (default: all).")] = None,
     latest: Annotated[str | None, typer.Option(help="Later events go to quarantine (default: now).")] = None,
-    max_quarantine_share: Annotated[float | None, typer.Option(min=0, max=1)] = None,
+    max_quarantine_share: Annotated[
+        float | None, typer.Option(min=0, max=1, help="A larger share of bad rows stops the job (0.05).")
+    ] = None,
     config: ConfigFile = None,
     as_json: Json = False,
 ) -> None:
@@ -148,7 +152,9 @@ def train(
     out: Out,
     warm_start: Annotated[Path | None, typer.Option(help="Go on from this model's weights.")] = None,
     preset: Annotated[str | None, typer.Option(help="small, base or large.")] = None,
-    steps: Annotated[int | None, typer.Option(min=0)] = None,
+    steps: Annotated[
+        int | None, typer.Option(min=0, help="Batches to learn from (default: 4 passes over the users, 120 to 600).")
+    ] = None,
     validate_every: Annotated[
         int | None, typer.Option(min=1, help="Steps between validations; the best model is kept (default: the last).")
     ] = None,
@@ -580,7 +586,9 @@ def bench(
     out: Annotated[
         Path | None, typer.Option("--out", help="Append the results as JSON lines: a .jsonl file, or a folder.")
     ] = None,
-    plot: Annotated[Path | None, typer.Option("--plot", help="Draw the attention race into this SVG file.")] = None,
+    plot: Annotated[
+        Path | None, typer.Option("--plot", help="Draw the race of attention or neighbors into this SVG file.")
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Race the kernels and stages beside their peers on this machine, in one run.
@@ -661,21 +669,38 @@ def doctor(as_json: Json = False) -> None:
 
 def main() -> None:
     """Entry point: runs a command and turns what went wrong into a message and an exit code."""
-    as_json = "--json" in sys.argv[1:]
     try:
         with interruptible():
             app()
-    except (AlureError, OSError, KeyboardInterrupt) as error:
-        code = EXIT_FAILED
-        if isinstance(error, InputError):
-            code = EXIT_INPUT
-        elif isinstance(error, (Interrupted, KeyboardInterrupt)):
-            code = EXIT_INTERRUPTED
-        message = str(error) or "interrupted; run the same command again to go on"
-        say(f"alure: {message}")
-        if as_json:
-            print(json.dumps({"error": message, "exit_code": code}))  # noqa: T201
-        sys.exit(code)
+    except SystemExit as stop:
+        usage: Any = stop.__context__
+        if isinstance(usage, UsageError):  # typer has printed it
+            report_failure(usage.format_message(), EXIT_INPUT)
+        elif stop.code == TYPER_INTERRUPTED:
+            fail("interrupted; run the same command again to go on", EXIT_INTERRUPTED)
+        raise
+    except Interrupted as error:
+        fail(str(error), EXIT_INTERRUPTED)
+    except InputError as error:
+        fail(str(error), EXIT_INPUT)
+    except (FileExistsError, NotADirectoryError) as error:
+        fail(f"{error.filename or error}: there is a file where a folder is expected; name another path", EXIT_INPUT)
+    except IsADirectoryError as error:
+        fail(f"{error.filename or error}: there is a folder where a file is expected; name another path", EXIT_INPUT)
+    except (AlureError, OSError) as error:
+        fail(str(error), EXIT_FAILED)
+
+
+def fail(message: str, code: int) -> NoReturn:
+    say(f"alure: {message}")
+    report_failure(message, code)
+    sys.exit(code)
+
+
+def report_failure(message: str, code: int) -> None:
+    """Under --json stdout ends with an object here too."""
+    if "--json" in sys.argv[1:]:
+        print(json.dumps({"error": message, "exit_code": code}))  # noqa: T201
 
 
 if __name__ == "__main__":  # torchrun -m alure.engine.cli

@@ -1,10 +1,20 @@
 """The configuration of every stage: pydantic models read from YAML, where an unknown key is an error."""
 
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal, Self, TypeVar, get_args
 
 import yaml
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, ValidationInfo, field_validator, model_validator
+from pydantic import (
+    BaseModel,
+    ConfigDict,
+    Field,
+    ModelWrapValidatorHandler,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from alure.engine.errors import InputError, refuse_s3
 
@@ -21,6 +31,19 @@ class Section(BaseModel):
             if isinstance(path, Path):
                 refuse_s3(path, str(field.field_name))
         return value
+
+
+Made = TypeVar("Made", bound=Section)
+
+
+def filled(given: dict[str, Any], implied: Mapping[str, Any], make: Callable[[Any], Made]) -> Made:
+    """`make` of what was given and, where that is silent, of what it implies.
+
+    Only what was given counts as set: an option of the command line, such as another preset, implies other values.
+    """
+    made = make({**implied, **given})
+    made.model_fields_set.intersection_update(given)
+    return made
 
 
 class EventsConfig(Section):
@@ -94,12 +117,12 @@ class ModelConfig(Section):
     dropout: float = Field(0.0, ge=0, lt=1, description="share of token and branch channels left out while training")
     sources: dict[str, SourceConfig] = Field(default_factory=dict)
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def fill_from_preset(cls, data: Any) -> Any:
+    def fill_from_preset(cls, data: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
         if isinstance(data, dict) and data.get("preset", "small") in PRESETS:
-            return {**PRESETS[data.get("preset", "small")], **data}
-        return data
+            return filled(data, PRESETS[data.get("preset", "small")], make)
+        return make(data)
 
     @model_validator(mode="after")
     def check_heads(self) -> "ModelConfig":
@@ -255,7 +278,9 @@ class RefreshConfig(Section):
         0.001, ge=0, le=1, description="of users without a finite embedding: left out; a larger share stops the job"
     )
     precision: Literal["auto", "float32", "bfloat16"] = Field(
-        "auto", description="of weights and activations; auto: bfloat16 on GPUs and on CPUs with AMX, else float32"
+        "auto",
+        description="of weights and activations; auto: bfloat16 on GPUs and CPUs that multiply it (AMX, AVX512_BF16), "
+        "else float32",
     )
     output_dtype: OutputDtype = Field(
         "float32", description="of the embeddings in the store, one for all its generations; int8: a scale an embedding"
@@ -285,12 +310,12 @@ class GraphConfig(Section):
         1e-4, ge=0, le=1, description="walks end below this part of the k-th probability; 0: exact"
     )
 
-    @model_validator(mode="before")
+    @model_validator(mode="wrap")
     @classmethod
-    def fill_auto(cls, data: Any) -> Any:
+    def fill_auto(cls, data: Any, make: ModelWrapValidatorHandler[Self]) -> Self:
         if isinstance(data, dict) and data.get("nlist") == "auto":
-            return {"nprobe": "auto", **data}
-        return data
+            return filled(data, {"nprobe": "auto"}, make)
+        return make(data)
 
     @model_validator(mode="after")
     def check_auto(self) -> "GraphConfig":
@@ -374,20 +399,25 @@ class Config(Section):
     evaluation: EvaluationConfig = EvaluationConfig()
 
     @classmethod
-    def load(cls, path: Path, data: Path | None = None) -> "Config":
-        """Read YAML. Relative paths start from the file's folder, those of inputs from `data` where it is given."""
+    def load(cls, path: Path | str, data: Path | str | None = None) -> "Config":
+        """Read YAML. Relative paths start from the file's folder, those of inputs from `data` where it is given.
+
+        Raises InputError where there is no such file, and names every key that is unknown or has a wrong value.
+        """
+        path = Path(path)
         try:
             config = cls.model_validate(read_yaml(path))
         except ValidationError as error:
             raise InputError(describe(error, path)) from None
         home = path.resolve().parent
-        inputs = home if data is None else data.resolve()
+        inputs = home if data is None else Path(data).resolve()
         events, truth, eligible = config.events, config.evaluation.truth, config.retrieval.eligible
         board = config.training.tensorboard
         found = {
             "inputs": [inputs / file for file in events.inputs],
             "items": events.items and inputs / events.items,
             "social": events.social and inputs / events.social,
+            "temp_directory": events.temp_directory and home / events.temp_directory,
         }
         return config.model_copy(
             update={
@@ -405,6 +435,8 @@ def read_yaml(path: Path) -> dict[str, Any]:
         data = yaml.safe_load(path.read_text())
     except FileNotFoundError:
         raise InputError(f"configuration: {path} does not exist") from None
+    except IsADirectoryError:
+        raise InputError(f"configuration: expected a YAML file, got the folder {path}") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise InputError(f"configuration: {path} is not valid YAML: {error}") from None
     if not isinstance(data, dict):
@@ -419,6 +451,8 @@ def describe(error: ValidationError, where_from: Path | str) -> str:
         where = ".".join(str(part) for part in finding["loc"]) or "(top)"
         if finding["type"] == "extra_forbidden":
             lines.append(f"  {where}: unknown key; `alure run --schema` prints the known ones")
+        elif finding["type"] == "value_error":
+            lines.append(f"  {where}: {finding['ctx']['error']}")  # our own words, which say what came
         else:
             lines.append(f"  {where}: {finding['msg']}, got {finding.get('input')!r}")
     return "\n".join(lines)

@@ -31,7 +31,9 @@ def inspect_path(place: str | Path, user: str | None = None) -> dict[str, Any]:
         return inspect_model(path)
     if (path / "generations").exists():
         return inspect_store(path, user)
-    raise InputError(f"inspect: {path} is neither a store, nor a model, nor an event log that alure wrote")
+    inside = [str(path / name) for name in ("store", "model", "events") if (path / name).is_dir()]
+    tip = f"; the output of a run has them inside: {', '.join(inside)}" if inside else ""
+    raise InputError(f"inspect: {path} is neither a store, nor a model, nor an event log that alure wrote{tip}")
 
 
 def inspect_events(path: Path, user: str | None) -> dict[str, Any]:

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import pyarrow.parquet as pq
 
-from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphConfig, TrainingConfig
+from alure.engine.config import Config, EvaluationConfig, EventsConfig, GraphConfig, RetrievalConfig, TrainingConfig
 from alure.engine.errors import InputError
 from alure.engine.evaluation import evaluate, gather_report_data, summary, write_figure, write_report
 from alure.engine.events import Events, ingest
@@ -81,6 +81,7 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
     """Run every stage of `config`, write report.html and summary.json in its output folder, return the summary."""
     if not config.events.inputs:
         raise InputError("configuration: events.inputs is empty; name at least one Parquet file, folder or Delta table")
+    check_files(config)
     chain = Chain(config)
     config.output.mkdir(parents=True, exist_ok=True)
     events_path, model, store_path = chain.path("events"), chain.path("model"), chain.path("store")
@@ -139,6 +140,21 @@ def run_pipeline(config: Config, world: dict[str, Any] | None = None) -> dict[st
         lambda: evaluate(store, truth, config.evaluation, events=events, generation=generation, seed=config.seed),
     )
     return publish_report(chain, events, store, truth, world, generation)
+
+
+def check_files(config: Config) -> None:
+    """InputError where a later stage would miss a file: before the first one runs, not hours after."""
+    files = {
+        "events.items": config.events.items,
+        "events.social": config.events.social,
+        "retrieval.eligible": config.retrieval.eligible,
+        "evaluation.truth": config.evaluation.truth,
+    }
+    for name, path in files.items():
+        if path is not None and not path.exists():
+            raise InputError(f"configuration: {name}: {path} does not exist")
+    if config.graph.ppr and config.events.social is None:
+        raise InputError("configuration: graph.ppr: PageRank walks over the follows; name them in events.social")
 
 
 def run_demo(out: Path, num_users: int, seed: int, training: TrainingConfig) -> dict[str, Any]:
@@ -254,6 +270,12 @@ def blends(config: Config, store: EmbeddingStore, generation: str) -> list[list[
     """The candidate sets that are compared: each graph alone, the other graphs together, and all of them."""
     published = names_of(store, "graph", generation)
     present = [name for name in config.retrieval.graphs if name in published]
+    unknown = config.retrieval.graphs.keys() - published - RetrievalConfig().graphs.keys()
+    if unknown or not present:
+        raise InputError(
+            f"configuration: retrieval.graphs: expected graphs that {generation} has, {', '.join(sorted(published))}, "
+            f"got {', '.join(sorted(unknown or config.retrieval.graphs))}"
+        )
     others = [name for name in present if name != "alure"]
     sets = [[name] for name in present]
     if len(others) > 1:

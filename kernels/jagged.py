@@ -73,25 +73,43 @@ def segment_ids(offsets: Tensor, total: int) -> Tensor:
 
 def to_jagged(x: Any) -> tuple[Tensor, Tensor]:
     """(values, offsets) of a TorchRec KeyedJaggedTensor or JaggedTensor, a PyTorch jagged nested tensor, an Arrow list
-    array, or a (values, offsets) pair; recognised by their methods, so none of these packages is needed.
+    array (also chunked: a column of a table), or a (values, offsets) pair; recognised by their methods, so none of
+    these packages is needed.
+
+    values [total, …], offsets [batch + 1], of a KeyedJaggedTensor [keys · batch + 1], key after key. Arrow lists of
+    numbers are copied, offsets are int64; the others share memory. Raises TypeError for anything else, ValueError for
+    nulls and for offsets that do not tile the values.
     """
     if isinstance(x, tuple) and len(x) == 2:
         values, offsets = x
     elif callable(getattr(x, "values", None)) and callable(getattr(x, "offsets", None)):
         values, offsets = x.values(), x.offsets()
+    elif hasattr(x, "combine_chunks") and hasattr(x, "type"):  # pyarrow.ChunkedArray
+        return to_jagged(x.combine_chunks())
     elif hasattr(x, "flatten") and hasattr(x, "offsets") and hasattr(x, "type"):  # pyarrow.ListArray
-        if x.null_count or x.flatten().null_count:
-            raise ValueError("expected Arrow lists without nulls; fill them with empty lists and values first")
-        values = torch.from_numpy(x.flatten().to_numpy(zero_copy_only=False).copy())
-        bounds = x.offsets.to_numpy().astype("int64")
-        offsets = torch.from_numpy(bounds - bounds[0])
+        values, offsets = _of_arrow(x)
     else:
         raise TypeError(
             "expected a KeyedJaggedTensor, a jagged nested tensor, an Arrow list array or a (values, offsets) pair, "
             f"got {type(x).__name__}"
         )
+    if not isinstance(values, Tensor):
+        raise TypeError(f"values: expected a torch.Tensor, got {type(values).__name__}")
     check_offsets(offsets, values.shape[0])
     return values, offsets
+
+
+def _of_arrow(lists: Any) -> tuple[Tensor, Tensor]:
+    if not hasattr(lists.type, "value_type"):  # a map has offsets too
+        raise TypeError(f"expected Arrow lists of numbers, got {lists.type}")
+    flat = lists.flatten()
+    if lists.null_count or flat.null_count:
+        raise ValueError("expected Arrow lists without nulls; fill them with empty lists and values first")
+    array = flat.to_numpy(zero_copy_only=False)
+    if array.dtype.kind not in "iufb":
+        raise TypeError(f"expected Arrow lists of numbers, got {lists.type}; cast the values, timestamps to int64")
+    bounds = lists.offsets.to_numpy().astype("int64")
+    return torch.from_numpy(array.copy()), torch.from_numpy(bounds - bounds[0])
 
 
 def tile_list(offsets: Tensor, block: int) -> tuple[Tensor, Tensor]:

@@ -326,7 +326,6 @@ def readme(path: Path, sets: Sequence[Mapping[str, Any]], ks: Sequence[int], map
         if mapped:
             draw_map(panels[-1], mapped["points"], mapped["labels"], LIGHT, size=3.5)
             panels[-1].get_legend().remove()
-            panels[-1].set_title(
-                f"Users by embedding ({'planted interest' if 'planted' in mapped['kind'] else mapped['kind']})"
-            )
+            kind = "planted interest" if "planted" in mapped["kind"] else mapped["kind"]
+            panels[-1].set_title(f"Embeddings, by {kind}")
         drawn.savefig(path, dpi=150, facecolor="white", metadata={"Date": None} if path.suffix == ".svg" else None)

@@ -109,6 +109,8 @@ def evaluate(
         reasons["recall"] = f"generation {chosen.generation} has no candidates yet; run `alure retrieve`"
     elif not len(wanted.users):
         reasons["recall"] = _why_nobody(rows.counts, wanted.counts)
+    if "recall" in reasons:
+        say(f"evaluate: no recall: {reasons['recall']}")
     sets = [_set_figures(tally, len(catalogue), ks) for tally in tallies]
     differences, slices = [], []
     if "recall" not in reasons:

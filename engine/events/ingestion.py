@@ -69,6 +69,11 @@ def ingest(config: EventsConfig, out: Path | str) -> IngestReport:
     with building(out) as folder:
         report = Ingest(config, events, items, out, folder).run(fingerprint)
         publish(folder, out)
+    for note in report.notes:
+        say(f"ingest: {note}")
+    if report.ignored_columns:
+        named = ", ".join(report.ignored_columns)
+        say(f"ingest: columns that are not read: {named}; --map, or events.columns, says which of ours they are")
     return report
 
 

@@ -210,7 +210,8 @@ def match_columns(
         wanted = mapping.get(ours, ours)
         if wanted not in theirs:
             if ours in required or ours in mapping:
-                raise InputError(missing_column(file, ours, wanted))
+                taken = {mapping.get(name, name) for name in known}
+                raise InputError(missing_column(file, ours, wanted, taken))
             continue
         twins = [name for name in theirs if name.lower() == wanted.lower()]
         if len(twins) > 1:
@@ -225,11 +226,13 @@ def match_columns(
     return FileGroup(files, names, {ours: theirs[name] for ours, name in names.items()})
 
 
-def missing_column(file: InputFile, ours: str, wanted: str) -> str:
+def missing_column(file: InputFile, ours: str, wanted: str, taken: set[str]) -> str:
+    """taken: columns that are something else already."""
     theirs = [name for name, _ in file.columns]
     mapped = f" (mapped from {ours})" if wanted != ours else ""
-    near = nearest(wanted, theirs)
+    near = nearest(wanted, [name for name in theirs if name not in taken])
     tip = f"the nearest is {near}: use --map {ours}={near}" if near else f"name it with --map {ours}=COLUMN"
+    tip += f" (in a configuration, events.columns: {{{ours}: {near or 'COLUMN'}}})"
     return f"{file.path}: column {wanted}{mapped} is missing; the file has {', '.join(theirs) or 'no column'}; {tip}"
 
 

@@ -110,6 +110,7 @@ class Events:
         return pq.read_table(self.path / "categories.parquet", memory_map=True)
 
     def source(self, name: str) -> SourceColumns:
+        """One source's columns over all users, memory-mapped. Raises InputError for an unknown name."""
         if name not in self.manifest.sources:
             raise InputError(f"source: {name!r} is not in the log; it has {', '.join(self.manifest.sources)}")
         if name not in self._sources:

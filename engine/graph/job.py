@@ -70,7 +70,9 @@ def build_graphs(
     """
     started = time.monotonic()
     if config.ppr and social is None:
-        raise InputError("ppr: Personalized PageRank walks the follow graph; give it with --social FOLLOWS")
+        raise InputError(
+            "ppr: Personalized PageRank walks the follow graph; give it with --social FOLLOWS, or events.social"
+        )
     if incremental and clusters:
         raise InputError("clusters: an incremental graph keeps those of the earlier one; leave out one of the two")
     source = store.published(generation, "embeddings")

@@ -75,6 +75,7 @@ class SimilarityGraph:
         return list(zip(ids, self.similarities[part].tolist()))
 
     def degree_statistics(self) -> DegreeStatistics:
+        """How many neighbours users have, and how many have them as one; computed once."""
         return self._degrees
 
     @cached_property

@@ -59,6 +59,19 @@ class CheckpointConfig(BaseModel):
             raise InputError(f"model: {path} is damaged ({error}); restore it or train the model again") from None
 
 
+def check_replaceable(folder: Path) -> None:
+    """InputError where the files of a checkpoint would replace somebody else's of the same names."""
+    if folder.is_file():
+        raise InputError(f"model: {folder} is a file, expected a folder to write the checkpoint into")
+    path = folder / CONFIG
+    try:
+        data = json.loads(path.read_text()) if path.is_file() else {"format_version": FORMAT_VERSION}
+    except (json.JSONDecodeError, UnicodeDecodeError):
+        return  # a damaged checkpoint is trained again
+    if not isinstance(data, dict) or "format_version" not in data:
+        raise InputError(f"model: {path} is not of a model of alure, so it is not replaced; name another folder")
+
+
 def save_checkpoint(folder: Path, module: nn.Module, config: CheckpointConfig, metrics: dict[str, Any]) -> None:
     """Write `module`'s state; `config.sha256` is filled in. Every file is replaced whole, config.json last."""
     write_checkpoint(folder, module.state_dict(), config, metrics)

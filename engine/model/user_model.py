@@ -136,6 +136,7 @@ class UserModel(nn.Module):
         return ValueKind(self.device, torch.bfloat16 if self.mixed_precision else self.dtype)
 
     def autocast(self) -> torch.autocast:
+        """bfloat16 products over float32 weights, where `mixed_precision` is on."""
         return torch.autocast(self.device.type, torch.bfloat16, enabled=self.mixed_precision)
 
     def catalog(self, events: Events, device: torch.device | None = None) -> Catalog:
@@ -147,6 +148,7 @@ class UserModel(nn.Module):
         return Catalog.of(events, self.config.hash_rows).to(self.device if device is None else device)
 
     def sources(self) -> Iterator[SourceStack]:
+        """The module stack of every source, in the order of the schema."""
         for stack in self.stacks:
             assert isinstance(stack, SourceStack)
             yield stack

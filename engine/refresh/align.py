@@ -17,7 +17,7 @@ from alure.engine.errors import InputError
 from alure.engine.events import Events
 from alure.engine.model import UserModel, model_digest, model_space
 from alure.engine.model.alignment import procrustes, turn
-from alure.engine.model.checkpoint import METRICS, read_checkpoint, write_checkpoint
+from alure.engine.model.checkpoint import METRICS, check_replaceable, read_checkpoint, write_checkpoint
 from alure.engine.progress import say, track
 from alure.engine.refresh.embedder import Embedder, Snapshot
 from alure.engine.refresh.planner import Unit, count_events, spread
@@ -57,6 +57,7 @@ def align(
     """
     if out.resolve() in (model.resolve(), to.resolve()):
         raise InputError(f"--out: {out} is one of the two models; give another folder, so that neither is lost")
+    check_replaceable(out)
     as_of = events.manifest.last_timestamp if as_of is None else as_of
     config = RefreshConfig(precision="float32", max_events=max_events)
     users, tokens = draw_anchors(events, as_of, config, anchors)

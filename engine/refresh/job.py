@@ -76,6 +76,8 @@ class RefreshJob:
         self.config = config.model_copy(update={"precision": resolve_precision(config.precision, device)})
         self.workers, self.engine = workers, engine
         self.watch = Watch()
+        if not isinstance(self.as_of, (int, np.integer)):
+            raise InputError(f"as_of: expected unix seconds as an int, got {self.as_of!r}")
         if not 0 <= self.as_of <= LATEST:
             raise InputError(f"as_of: expected unix seconds from 0 to {LATEST}, got {self.as_of}; milliseconds?")
         if self.config.kv_cache:

@@ -137,6 +137,7 @@ class OnlineRetriever:
         return _one_list(ids[kept].astype(np.int32), similarities[kept])
 
     def nightly_lists(self, visitor: Visitor) -> list[NeighborLists]:
+        """The user's list in every graph of the generation, empty for who is not in it."""
         if visitor.row < 0:
             return [_one_list(np.empty(0, np.int32), np.empty(0, np.float32)) for _ in self.lists]
         return [graph.rows(visitor.row, visitor.row + 1) for graph in self.lists]

@@ -80,6 +80,7 @@ class CandidateRetriever:
         self.graph_names, self.reason_names = graph_sets(self.graphs), pa.array(REASONS)
 
     def mixture_of(self, graphs: Sequence[str]) -> Mixture:
+        """Weights and quotas of these graphs in the blend, from the configuration."""
         config = self.config
         quotas = [min(config.quotas.get(name, config.cap), config.cap) for name in graphs]
         return Mixture([config.graphs.get(name, 1.0) for name in graphs], quotas)
@@ -93,6 +94,8 @@ class CandidateRetriever:
 
         Raises InputError on a user that the generation does not have.
         """
+        if isinstance(user_ids, str):
+            raise InputError(f"user_ids: expected a sequence of ids, got {user_ids!r}; give [{user_ids!r}]")
         users = self.store.read_users(self.source.generation, user_ids)
         ids = users["user_id"].combine_chunks()
         lists = []
@@ -164,6 +167,7 @@ class CandidateRetriever:
             yield users, self.eligibility.mask(country.name)
 
     def seen_by(self, users: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+        """(offsets [n + 1], items) that these users have engaged, user indices [n], −1 = none; None where all count."""
         if self.seen is None:
             return None, None
         offsets, items = self.seen

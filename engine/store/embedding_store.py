@@ -82,6 +82,7 @@ class EmbeddingStore:
             self.log.create()
 
     def tables(self) -> list[DataTable]:
+        """Every Delta table of the store, whether it has rows or not."""
         whole = [table.data for table in self.whole.values()]
         return [self.log.log, self.embeddings, *whole, self.checksums.table, self.quarantine]
 
@@ -92,6 +93,7 @@ class EmbeddingStore:
         return self.log.published(table)
 
     def latest(self, table: str, name: str = "") -> Generation:
+        """The newest publication. Raises InputError where there is none."""
         return self.log.require(None, table, name)
 
     def published(self, generation: GenerationName, table: str, name: str = "") -> Generation:
@@ -220,6 +222,7 @@ class EmbeddingStore:
         return EmbeddingMatrix(rows["user_id"].combine_chunks(), rows["country"].combine_chunks(), values)
 
     def countries(self, generation: GenerationName = None) -> list[str]:
+        """The countries whose users have embeddings in this generation, sorted."""
         chosen = self.published(generation, "embeddings")
         parts = {str(p["country"]) for p in self.embeddings.open().partitions() if p["generation"] == chosen.generation}
         return sorted(parts)
@@ -425,9 +428,11 @@ class EmbeddingStore:
         self.quarantine.append_once(data, origin, part)
 
     def count_quarantined(self, origin: str) -> int:
+        """Rows refused by `origin`."""
         return self.quarantine.count(ds.field("origin") == origin) if self.quarantine.exists() else 0
 
     def read_quarantine(self) -> pa.Table:
+        """origin, row and reason, all strings, of everything that was refused."""
         return self.quarantine.dataset().to_table() if self.quarantine.exists() else QUARANTINE_SCHEMA.empty_table()
 
 

@@ -14,7 +14,7 @@ from alure.engine.config import ModelConfig, TrainingConfig
 from alure.engine.errors import InputError
 from alure.engine.events import Events
 from alure.engine.model import AlureModel, EventSchema, model_digest
-from alure.engine.model.checkpoint import describe_differences, read_checkpoint
+from alure.engine.model.checkpoint import check_replaceable, describe_differences, read_checkpoint
 from alure.engine.model.user_model import check_every_event
 from alure.engine.training.board import check_installed
 from alure.engine.training.full_ranking import LeaveOneOut
@@ -49,8 +49,7 @@ def train(
     device: the GPU by default, where there is one. Under torchrun the processes share every batch, and the first one
     writes.
     """
-    if out.is_file():
-        raise InputError(f"model: {out} is a file, expected a folder to write the checkpoint into")
+    check_replaceable(out)
     if config.tensorboard is not None:
         check_installed()
     if model_config.ad_level == "account" and config.labels != "all_action":

@@ -69,7 +69,8 @@ def jagged_attention(  # type: ignore[misc]  # `options` are those named here
     queries' own sequences. q_timestamps [total_q], k_timestamps [total_k]: int64 seconds, sorted within a sequence;
     needed by `time_bias`. Where q and k differ in length their last rows are aligned (masks, position bias).
 
-    causal: a query sees the keys up to its own position. window_size: (left, right), or one int for both sides.
+    causal: a query sees the keys up to its own position. window_size: (left, right), or one int for both sides; −1: no
+    limit.
     num_targets int64 [batch]: the last rows of each sequence are candidates, which see the history and themselves and
     are seen by nobody else; all of them stand at the position after the history. num_contexts int64 [batch]: the first
     rows of each sequence are seen by every query, and see all rows but the targets.
@@ -83,6 +84,13 @@ def jagged_attention(  # type: ignore[misc]  # `options` are those named here
     Raises ValueError or TypeError before any kernel runs where an argument does not fit.
     """
     _check_values(q, k, v)
+    for name, given, kind in (
+        ("time_bias", time_bias, TimeBias),
+        ("position_bias", position_bias, PositionBias),
+        ("plan", plan, AttentionPlan),
+    ):
+        if given is not None and not isinstance(given, kind):
+            raise TypeError(f"{name}: expected {kind.__name__} or None, got {type(given).__name__}")
     if plan is None:
         if q_offsets is None:
             raise ValueError("q_offsets: expected offsets [batch + 1] or a plan, got neither")
@@ -115,6 +123,12 @@ def _check_values(q: Tensor, k: Tensor, v: Tensor) -> None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not isinstance(x, Tensor):
             raise TypeError(f"{name}: expected a torch.Tensor, got {type(x).__name__}")
+        if x.is_nested or x.layout != torch.strided:
+            found = "a nested tensor" if x.is_nested else str(x.layout)
+            raise TypeError(
+                f"{name}: expected a dense tensor [total, heads, head_dim], got {found}; "
+                "alure.kernels.to_jagged gives the values and offsets of a nested one"
+            )
         if x.dim() != 3:
             raise ValueError(f"{name}: expected shape [total, heads, head_dim], got {list(x.shape)}")
         if x.dtype not in _DTYPES:

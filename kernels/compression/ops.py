@@ -123,6 +123,10 @@ def _check(
         check_interaction(x, compression)
         chosen = _resolve(backend, x, 0)
         return "reference" if chosen == "native" else chosen  # normalising alone has no native kernel
+    if not isinstance(compression, DotLinearCompression):
+        raise TypeError(
+            f"compression: expected DotLinearCompression or InteractionCompression, got {type(compression).__name__}"
+        )
     if plan is not None:
         raise ValueError("plan: the dot-linear form has none; expected None")
     check_dot_linear(x, compression)

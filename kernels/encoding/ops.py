@@ -77,6 +77,8 @@ def encode_columns(
 
     dense: in place of the columns' own.
     """
+    if not isinstance(encoder, EventEncoder):
+        raise TypeError(f"encoder: expected EventEncoder, got {type(encoder).__name__}")
     checked = isinstance(events, CheckedColumns) and (
         events.num_rows <= table.shape[0] and events.periods is encoder.periods
     )

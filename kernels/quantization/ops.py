@@ -40,6 +40,9 @@ def residual_quantize(x: Tensor, codebooks: Tensor, *, backend: str = "auto") ->
 
 def _check(x: Tensor, codebooks: Tensor) -> None:
     """Shapes, dtypes and devices; reads no values."""
+    for name, given in (("x", x), ("codebooks", codebooks)):
+        if not isinstance(given, Tensor):
+            raise TypeError(f"{name}: expected a torch.Tensor, got {type(given).__name__}")
     if x.dtype not in FLOATS:
         raise TypeError(f"x: expected float16, bfloat16, float32 or float64, got {x.dtype}")
     if x.dim() != 2:

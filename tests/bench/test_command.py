@@ -52,5 +52,5 @@ def test_attention_is_raced_and_drawn(tmp_path: Path) -> None:
 )
 def test_mistakes_are_told(words: tuple[str, ...], message: str) -> None:
     done = bench(*words)
-    assert done.returncode != 0
+    assert done.returncode == 2
     assert message in done.stdout + done.stderr

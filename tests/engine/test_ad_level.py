@@ -116,3 +116,4 @@ def test_what_needs_items_or_accounts(events: Events, tmp_path: Path) -> None:
 @pytest.mark.parametrize("path", sorted(EXAMPLES.glob("*.yaml")), ids=lambda path: path.stem)
 def test_the_examples_are_configurations(path: Path) -> None:
     assert Config.load(path).events.inputs
+    assert Config.load(str(path), data=str(path.parent)).events.inputs[0].is_relative_to(path.parent)

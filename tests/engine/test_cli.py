@@ -14,8 +14,13 @@ import pyarrow.parquet as pq
 import pytest
 import torch
 from support.command_line import CommandLine
+from support.graph import add_generation
 
+from alure.engine.config import Config, GraphConfig, ModelConfig
 from alure.engine.doctor import backends
+from alure.engine.options import override
+from alure.engine.signals import stop_flag
+from alure.engine.store import EmbeddingStore
 from alure.engine.world import build_world
 
 COMMANDS = (
@@ -60,6 +65,8 @@ def test_the_chain_command_by_command(alure: CommandLine, world: Path, tmp_path:
 
     trained = alure("train", events, "--out", model, "--steps", 5, "--as-of", facts["as_of"], "--json")
     assert trained.code == 0, trained.err
+    based = alure("train", events, "--out", tmp_path / "base", "--steps", 0, "--preset", "base", "--json")
+    assert based.json["parameters"] > 10 * trained.json["parameters"]
     refreshed = alure("refresh", model, events, "--store", store, "--as-of", facts["as_of"], "--json")
     assert refreshed.code == 0, refreshed.err
     figures = tmp_path / "refresh.prom"
@@ -157,16 +164,33 @@ def test_doctor_names_a_backend_for_every_operator(alure: CommandLine) -> None:
         (["run", "nowhere.yaml"], "nowhere.yaml"),
         (["refresh", "m", "e", "--store", "s", "--as-of", "yesterday"], "--as-of"),
         (["profile", "cooking", "m", "e"], "refresh"),
+        (["cook"], "No such command"),
+        (["train"], "Missing argument"),
+        (["train", "events", "--out", "model", "--steps", "-1"], "--steps"),
+        (["run", "folder"], "expected a YAML file, got the folder folder"),
+        (["demo", "--out", "file"], "there is a file where a folder is expected"),
+        (["bench", "cooking"], "invalid choice: 'cooking'"),
+        (["tune", "--head-dim", "17"], "invalid choice: 17"),
     ],
 )
 def test_bad_input_is_explained_and_exits_with_2(
     alure: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, words: list[str], complaint: str
 ) -> None:
     monkeypatch.chdir(tmp_path)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
     outcome = alure(*words, "--json")
     assert outcome.code == 2, outcome.err
     assert complaint in outcome.err
     assert outcome.json["exit_code"] == 2
+
+
+def test_evaluate_says_why_there_is_no_recall(alure: CommandLine, tmp_path: Path) -> None:
+    add_generation(EmbeddingStore(tmp_path / "store", create=True), "g", np.eye(6, dtype=np.float32))
+    pq.write_table(pa.table({"user_id": [1], "item_id": [7]}), tmp_path / "truth.parquet")
+    outcome = alure("evaluate", tmp_path / "store", "--truth", tmp_path / "truth.parquet", "--json")
+    assert "has no candidates yet; run `alure retrieve`" in outcome.json["not_measured"]["recall"]
+    assert "evaluate: no recall: generation" in outcome.err
 
 
 def test_configuration_errors_name_the_key(alure: CommandLine, tmp_path: Path) -> None:
@@ -199,6 +223,9 @@ def test_run_reads_paths_beside_the_file_or_from_data(
     assert alure("run", config).code == 2
     outcome = alure("run", config, "--data", tmp_path / "data", "--json")
     assert outcome.code == 0, outcome.err
+    assert f"inside: {tmp_path / 'out' / 'store'}" in alure("inspect", tmp_path / "out").err
+    config.write_text("events: {temp_directory: spill}")
+    assert Config.load(config, tmp_path / "data").events.temp_directory == tmp_path / "spill"
     assert (tmp_path / "out" / "report.html").exists()
     monkeypatch.chdir(tmp_path)
     results: dict[str, Any] = {}
@@ -208,6 +235,44 @@ def test_run_reads_paths_beside_the_file_or_from_data(
     assert results["lse"].shape == (4, 8)
     assert results["store"].generations("embeddings")
     assert len(results["online"].recent) == 1
+
+
+def test_run_looks_for_every_file_before_the_first_stage(alure: CommandLine, tmp_path: Path) -> None:
+    pq.write_table(pa.table({"user_id": [1], "timestamp": [1], "item_id": [1]}), tmp_path / "log.parquet")
+    config = tmp_path / "run.yaml"
+    for key, section in (
+        ("events.items", "events: {inputs: [log.parquet], items: no.parquet}"),
+        ("events.social", "events: {inputs: [log.parquet], social: no.parquet}"),
+        ("evaluation.truth", "events: {inputs: [log.parquet]}\nevaluation: {truth: no.parquet}"),
+        ("retrieval.eligible", "events: {inputs: [log.parquet]}\nretrieval: {eligible: no.parquet}"),
+        ("events.social", "events: {inputs: [log.parquet]}\ngraph: {ppr: true}"),
+    ):
+        config.write_text(f"output: out\n{section}\n")
+        outcome = alure("run", config)
+        assert outcome.code == 2, outcome.err
+        assert key in outcome.err
+        assert not (tmp_path / "out").exists()
+
+
+def test_run_names_columns_and_graphs_that_it_does_not_know(alure: CommandLine, tmp_path: Path) -> None:
+    log = {
+        "user_id": np.repeat(np.arange(50), 6),
+        "timestamp": np.tile(np.arange(6) * 86_400, 50) + 1_700_000_000,
+        "ad": np.arange(300) % 13,
+        "surface": ["feed"] * 300,
+    }
+    pq.write_table(pa.table(log), tmp_path / "log.parquet")
+    config, events = tmp_path / "run.yaml", "events: {inputs: [log.parquet]"
+    config.write_text(f"output: out\n{events}}}\n")
+    assert "(in a configuration, events.columns: {item_id: COLUMN})" in alure("run", config).err
+    settings = f"{events}, columns: {{item_id: ad}}}}\ntraining: {{steps: 1}}\n"
+    config.write_text(f"output: out\n{settings}retrieval: {{graphs: {{alur: 1}}}}\n")
+    outcome = alure("run", config)
+    assert outcome.code == 2, outcome.err
+    assert "columns that are not read: surface;" in outcome.err
+    assert re.search(r"retrieval.graphs: expected graphs that \S+ has, alure, got alur", outcome.err)
+    config.write_text(f"output: out\n{settings}retrieval: {{graphs: {{social: 1}}}}\n")
+    assert "has, alure, got social" in alure("run", config).err
 
 
 def readme_blocks() -> list[str]:
@@ -232,6 +297,28 @@ def test_a_signal_while_training_exits_with_75(world: Path, tmp_path: Path) -> N
     assert json.loads(out.splitlines()[-1])["exit_code"] == 75
     assert not (tmp_path / "model" / "model.safetensors").exists()
     assert json.loads((tmp_path / "model" / "training" / "state.json").read_text())["step"] > 0
+
+
+def test_a_second_ctrl_c_exits_with_75_too(alure: CommandLine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: object) -> None:
+        with stop_flag("stage"):
+            signal.raise_signal(signal.SIGINT)
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr("alure.engine.pipeline.run_demo", interrupted)
+    outcome = alure("demo", "--out", tmp_path / "demo", "--json")
+    assert outcome.code == outcome.json["exit_code"] == 75
+    assert "run the same command again" in outcome.err
+
+
+def test_an_option_implies_what_the_file_does_not_say() -> None:
+    """What another preset, or another kind of nlist, filled in is not taken for given."""
+    assert override(ModelConfig(), preset="base") == ModelConfig(preset="base")
+    assert override(Config(model={"preset": "large", "hash_rows": 4096}).model, preset="base") == ModelConfig(
+        preset="base", hash_rows=4096
+    )
+    assert override(GraphConfig(nlist="auto"), nlist="400") == GraphConfig()
+    assert override(GraphConfig(nprobe=20), nlist="64") == GraphConfig(nlist=64, nprobe=20)
 
 
 def test_schema_is_json(alure: CommandLine) -> None:

@@ -457,6 +457,8 @@ def test_a_model_in_memory_is_not_the_checkpoint(world: Path, tmp_path: Path) ->
 def test_bad_times_and_workers_are_refused(world: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no user has an event up to as_of"):
         refresh(world, tmp_path, as_of=START - 1)
+    with pytest.raises(InputError, match="as_of: expected unix seconds as an int, got '2026-11-01'"):
+        refresh(world, tmp_path, as_of="2026-11-01")
     with pytest.raises(InputError, match="milliseconds"):
         refresh(world, tmp_path, as_of=START * 1000)
     with pytest.raises(InputError, match="workers: expected at least 1"):

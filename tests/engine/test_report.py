@@ -10,6 +10,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 import scipy.sparse as sp
+from matplotlib.figure import Figure
 from support.browser import dump_dom, probed, with_probe
 
 from alure.engine.config import Config, EvaluationConfig, EventsConfig
@@ -23,6 +24,7 @@ from alure.engine.evaluation import (
     write_report,
 )
 from alure.engine.evaluation.charts import THEMED
+from alure.engine.evaluation.figures import readme
 from alure.engine.evaluation.layout import neighbour_layout, pca
 from alure.engine.evaluation.sections import ranking
 from alure.engine.events import Events, ingest
@@ -217,6 +219,7 @@ def test_summary_holds_the_figures_that_matter(data: ReportData) -> None:
     assert "alure − popularity, recall@10" in found["gains"]
     parts = ["cold users", "warm users", *(f"popularity {tenth}" for tenth in range(1, 11))]
     assert list(found["recall_by_slice"]) == [f"{name}, {part}" for name in ("alure", "popularity") for part in parts]
+    assert found["not_measured"] == data.report("evaluate")["reasons"]
     assert found["seconds"]["retrieve"] == 1.5
     json.dumps(found, allow_nan=False)
     json.dumps(summary(ReportData(name="Nothing", seed=0, as_of=None, config={})), allow_nan=False)
@@ -235,6 +238,8 @@ def test_recall_is_shown_by_slice_and_auc_beside_entropy(data: ReportData, page:
     table = ranking(measured).tables[0]
     assert dict(zip(table.head, table.rows[0]))["AUC with"] == "0.8125"
     assert summary(measured)["auc"] == {"ctr": {"without": 0.5, "with": 0.8125}}
+    gain = {"gain": 0.5, "low": 0.4, "high": 0.6, "value": 0.5}
+    assert summary(measured)["ne"] == {"ctr": {"without": 0.5, "with": 0.5, **gain}}
 
 
 def test_stories_are_of_known_users_and_reasons(data: ReportData, world: World) -> None:
@@ -263,6 +268,23 @@ def test_readme_figure(data: ReportData, tmp_path: Path, suffix: str) -> None:
     assert len(first) > 10_000
     assert THEMED.ink.encode() not in first
     write_figure(tmp_path / f"c.{suffix}", replace(data, embedding_map=None))
+
+
+def test_nothing_of_the_readme_figure_is_cut_off(
+    data: ReportData, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn: list[Figure] = []
+    monkeypatch.setattr(Figure, "savefig", lambda figure, *_, **__: drawn.append(figure))
+    sets, mapped = data.report("evaluate")["sets"], data.embedding_map
+    named = [{**found, "name": "alure+social+ppr"} for found in sets]  # the longest, which leaves the map least room
+    readme(tmp_path / "a.svg", named, data.report("evaluate")["k"], mapped)
+    (figure,) = drawn
+    figure.draw_without_rendering()
+    for axes in figure.axes:
+        for text in (axes.title, axes._left_title, axes.xaxis.label, *axes.get_yticklabels()):
+            extent = text.get_window_extent()
+            assert extent.x0 >= 0, text
+            assert extent.x1 <= figure.bbox.x1, text
 
 
 def test_readme_figure_without_recall_is_refused(tmp_path: Path) -> None:

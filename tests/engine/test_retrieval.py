@@ -397,6 +397,8 @@ def test_a_graph_that_is_not_there(simple: tuple[EmbeddingStore, Events], tmp_pa
         CandidateRetriever(store, events, generation="x")
     with pytest.raises(InputError, match="none of ppr is published"):
         CandidateRetriever(store, events, RetrievalConfig(graphs={"ppr": 1.0}))
+    with pytest.raises(InputError, match="user_ids: expected a sequence of ids, got '42'"):
+        CandidateRetriever(store, events).retrieve("42")
     with pytest.raises(InputError, match="not among the 6 users"):
         CandidateRetriever(store, events).retrieve([9])
 

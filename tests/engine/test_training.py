@@ -307,6 +307,17 @@ def test_a_file_in_place_of_the_models_folder(events: Events, tmp_path: Path) ->
         run(events, tmp_path / "model")
 
 
+def test_somebody_elses_files_are_not_replaced(events: Events, tmp_path: Path) -> None:
+    for text in ('{"architectures": ["Other"]}', "[]"):
+        (tmp_path / "config.json").write_text(text)
+        with pytest.raises(InputError, match=r"config\.json is not of a model of alure, so it is not replaced"):
+            run(events, tmp_path)
+        assert (tmp_path / "config.json").read_text() == text
+    (tmp_path / "config.json").write_text('{"format_version": 2, "mod')  # a checkpoint that was cut
+    run(events, tmp_path)
+    assert (tmp_path / "model.safetensors").exists()
+
+
 def test_a_log_that_ends_before_as_of_begins(events: Events, tmp_path: Path) -> None:
     with pytest.raises(InputError, match="no user has a target event"):
         run(events, tmp_path, as_of=START - 1)

@@ -23,6 +23,7 @@ def attend(**changes: Any) -> torch.Tensor:
     return jagged_attention(**arguments)
 
 
+NESTED = torch.nested.nested_tensor([torch.zeros(3, 2, 8)], layout=torch.jagged)
 REFUSED = {
     "negative": ({"q_offsets": torch.tensor([-1, 1, 4])}, ValueError, "first offset to be 0, got -1"),
     "decreasing": ({"q_offsets": torch.tensor([0, 5, 4])}, ValueError, "q_offsets[1] = 5 > q_offsets[2] = 4"),
@@ -124,6 +125,15 @@ REFUSED = {
         "groups: expected as many tables of each bias, and windows, as groups; got [2, 3]",
     ),
     "no structure": ({"q_offsets": None}, ValueError, "q_offsets: expected offsets [batch + 1] or a plan"),
+    "bias of another kind": (
+        {"time_bias": (BIAS.thresholds, BIAS.table), "q_timestamps": TIMES},
+        TypeError,
+        "time_bias: expected TimeBias or None, got tuple",
+    ),
+    "positions of another kind": ({"position_bias": BIAS}, TypeError, "position_bias: expected PositionBias or None"),
+    "plan of another kind": ({"plan": OFFSETS}, TypeError, "plan: expected AttentionPlan or None, got Tensor"),
+    "nested values": ({"q": NESTED}, TypeError, "got a nested tensor; alure.kernels.to_jagged gives the values"),
+    "sparse values": ({"k": X.to_sparse()}, TypeError, "k: expected a dense tensor"),
     "backend": ({"backend": "cuda"}, ValueError, "backend: expected one of auto"),
     "native double": ({"q": X.double(), "k": X.double(), "v": X.double(), "backend": "native"}, ValueError, "float32"),
     "triton double": ({"q": X.double(), "k": X.double(), "v": X.double(), "backend": "triton"}, ValueError, "float16"),

@@ -291,6 +291,11 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
 }
 
 
+def test_parameters_of_neither_form_are_refused() -> None:
+    with pytest.raises(TypeError, match=r"compression: expected DotLinearCompression or .*, got NoneType"):
+        compress(torch.zeros(2, 5, 6), None)
+
+
 @pytest.mark.parametrize("case", BAD)
 def test_bad_arguments(case: str) -> None:
     changes, message = BAD[case]

@@ -382,6 +382,11 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
 }  # fmt: skip
 
 
+def test_an_encoder_of_another_kind_is_refused(backend: str) -> None:
+    with pytest.raises(TypeError, match="encoder: expected EventEncoder, got dict"):
+        replace(random_problem([2, 2]).to(torch.float32), encoder={}).run(backend)
+
+
 @pytest.mark.parametrize("case", HOSTILE)
 @pytest.mark.parametrize("direct", [False, True], ids=["function", "operator"])
 def test_hostile_input(case: str, direct: bool, backend: str) -> None:

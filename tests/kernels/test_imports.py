@@ -1,8 +1,12 @@
 """The kernels import and run where Triton and the engine's packages are absent, and import nothing of the engine."""
 
+import ast
 import subprocess
 import sys
 import textwrap
+from pathlib import Path
+
+import pytest
 
 
 def run(code: str) -> str:
@@ -82,3 +86,16 @@ def test_public_names() -> None:
         "PositionBias",
     ):
         assert callable(getattr(alure.kernels, name)), name
+
+
+@pytest.mark.parametrize("package", ["kernels", "engine"])
+def test_packages_export_what_they_import(package: str) -> None:
+    """mypy --strict and Pyright hold a name that is imported and not in __all__ for private."""
+    inits = sorted((Path(__file__).parents[2] / package).glob("**/__init__.py"))
+    assert len(inits) > 5
+    for init in inits:
+        body = ast.parse(init.read_text(encoding="utf-8")).body
+        imported = {alias.name for node in body if isinstance(node, ast.ImportFrom) for alias in node.names}
+        named = [node.value for node in body if isinstance(node, ast.Assign) and "__all__" in ast.unparse(node.targets)]
+        exported = {name for value in named if isinstance(value, ast.List) for name in ast.literal_eval(value)}
+        assert imported - {"TYPE_CHECKING", "Any"} <= exported, init

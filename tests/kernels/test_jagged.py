@@ -164,9 +164,25 @@ def test_arrow_lists(kind: pa.DataType) -> None:
         assert offsets.tolist() == offsets_of([len(part) for part in expected]).tolist()
 
 
-@pytest.mark.parametrize("other", [[1, 2], torch.arange(3), {"values": 1}, pa.array([1, 2])])
+def test_a_column_of_an_arrow_table() -> None:
+    column = pa.chunked_array([[[1, 2]], [[], [3]]], pa.list_(pa.int64()))
+    values, offsets = to_jagged(column)
+    assert values.tolist() == [1, 2, 3]
+    assert offsets.tolist() == [0, 2, 2, 3]
+    assert to_jagged(column.slice(0, 0))[1].tolist() == [0]
+
+
+STRINGS, MOMENTS = pa.array([["a"]]), pa.array([[1]], pa.list_(pa.timestamp("s")))
+PAIRS = pa.array([[("a", 1)]], pa.map_(pa.string(), pa.int64()))
+
+
+@pytest.mark.parametrize(
+    "other",
+    [[1, 2], torch.arange(3), {"values": 1}, pa.array([1, 2]), ([1], [0, 1]), STRINGS, MOMENTS, PAIRS],
+    ids=["list", "tensor", "dict", "numbers", "lists", "strings", "moments", "pairs"],
+)
 def test_other_things_are_refused(other: object) -> None:
-    with pytest.raises(TypeError, match="got"):
+    with pytest.raises(TypeError, match=r"expected .*, got"):
         to_jagged(other)
 
 

@@ -138,6 +138,8 @@ def test_bad_arguments() -> None:
         residual_quantize(x.long(), books)
     with pytest.raises(TypeError, match=r"codebooks: expected torch\.float32 like x"):
         residual_quantize(x, books.double())
+    with pytest.raises(TypeError, match=r"codebooks: expected a torch\.Tensor, got list"):
+        residual_quantize(x, list(books))
     for wrong in (books[0], books[..., :2], books[:, :0]):
         with pytest.raises(ValueError, match=r"codebooks: expected shape \[levels, codes >= 1, 3\]"):
             residual_quantize(x, wrong)
