@@ -54,14 +54,36 @@ def position_thresholds(per_octave: int = 2, longest: int = 16_384, bidirectiona
 
 
 def _log_spaced(per_octave: int, longest: int, bidirectional: bool) -> Tensor:
+    """Up to 8 an octave they begin cells of float32's sign, exponent and three bits, whose bucket is then known: Triton
+    kernels look one value up instead of comparing as well (kernel_tiles.py).
+    """
     if per_octave < 1 or longest < 1:
         raise ValueError(f"expected per_octave >= 1 and longest >= 1, got {per_octave} and {longest}")
-    steps = int(per_octave * math.log2(longest)) + 1
-    forward = sorted({round(2 ** (step / per_octave)) for step in range(steps + 1)})
-    forward = [threshold for threshold in forward if threshold <= longest]
+    powers = [2 ** (step / per_octave) for step in range(per_octave)]
+    if per_octave <= 8:
+        powers = _in_eighths(powers)
+    octaves = range(int(math.log2(longest)) + 1)
+    forward = sorted({int(2**octave * power + 0.5) for octave in octaves for power in powers})
+    forward = [_first_of_float(threshold) for threshold in forward if threshold <= longest]
     # The mirror image of "Δ >= t" is "Δ <= −t", which is "not Δ >= 1 − t".
     backward = [1 - threshold for threshold in reversed(forward)] if bidirectional else []
     return torch.tensor(backward + forward, dtype=torch.int64)
+
+
+def _in_eighths(powers: list[float]) -> list[float]:
+    """Rounded, and all different."""
+    eighths = [7]
+    for power in powers:
+        eighths.append(max(eighths[-1] + 1, round(8 * power)))
+    return [number / 8 for number in eighths[1:]]
+
+
+def _first_of_float(number: int) -> int:
+    """The first integer with the float32 of `number`: less than it by up to 4 in 2^27, the same below 2^24."""
+    rounded = torch.tensor(number).to(torch.float32)
+    while torch.tensor(number - 1).to(torch.float32) == rounded:
+        number -= 1
+    return number
 
 
 class Cycles(NamedTuple):

@@ -21,9 +21,17 @@ from torch import Tensor
 
 from alure.kernels.attention.arguments import Batch, Bias, Gradients, delta
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
-from alure.kernels.attention.kernel_configs import AHEAD_OF_TIME, AHEAD_OF_TIME_SLOW, block, configs
+from alure.kernels.attention.kernel_configs import (
+    AHEAD_OF_TIME,
+    AHEAD_OF_TIME_SLOW,
+    block,
+    capability,
+    configs,
+    whole_classes,
+)
 from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.attention.kernel_plan import Plan, Sizes, Tiling, make_plan
+from alure.kernels.attention.kernel_tiles import CELLS, cell_values_kernel
 from alure.kernels.backend import on_device, triton_interprets
 
 __all__ = ["AHEAD_OF_TIME", "AHEAD_OF_TIME_SLOW", "backward", "forward", "prepare"]
@@ -76,7 +84,7 @@ def forward(q: Tensor, k: Tensor, v: Tensor, batch: Batch, bias: Bias, scale: fl
             *_strides(q, k, v),
             total_q,
             scale,
-            **_constants(q, k, bias, plan, batch.rules is not None),
+            **_constants("forward", q, k, bias, plan, batch.rules is not None),
             PLAIN=q.dtype == torch.bfloat16,
             BLOCK_M=sizes.forward_m,
             BLOCK_N=sizes.forward_n,
@@ -116,7 +124,6 @@ def backward(
         for table in (bias.time_table, bias.position_table)
     )
     biases = _biases(plan, bias, q)
-    constants = _constants(q, k, bias, plan, batch.rules is not None)
     with on_device(q):
         if len(plan.q_tiles):
             backward_q_kernel[(len(plan.q_tiles) * num_heads,)](
@@ -134,7 +141,7 @@ def backward(
                 *_strides(q, k, v, grad_out),
                 q.shape[0],
                 scale,
-                **constants,
+                **(constants := _constants("dq", q, k, bias, plan, batch.rules is not None)),
                 BLOCK_T=block(constants["TIME_BUCKETS"], 16),
                 BLOCK_P=block(constants["POSITION_BUCKETS"], 16),
                 BLOCK_M=sizes.dq_m,
@@ -158,7 +165,7 @@ def backward(
                 *_strides(q, k, v, grad_out),
                 q.shape[0],
                 scale,
-                **constants,
+                **_constants("dk dv", q, k, bias, plan, batch.rules is not None),
                 BLOCK_M=sizes.dkdv_m,
                 BLOCK_N=sizes.dkdv_n,
                 **kv_config.launch_options(),
@@ -204,15 +211,21 @@ def _by_group(sums: Tensor, plan: Plan, table: Tensor) -> Tensor:
 
 
 def _biases(plan: Plan, bias: Bias, absent: Tensor) -> list[Tensor]:
-    """The ten tensors of times and biases in the kernels' order; `absent` stands for what is never read."""
+    """The twelve tensors of times and biases in the kernels' order; `absent` stands for what is never read."""
+    steps = Sizes(*plan.sizes.shape)
+    time_values = None if steps.time_steps else bias.time_table
+    position_values = None if steps.position_steps else bias.position_table
+    time_values, position_values = _cell_values(time_values, plan.time_cells, position_values, plan.position_cells)
     found = (
         plan.q_time,
         plan.k_time,
         plan.time_thresholds,
         plan.time_cells,
+        time_values,
         bias.time_table,
         plan.position_thresholds,
         plan.position_cells,
+        position_values,
         bias.position_table,
         bias.q_cyclic,
         bias.k_cyclic,
@@ -220,27 +233,50 @@ def _biases(plan: Plan, bias: Bias, absent: Tensor) -> list[Tensor]:
     return [absent if x is None else x.contiguous() for x in found]
 
 
+def _cell_values(
+    time_table: Tensor | None, time_cells: Tensor, position_table: Tensor | None, position_cells: Tensor
+) -> tuple[Tensor | None, Tensor | None]:
+    """The tables [G, H, buckets] by cell, [G, H, 4096], of those that are not None; in one launch."""
+    some = time_table if time_table is not None else position_table
+    if some is None:
+        return None, None
+    groups, heads, _ = some.shape
+    values = [None if x is None else x.new_empty(groups, heads, CELLS.value) for x in (time_table, position_table)]
+    tensors = time_table, time_cells, values[0], position_table, position_cells, values[1]
+    with on_device(some):
+        cell_values_kernel[(groups * heads, 2)](
+            *(some if x is None else x.contiguous() for x in tensors),
+            TIME_BUCKETS=0 if time_table is None else time_table.shape[2],
+            POSITION_BUCKETS=0 if position_table is None else position_table.shape[2],
+        )
+    return values[0], values[1]
+
+
 def _strides(*tensors: Tensor) -> list[int]:
     return [stride for x in tensors for stride in (x.stride(0), x.stride(1))]
 
 
-def _constants(q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dict[str, object]:
+def _constants(kernel: str, q: Tensor, k: Tensor, bias: Bias, plan: Plan, rules: bool) -> dict[str, object]:
     channels = 0 if bias.q_cyclic is None else bias.q_cyclic.shape[2]
     dtypes = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     exact = q.dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision != "tf32"
     sizes = Sizes(*plan.sizes.shape)
+    time_buckets, position_buckets = (0 if x is None else x.shape[2] for x in (bias.time_table, bias.position_table))
     return {
         "HEADS": q.shape[1],
         "KV_HEADS": k.shape[1],
         "HEAD_DIM": q.shape[2],
-        "TIME_BUCKETS": 0 if bias.time_table is None else bias.time_table.shape[2],
-        "POSITION_BUCKETS": 0 if bias.position_table is None else bias.position_table.shape[2],
+        "TIME_BUCKETS": time_buckets,
+        "POSITION_BUCKETS": position_buckets,
         "CHANNELS": channels,
         "RULES": rules,
-        "TIME_STEPS": block(sizes.time_steps, 1),
-        "POSITION_STEPS": block(sizes.position_steps, 1),
+        "TIME_STEPS": sizes.time_steps and block(sizes.time_steps, 1),
+        "POSITION_STEPS": sizes.position_steps and block(sizes.position_steps, 1),
         "DOT": tl.float32 if triton_interprets() else dtypes[q.dtype],  # the interpreter's bfloat16 dot is wrong
         "PRECISION": "ieee" if exact else "tf32",
         "BLOCK_D": block(q.shape[2], 16),
         "BLOCK_C": block(channels, 16),
+        "WHOLE": whole_classes(
+            kernel, q.dtype, block(q.shape[2], 16), time_buckets > 0, position_buckets > 0, capability(q.device)
+        ),
     }

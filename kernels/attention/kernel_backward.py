@@ -10,19 +10,24 @@ import triton
 import triton.language as tl
 
 from alure.kernels.attention.kernel_tiles import (
+    CELLS,
     ENDS,
     FEW,
     GENERAL,
     LOG2E,
+    MANY,
     PAIR,
     SEVERAL,
     TILE,
     UNIFORM,
-    add_bias,
     add_sums,
+    is_above,
     load_rows,
     load_times,
+    pair_bias,
     places,
+    read_step,
+    read_value,
     store_rows,
     visible_keys,
     visible_queries,
@@ -47,9 +52,11 @@ def backward_q_kernel(
     p_k_time,
     p_time_thresholds,
     p_time_cells,
+    p_time_values,
     p_time_table,
     p_position_thresholds,
     p_position_cells,
+    p_position_values,
     p_position_table,
     p_q_cyclic,
     p_k_cyclic,
@@ -80,6 +87,7 @@ def backward_q_kernel(
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     i_work = tl.program_id(0)
     i_head = tl.cast(i_work % HEADS, tl.int64)
@@ -120,9 +128,10 @@ def backward_q_kernel(
         stride_k,
         stride_v,
     )
-    time = (p_time_thresholds, p_time_cells, p_time_table + i_table * TIME_BUCKETS, TIME_BUCKETS)
-    p_position_row = p_position_table + i_table * POSITION_BUCKETS
-    position = (p_position_thresholds, p_position_cells, p_position_row, POSITION_BUCKETS)
+    p_time_row, p_position_row = p_time_table + i_table * TIME_BUCKETS, p_position_table + i_table * POSITION_BUCKETS
+    p_time_cell, p_position_cell = p_time_values + i_table * CELLS, p_position_values + i_table * CELLS
+    time = (p_time_thresholds, p_time_cells, p_time_cell, p_time_row, TIME_BUCKETS)
+    position = (p_position_thresholds, p_position_cells, p_position_cell, p_position_row, POSITION_BUCKETS)
     problem = (queries, keys, time, position, rules, p_pairs, p_tile + ENDS, scale)
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
@@ -140,12 +149,14 @@ def backward_q_kernel(
         POSITION_STEPS,
         DOT,
         PRECISION,
+        BLOCK_M,
         BLOCK_N,
         BLOCK_D,
         BLOCK_C,
         BLOCK_T,
         BLOCK_P,
         UNIFORM,
+        WHOLE,
     )
     if TIME_BUCKETS + POSITION_BUCKETS > 0:
         state = attend_keys(  # loop: few
@@ -160,12 +171,14 @@ def backward_q_kernel(
             POSITION_STEPS,
             DOT,
             PRECISION,
+            BLOCK_M,
             BLOCK_N,
             BLOCK_D,
             BLOCK_C,
             BLOCK_T,
             BLOCK_P,
             FEW,
+            WHOLE,
         )
         state = attend_keys(  # loop: several
             state,
@@ -179,12 +192,14 @@ def backward_q_kernel(
             POSITION_STEPS,
             DOT,
             PRECISION,
+            BLOCK_M,
             BLOCK_N,
             BLOCK_D,
             BLOCK_C,
             BLOCK_T,
             BLOCK_P,
             SEVERAL,
+            WHOLE,
         )
     state = attend_keys(  # loop: general
         state,
@@ -198,12 +213,14 @@ def backward_q_kernel(
         POSITION_STEPS,
         DOT,
         PRECISION,
+        BLOCK_M,
         BLOCK_N,
         BLOCK_D,
         BLOCK_C,
         BLOCK_T,
         BLOCK_P,
         GENERAL,
+        WHOLE,
     )
     dq, d_qc, time_sums, position_sums = state
 
@@ -234,63 +251,89 @@ def attend_keys(
     POSITION_STEPS: tl.constexpr,
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
+    BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     BLOCK_T: tl.constexpr,
     BLOCK_P: tl.constexpr,
     KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """(dq, d_q_cyclic, sums of the time table, of the position table) with the pairs of one class."""
     queries, keys, time, position, rules, p_pairs, p_ends, scale = problem
     dq, d_qc, time_sums, position_sums = state
     b_q, b_do, b_qc, lse, delta, q_time, i = queries
     p_k, p_v, p_k_time, p_kc, stride_k, stride_v = keys
-    p_time_row, p_position_row = time[2], position[2]
     history, n_k = rules[3], rules[4]
-    BIASED: tl.constexpr = TIME_BUCKETS + POSITION_BUCKETS > 0
+    TIME: tl.constexpr = TIME_BUCKETS > 0
+    POSITION: tl.constexpr = POSITION_BUCKETS > 0
+    BIASED: tl.constexpr = TIME or POSITION
+    LOOKED: tl.constexpr = BIASED and KIND >= SEVERAL
+    EXACT: tl.constexpr = b_q.dtype == tl.float32
     MASK: tl.constexpr = KIND == GENERAL
-    PARTS: tl.constexpr = 2 if KIND >= FEW and BLOCK_N > 16 else 1
+    PARTS: tl.constexpr = 1 if KIND <= WHOLE or BLOCK_N == 16 else 2
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     T_COUNT: tl.constexpr = 0 if KIND == UNIFORM else (1 if KIND == FEW else 3)
     P_COUNT: tl.constexpr = 0 if KIND == UNIFORM else (1 if KIND == FEW else 2)
     o_n = tl.arange(0, WIDTH)
     q_position = tl.minimum(i, history)
 
-    begin = tl.load(p_ends + KIND)
+    begin = tl.load(p_ends + (MANY if BIASED and MASK else KIND))  # sums of many buckets cost more than masks
     end = tl.load(p_ends + (KIND + 1 if BIASED or MASK else GENERAL))
+    p_pair = p_pairs + begin * PAIR
+    next_start = tl.load(p_pair)  # a pair ahead, as in the forward
+    if BIASED and KIND == UNIFORM:
+        next_value = read_value(p_pair, time, position, TIME, POSITION)
+    if TIME and KIND == FEW:
+        next_time_step = read_step(p_pair + 1, time)
+    if POSITION and KIND == FEW:
+        next_position_step = read_step(p_pair + 3, position)
     for i_part in range(begin * PARTS, end * PARTS):
         p_pair = p_pairs + i_part // PARTS * PAIR
-        start = tl.load(p_pair) + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        p_next = p_pairs + (i_part + 1) // PARTS * PAIR
+        start = next_start + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        next_start = tl.load(p_next)
         m_n = start + o_n < n_k
         start_k = start.to(tl.int64)
+        k_time = o_n
+        if TIME and KIND != UNIFORM:
+            k_time = load_times(p_k_time + start, o_n, m_n, MASK)
+        q_place, k_place = places(q_position, start, o_n, history, MASK and RULES)
+        if LOOKED and not EXACT:  # while the product is computed
+            bias = pair_bias(
+                q_time, k_time, q_place, k_place, time, position, end > begin,
+                TIME, POSITION, TIME_STEPS, POSITION_STEPS, False, True
+            )  # fmt: skip
         b_k = load_rows(p_k + start_k * stride_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, MASK).to(DOT)
         b_v = load_rows(p_v + start_k * stride_v, o_n, m_n, stride_v, HEAD_DIM, BLOCK_D, MASK).to(DOT)
         logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if CHANNELS > 0:
             b_kc = load_rows(p_kc + start_k * CHANNELS, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, MASK)
             logits = tl.dot(b_qc, tl.trans(b_kc), logits, input_precision=PRECISION)
-        q_place, k_place = places(q_position, start, o_n, history, MASK and RULES)
-        k_time = o_n
-        if TIME_BUCKETS > 0 and KIND != UNIFORM:
-            k_time = load_times(p_k_time + start, o_n, m_n, MASK)
+        if LOOKED and EXACT:  # products that take all registers
+            bias = pair_bias(
+                q_time, k_time, q_place, k_place, time, position, end > begin,
+                TIME, POSITION, TIME_STEPS, POSITION_STEPS, False, True
+            )  # fmt: skip
         if KIND == UNIFORM:
-            bias = 0.0
-            if TIME_BUCKETS > 0:
-                bias += tl.load(p_time_row + tl.load(p_pair + 1)) * LOG2E
-            if POSITION_BUCKETS > 0:
-                bias += tl.load(p_position_row + tl.load(p_pair + 3)) * LOG2E
-            weights = tl.exp2(logits * (scale * LOG2E) + (bias - lse)[:, None])
+            value = 0.0
+            if BIASED:
+                value = next_value
+                next_value = read_value(p_next, time, position, TIME, POSITION)
+            weights = tl.exp2(logits * (scale * LOG2E) + (value - lse)[:, None])
         else:
             logits *= scale * LOG2E
-            if TIME_BUCKETS > 0:
-                first = tl.load(p_pair + 1)
-                logits = add_bias(logits, q_time[:, None], k_time[None, :], time, first, T_COUNT, TIME_STEPS, KIND)
-            if POSITION_BUCKETS > 0:
-                first = tl.load(p_pair + 3)
-                logits = add_bias(
-                    logits, q_place[:, None], k_place[None, :], position, first, P_COUNT, POSITION_STEPS, KIND
-                )
+            if LOOKED:
+                logits += bias
+            if TIME and KIND == FEW:
+                threshold, low, high = next_time_step
+                next_time_step = read_step(p_next + 1, time)
+                logits += tl.where(is_above(q_time[:, None], k_time[None, :], threshold), high, low)
+            if POSITION and KIND == FEW:
+                threshold, low, high = next_position_step
+                next_position_step = read_step(p_next + 3, position)
+                logits += tl.where(is_above(q_place[:, None], k_place[None, :], threshold), high, low)
             weights = tl.exp2(logits - lse[:, None])
             if MASK:
                 visible = visible_keys(i[:, None], (start + o_n)[None, :], rules, RULES)
@@ -332,9 +375,11 @@ def backward_kv_kernel(
     p_k_time,
     p_time_thresholds,
     p_time_cells,
+    p_time_values,
     p_time_table,
     p_position_thresholds,
     p_position_cells,
+    p_position_values,
     p_position_table,
     p_q_cyclic,
     p_k_cyclic,
@@ -363,6 +408,7 @@ def backward_kv_kernel(
     BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     i_work = tl.program_id(0)
     i_kv = tl.cast(i_work % KV_HEADS, tl.int64)
@@ -410,9 +456,13 @@ def backward_kv_kernel(
             n_q,
         )
         i_table = i_group * HEADS + i_head
-        time = (p_time_thresholds, p_time_cells, p_time_table + i_table * TIME_BUCKETS, TIME_BUCKETS)
-        p_position_row = p_position_table + i_table * POSITION_BUCKETS
-        position = (p_position_thresholds, p_position_cells, p_position_row, POSITION_BUCKETS)
+        p_time_row, p_position_row = (
+            p_time_table + i_table * TIME_BUCKETS,
+            p_position_table + i_table * POSITION_BUCKETS,
+        )
+        p_time_cell, p_position_cell = p_time_values + i_table * CELLS, p_position_values + i_table * CELLS
+        time = (p_time_thresholds, p_time_cells, p_time_cell, p_time_row, TIME_BUCKETS)
+        position = (p_position_thresholds, p_position_cells, p_position_cell, p_position_row, POSITION_BUCKETS)
         problem = (queries, keys, time, position, rules, p_pairs, p_tile + ENDS, scale)
         state = attend_queries(  # loop: uniform
             state,
@@ -428,9 +478,11 @@ def backward_kv_kernel(
             DOT,
             PRECISION,
             BLOCK_M,
+            BLOCK_N,
             BLOCK_D,
             BLOCK_C,
             UNIFORM,
+            WHOLE,
         )
         if TIME_BUCKETS + POSITION_BUCKETS > 0:
             state = attend_queries(  # loop: few
@@ -447,11 +499,13 @@ def backward_kv_kernel(
                 DOT,
                 PRECISION,
                 BLOCK_M,
+                BLOCK_N,
                 BLOCK_D,
                 BLOCK_C,
                 FEW,
+                WHOLE,
             )
-            state = attend_queries(  # loop: several
+            state = attend_queries(  # loop: many
                 state,
                 problem,
                 HEADS,
@@ -465,9 +519,11 @@ def backward_kv_kernel(
                 DOT,
                 PRECISION,
                 BLOCK_M,
+                BLOCK_N,
                 BLOCK_D,
                 BLOCK_C,
-                SEVERAL,
+                MANY,
+                WHOLE,
             )
         state = attend_queries(  # loop: general
             state,
@@ -483,9 +539,11 @@ def backward_kv_kernel(
             DOT,
             PRECISION,
             BLOCK_M,
+            BLOCK_N,
             BLOCK_D,
             BLOCK_C,
             GENERAL,
+            WHOLE,
         )
     dk, dv, d_kc = state
 
@@ -512,61 +570,86 @@ def attend_queries(
     DOT: tl.constexpr,
     PRECISION: tl.constexpr,
     BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     KIND: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """(dk, dv, d_k_cyclic) with the pairs of one class and head."""
     queries, keys, time, position, rules, p_pairs, p_ends, scale = problem
     dk, dv, d_kc = state
     p_q, p_g, p_lse, p_delta, p_q_time, p_qc, stride_q, stride_g, n_q = queries
     b_k, b_v, b_kc, k_time, j = keys
-    p_time_row, p_position_row = time[2], position[2]
     history, n_k = rules[3], rules[4]
-    BIASED: tl.constexpr = TIME_BUCKETS + POSITION_BUCKETS > 0
+    TIME: tl.constexpr = TIME_BUCKETS > 0
+    POSITION: tl.constexpr = POSITION_BUCKETS > 0
+    BIASED: tl.constexpr = TIME or POSITION
+    LOOKED: tl.constexpr = BIASED and KIND >= MANY
+    EXACT: tl.constexpr = b_k.dtype == tl.float32
     MASK: tl.constexpr = KIND == GENERAL
-    PARTS: tl.constexpr = 2 if KIND >= FEW and BLOCK_M > 16 else 1
+    PARTS: tl.constexpr = 1 if KIND <= WHOLE or BLOCK_M == 16 else 2
     WIDTH: tl.constexpr = BLOCK_M // PARTS
-    T_COUNT: tl.constexpr = 0 if KIND == UNIFORM else (1 if KIND == FEW else 3)
-    P_COUNT: tl.constexpr = 0 if KIND == UNIFORM else (1 if KIND == FEW else 2)
     o_m = tl.arange(0, WIDTH)
     k_position = tl.minimum(j, history)
 
-    begin = tl.load(p_ends + KIND)
+    begin = tl.load(p_ends + (SEVERAL if KIND == MANY else KIND))
     end = tl.load(p_ends + (KIND + 1 if BIASED or MASK else GENERAL))
+    p_pair = p_pairs + begin * PAIR
+    next_start = tl.load(p_pair)  # a pair ahead, as in the forward
+    if BIASED and KIND == UNIFORM:
+        next_value = read_value(p_pair, time, position, TIME, POSITION)
+    if TIME and KIND == FEW:
+        next_time_step = read_step(p_pair + 1, time)
+    if POSITION and KIND == FEW:
+        next_position_step = read_step(p_pair + 3, position)
     for i_part in range(begin * PARTS, end * PARTS):
-        p_pair = p_pairs + i_part // PARTS * PAIR
-        start = tl.load(p_pair) + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        p_next = p_pairs + (i_part + 1) // PARTS * PAIR
+        start = next_start + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        next_start = tl.load(p_next)
         m_m = start + o_m < n_q  # a tile whose pairs are all seen may still end beyond the queries
         start_q = start.to(tl.int64)
+        i = start + o_m + n_k - n_q
+        q_position = tl.minimum(i, history)
+        q_time = o_m
+        if TIME and KIND != UNIFORM:
+            q_time = tl.load(p_q_time + start + o_m, mask=m_m, other=0)
+        if LOOKED and not EXACT:  # while the product is computed
+            bias = pair_bias(
+                q_time, k_time, q_position, k_position, time, position, end > begin,
+                TIME, POSITION, TIME_STEPS, POSITION_STEPS, True, EXACT or BLOCK_D <= 64
+            )  # fmt: skip
         b_q = load_rows(p_q + start_q * stride_q, o_m, m_m, stride_q, HEAD_DIM, BLOCK_D, True).to(DOT)
         b_do = load_rows(p_g + start_q * stride_g, o_m, m_m, stride_g, HEAD_DIM, BLOCK_D, True).to(DOT)
         lse = tl.load(p_lse + start + o_m, mask=m_m, other=float("inf"))  # no weight beyond the sequence
         delta = tl.load(p_delta + start + o_m, mask=m_m, other=0.0)
-        i = start + o_m + n_k - n_q
         logits = tl.dot(b_k, tl.trans(b_q), input_precision=PRECISION)
         if CHANNELS > 0:
             b_qc = load_rows(p_qc + start_q * (HEADS * CHANNELS), o_m, m_m, HEADS * CHANNELS, CHANNELS, BLOCK_C, True)
             logits = tl.dot(b_kc, tl.trans(b_qc), logits, input_precision=PRECISION)
+        if LOOKED and EXACT:  # products that take all registers
+            bias = pair_bias(
+                q_time, k_time, q_position, k_position, time, position, end > begin,
+                TIME, POSITION, TIME_STEPS, POSITION_STEPS, True, EXACT or BLOCK_D <= 64
+            )  # fmt: skip
         if KIND == UNIFORM:
-            bias = 0.0
-            if TIME_BUCKETS > 0:
-                bias += tl.load(p_time_row + tl.load(p_pair + 1)) * LOG2E
-            if POSITION_BUCKETS > 0:
-                bias += tl.load(p_position_row + tl.load(p_pair + 3)) * LOG2E
-            weights = tl.exp2(logits * (scale * LOG2E) + (bias - lse)[None, :])
+            value = 0.0
+            if BIASED:
+                value = next_value
+                next_value = read_value(p_next, time, position, TIME, POSITION)
+            weights = tl.exp2(logits * (scale * LOG2E) + (value - lse)[None, :])
         else:
             logits *= scale * LOG2E
-            if TIME_BUCKETS > 0:
-                q_time = tl.load(p_q_time + start + o_m, mask=m_m, other=0)
-                first = tl.load(p_pair + 1)
-                logits = add_bias(logits, q_time[None, :], k_time[:, None], time, first, T_COUNT, TIME_STEPS, KIND)
-            if POSITION_BUCKETS > 0:
-                q_position = tl.minimum(i, history)
-                first = tl.load(p_pair + 3)
-                logits = add_bias(
-                    logits, q_position[None, :], k_position[:, None], position, first, P_COUNT, POSITION_STEPS, KIND
-                )
+            if LOOKED:
+                logits += bias
+            if TIME and KIND == FEW:
+                threshold, low, high = next_time_step
+                next_time_step = read_step(p_next + 1, time)
+                logits += tl.where(is_above(q_time[None, :], k_time[:, None], threshold), high, low)
+            if POSITION and KIND == FEW:
+                threshold, low, high = next_position_step
+                next_position_step = read_step(p_next + 3, position)
+                logits += tl.where(is_above(q_position[None, :], k_position[:, None], threshold), high, low)
             weights = tl.exp2(logits - lse[None, :])
             if MASK:
                 visible = visible_queries(i[None, :], j[:, None], rules, RULES)

@@ -10,42 +10,44 @@ import triton.language as tl
 
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
 from alure.kernels.attention.kernel_forward import forward_kernel
+from alure.kernels.attention.kernel_tiles import FEW, GENERAL, MANY, SEVERAL, UNIFORM
 from alure.kernels.attention.tuned import Config, Configs, tuned
 from alure.kernels.backend import triton_interprets
 
 # By padded head_dim: (forward, dq, dk and dv). From sm_90 on tiles of 128 rows feed two groups of four warps.
 HOPPER_CONFIGS = {
-    16: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
-    32: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
-    64: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2)),
-    128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
+    16: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 3)),
+    32: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 3)),
+    64: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 3)),
+    128: (Config(128, 64, 8, 3), Config(128, 32, 8, 3), Config(32, 128, 8, 2)),
     256: (Config(128, 32, 8, 2), Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1, 255)),
 }
 # Hopper's, save where those spill on sm_100.
 BLACKWELL_CONFIGS = HOPPER_CONFIGS | {
-    16: (Config(128, 64, 8, 2), Config(128, 64, 8, 2), Config(32, 128, 8, 2, 255)),
-    64: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 128, 8, 2)),
-    128: (Config(128, 64, 8, 2), Config(128, 32, 8, 2), Config(32, 128, 8, 2, 255)),
+    16: (Config(128, 64, 8, 3), Config(128, 64, 8, 3), Config(32, 128, 8, 3, 255)),
+    64: (Config(128, 64, 8, 3, 255), Config(128, 32, 8, 3), Config(32, 128, 8, 3)),
+    128: (Config(128, 64, 8, 3), Config(128, 32, 8, 3, 255), Config(32, 128, 8, 3, 255)),
     256: (Config(64, 32, 8, 2), Config(16, 32, 8, 2, 255), Config(16, 16, 8, 1, 255)),
 }
 AMPERE_CONFIGS = {
-    16: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
-    32: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
-    64: (Config(128, 32, 8, 2), Config(64, 32, 4, 1), Config(32, 64, 4, 1)),
-    128: (Config(64, 32, 4, 1), Config(64, 32, 8, 2), Config(32, 64, 8, 1)),
+    16: (Config(128, 32, 8, 3), Config(64, 32, 4, 3), Config(32, 64, 4, 3)),
+    32: (Config(128, 32, 8, 3), Config(64, 32, 4, 3), Config(32, 64, 4, 3)),
+    64: (Config(128, 32, 8, 3), Config(64, 32, 4, 3), Config(16, 64, 4, 2)),
+    128: (Config(64, 32, 4, 2), Config(64, 32, 8, 3), Config(32, 64, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
 }
 # float32 multiplies in float32 unless torch allows tf32, and three tf32 products need twice the registers.
 FLOAT_CONFIGS = {
-    16: (Config(32, 32, 4, 1, 255), Config(32, 16, 4, 1, 255), Config(16, 32, 4, 1)),
+    16: (Config(32, 32, 4, 1, 255), Config(32, 16, 4, 1, 255), Config(16, 32, 4, 1, 255)),
     32: (Config(32, 32, 4, 1, 255), Config(32, 16, 8, 1), Config(16, 32, 4, 1, 255)),
-    64: (Config(32, 32, 8, 1, 255), Config(32, 16, 4, 1), Config(16, 16, 4, 1, 255)),
-    128: (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 2, 255), Config(16, 16, 8, 1, 255)),
-    256: (Config(16, 16, 8, 2, 255), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
+    64: (Config(32, 32, 8, 1, 255), Config(32, 16, 4, 1, 255), Config(16, 16, 4, 1, 255)),
+    128: (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1), Config(16, 16, 8, 1, 255)),
+    256: (Config(16, 16, 8, 2, 255), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 BLACKWELL_FLOAT_CONFIGS = FLOAT_CONFIGS | {
-    16: (Config(32, 32, 8, 1), Config(32, 16, 4, 1), Config(16, 32, 4, 1)),
-    128: (Config(16, 16, 8, 1, 255), Config(32, 16, 4, 1), Config(16, 16, 8, 1, 255)),
+    16: (Config(32, 32, 8, 1), Config(32, 16, 4, 1, 255), Config(16, 32, 4, 1)),
+    64: (Config(32, 32, 8, 1, 255), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
+    256: (Config(16, 16, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 
 
@@ -58,7 +60,7 @@ def configs(dtype: torch.dtype, head_dim: int, device: torch.device) -> Configs:
 def untuned_configs(dtype: torch.dtype, width: int, device: torch.device) -> Configs:
     if triton_interprets():  # one operation at a time, however large
         return Configs(*HOPPER_CONFIGS[width])
-    major, _ = torch.cuda.get_device_capability(device)
+    major = capability(device)
     if dtype == torch.float32:
         return Configs(*(FLOAT_CONFIGS if major < 10 else BLACKWELL_FLOAT_CONFIGS)[width])
     table = AMPERE_CONFIGS if major < 9 else HOPPER_CONFIGS if major == 9 else BLACKWELL_CONFIGS
@@ -67,6 +69,23 @@ def untuned_configs(dtype: torch.dtype, width: int, device: torch.device) -> Con
 
 def block(size: int, smallest: int) -> int:
     return max(smallest, triton.next_power_of_2(size))
+
+
+def capability(device: torch.device) -> int:
+    """Its major number; Hopper's in the interpreter."""
+    return 9 if triton_interprets() else torch.cuda.get_device_capability(device)[0]
+
+
+def whole_classes(kernel: str, dtype: torch.dtype, head_dim: int, time: bool, position: bool, major: int) -> int:
+    """The last class whose tiles `kernel` takes whole, and not in halves: as registers allow."""
+    narrow, both = head_dim <= 64 and dtype != torch.float32, time and position
+    if kernel == "forward":
+        last = (FEW if both and major >= 10 else MANY) if narrow else UNIFORM if both else FEW
+    elif kernel == "dq":
+        last = SEVERAL if narrow and not both else UNIFORM
+    else:
+        last = UNIFORM if not narrow else FEW if both else MANY
+    return int(last.value)
 
 
 _KERNELS = {"forward": forward_kernel, "dq": backward_q_kernel, "dk dv": backward_kv_kernel}
@@ -84,8 +103,8 @@ def _case(name: str, dtype: str, head_dim: int, bias: str, config: Config, archi
         "POSITION_BUCKETS": position_buckets,
         "CHANNELS": channels,
         "RULES": True,
-        "TIME_STEPS": 1,
-        "POSITION_STEPS": 1,
+        "TIME_STEPS": 0,
+        "POSITION_STEPS": 0,
         "DOT": {"bf16": tl.bfloat16, "fp32": tl.float32}[dtype],
         "PRECISION": "ieee" if dtype == "fp32" else "tf32",
         "BLOCK_M": config.block_m,
@@ -93,23 +112,36 @@ def _case(name: str, dtype: str, head_dim: int, bias: str, config: Config, archi
         "BLOCK_D": head_dim,
         "BLOCK_C": 16,
         "PLAIN": dtype == "bf16",
+        "WHOLE": whole_classes(
+            name,
+            {"bf16": torch.bfloat16, "fp32": torch.float32}[dtype],
+            head_dim,
+            time_buckets > 0,
+            position_buckets > 0,
+            max(architectures) // 10,
+        ),
         "BLOCK_T": block(time_buckets, 16),
         "BLOCK_P": block(position_buckets, 16),
     }
     constexprs = {argument: value for argument, value in constexprs.items() if argument in kernel.arg_names}
     kinds = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_grad_out", "p_dq", "p_dk", "p_dv"), f"*{dtype}:16")
     kinds |= dict.fromkeys(("p_tiles", "p_time_cells", "p_position_cells"), "*i64:16")
-    kinds |= dict.fromkeys(("p_pairs", "p_q_time", "p_k_time", "p_time_thresholds", "p_position_thresholds"), "*i32:16")
+    kinds |= dict.fromkeys(("p_pairs", "p_position_thresholds"), "*i32:16")
     kinds |= {"scale": "fp32", "total_q": "i32"}
     signature = {
         argument: kinds.get(argument, "*fp32:16" if argument.startswith("p_") else "i32:16")
         for argument in kernel.arg_names
         if argument not in constexprs
     }
-    pairs = config.block_m * config.block_n
-    halved = {"few": name != "forward", "several": True, "general": name != "forward" or bool(bias)}
+    pairs, whole = config.block_m * config.block_n, constexprs["WHOLE"]
+    classes = (
+        {"few": FEW, **({"several": SEVERAL} if name == "dq" else {"many": MANY}), "general": GENERAL}
+        if bias
+        else {"general": GENERAL}
+    )
     loops = {"uniform": pairs} | {
-        loop: pairs // (1 + half) for loop, half in halved.items() if bias or loop == "general"
+        loop: pairs // (2 if last.value > whole and (bias or name != "forward") else 1)
+        for loop, last in classes.items()
     }
     where = {(80,): " ampere", (90,): " hopper", (100,): " blackwell"}.get(architectures, "")
     facts = {"name": " ".join(f"{name} {dtype} {head_dim} {bias}".split()) + where, "loops": loops}

@@ -12,20 +12,25 @@ import triton.language as tl
 
 from alure.kernels.attention.kernel_tiles import (
     ALL,
+    CELLS,
     ENDS,
     FEW,
     GENERAL,
     LN2,
     LOG2E,
+    MANY,
     MOST_PLAIN,
     PAIR,
     SEVERAL,
     TILE,
     UNIFORM,
-    add_bias,
+    is_above,
     load_rows,
     load_times,
+    pair_bias,
     places,
+    read_step,
+    read_value,
     store_rows,
     visible_keys,
 )
@@ -44,9 +49,11 @@ def forward_kernel(
     p_k_time,
     p_time_thresholds,
     p_time_cells,
+    p_time_values,
     p_time_table,
     p_position_thresholds,
     p_position_cells,
+    p_position_values,
     p_position_table,
     p_q_cyclic,
     p_k_cyclic,
@@ -74,6 +81,7 @@ def forward_kernel(
     BLOCK_D: tl.constexpr,
     BLOCK_C: tl.constexpr,
     PLAIN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     i_work = tl.program_id(0)
     i_head = tl.cast(i_work % HEADS, tl.int64)
@@ -113,9 +121,10 @@ def forward_kernel(
         stride_k,
         stride_v,
     )
-    time = (p_time_thresholds, p_time_cells, p_time_table + i_table * TIME_BUCKETS, TIME_BUCKETS)
-    p_position_row = p_position_table + i_table * POSITION_BUCKETS
-    position = (p_position_thresholds, p_position_cells, p_position_row, POSITION_BUCKETS)
+    p_time_row, p_position_row = p_time_table + i_table * TIME_BUCKETS, p_position_table + i_table * POSITION_BUCKETS
+    p_time_cell, p_position_cell = p_time_values + i_table * CELLS, p_position_values + i_table * CELLS
+    time = (p_time_thresholds, p_time_cells, p_time_cell, p_time_row, TIME_BUCKETS)
+    position = (p_position_thresholds, p_position_cells, p_position_cell, p_position_row, POSITION_BUCKETS)
     problem = (queries, keys, time, position, rules, p_pairs, p_tile + ENDS, scale)
 
     none = tl.zeros([BLOCK_M], tl.float32)
@@ -139,6 +148,7 @@ def forward_kernel(
         BLOCK_C,
         UNIFORM,
         PLAIN,
+        WHOLE,
     )
     if TIME_BUCKETS + POSITION_BUCKETS > 0:
         state = attend(  # loop: few
@@ -159,8 +169,9 @@ def forward_kernel(
             BLOCK_C,
             FEW,
             PLAIN,
+            WHOLE,
         )
-        state = attend(  # loop: several
+        state = attend(  # loop: many
             state,
             problem,
             HEAD_DIM,
@@ -176,8 +187,9 @@ def forward_kernel(
             BLOCK_N,
             BLOCK_D,
             BLOCK_C,
-            SEVERAL,
+            MANY,
             PLAIN,
+            WHOLE,
         )
     state = attend(  # loop: general
         state,
@@ -197,6 +209,7 @@ def forward_kernel(
         BLOCK_C,
         GENERAL,
         PLAIN,
+        WHOLE,
     )
     if PLAIN:
         _, _, total = state
@@ -220,6 +233,7 @@ def forward_kernel(
                 BLOCK_C,
                 ALL,
                 False,
+                WHOLE,
             )
     acc, maximum, total = state
 
@@ -250,6 +264,7 @@ def attend(
     BLOCK_C: tl.constexpr,
     KIND: tl.constexpr,
     PLAIN: tl.constexpr,
+    WHOLE: tl.constexpr,
 ):
     """The running (acc, maximum, total) after the pairs of one class; of all classes, in the way of GENERAL, if KIND is
     ALL. If PLAIN the maximum is not read, and stays.
@@ -259,34 +274,60 @@ def attend(
     acc, maximum, total = state
     b_q, b_qc, q_time, i = queries
     p_k, p_v, p_k_time, p_kc, stride_k, stride_v = keys
-    p_time_row, p_position_row = time[2], position[2]
     history, n_k = rules[3], rules[4]
-    BIASED: tl.constexpr = TIME_BUCKETS + POSITION_BUCKETS > 0
+    TIME: tl.constexpr = TIME_BUCKETS > 0
+    POSITION: tl.constexpr = POSITION_BUCKETS > 0
+    BIASED: tl.constexpr = TIME or POSITION
+    LOOKED: tl.constexpr = BIASED and CLASS >= MANY
+    EXACT: tl.constexpr = b_q.dtype == tl.float32
     MASK: tl.constexpr = CLASS == GENERAL
-    # comparisons take registers, and to compute again must not take more than the rest
-    PARTS: tl.constexpr = 1 if not BIASED or CLASS < SEVERAL else min(4 if KIND == ALL else 2, BLOCK_N // 16)
+    # to compute again must not take more registers than the rest
+    PARTS: tl.constexpr = 1 if not BIASED or CLASS <= WHOLE else min(4 if KIND == ALL else 2, BLOCK_N // 16)
     WIDTH: tl.constexpr = BLOCK_N // PARTS
     o_n = tl.arange(0, WIDTH)
     q_position = tl.minimum(i, history)
 
-    begin = tl.load(p_ends + (UNIFORM if KIND == ALL else CLASS))
+    begin = tl.load(p_ends + (UNIFORM if KIND == ALL else SEVERAL if CLASS == MANY else CLASS))
     end = tl.load(p_ends + (CLASS + 1 if BIASED or MASK else GENERAL))  # without a bias all but GENERAL are one loop
+    # What depends on a pair's record is read a pair ahead: loads that wait for loads are not pipelined.
+    p_pair = p_pairs + begin * PAIR
+    next_start = tl.load(p_pair)
+    if BIASED and CLASS == UNIFORM:
+        next_value = read_value(p_pair, time, position, TIME, POSITION)
+    if TIME and CLASS == FEW:
+        next_time_step = read_step(p_pair + 1, time)
+    if POSITION and CLASS == FEW:
+        next_position_step = read_step(p_pair + 3, position)
     for i_part in range(begin * PARTS, end * PARTS):
-        p_pair = p_pairs + i_part // PARTS * PAIR
-        start = tl.load(p_pair) + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        start = next_start + tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        p_pair = p_pairs + (i_part + 1) // PARTS * PAIR
+        next_start = tl.load(p_pair)
         m_n = start + o_n < n_k
         start_k = start.to(tl.int64)
+        k_time = o_n
+        if TIME and CLASS != UNIFORM:
+            k_time = load_times(p_k_time + start, o_n, m_n, MASK)
+        q_place, k_place = places(q_position, start, o_n, history, MASK and RULES)
+        if LOOKED and not EXACT:  # while the product is computed
+            bias = pair_bias(
+                q_time, k_time, q_place, k_place, time, position, end > begin,
+                TIME, POSITION, TIME_STEPS, POSITION_STEPS, False, True
+            )  # fmt: skip
         b_k = load_rows(p_k + start_k * stride_k, o_n, m_n, stride_k, HEAD_DIM, BLOCK_D, MASK).to(DOT)
         logits = tl.dot(b_q, tl.trans(b_k), input_precision=PRECISION)
         if CHANNELS > 0:
             b_kc = load_rows(p_kc + start_k * CHANNELS, o_n, m_n, CHANNELS, CHANNELS, BLOCK_C, MASK)
             logits = tl.dot(b_qc, tl.trans(b_kc), logits, input_precision=PRECISION)
+        if LOOKED and EXACT:  # products that take all registers
+            bias = pair_bias(
+                q_time, k_time, q_place, k_place, time, position, end > begin,
+                TIME, POSITION, TIME_STEPS, POSITION_STEPS, False, True
+            )  # fmt: skip
         if CLASS == UNIFORM:
             bias = 0.0
-            if TIME_BUCKETS > 0:
-                bias += tl.load(p_time_row + tl.load(p_pair + 1)) * LOG2E
-            if POSITION_BUCKETS > 0:
-                bias += tl.load(p_position_row + tl.load(p_pair + 3)) * LOG2E
+            if BIASED:
+                bias = next_value
+                next_value = read_value(p_pair, time, position, TIME, POSITION)
             if PLAIN:
                 weights = tl.exp2(logits * (scale * LOG2E) + bias)
             else:
@@ -295,18 +336,16 @@ def attend(
                 weights = tl.exp2(logits * (scale * LOG2E) + (bias - reference)[:, None])
         else:
             logits *= scale * LOG2E
-            if TIME_BUCKETS > 0:
-                k_time = load_times(p_k_time + start, o_n, m_n, MASK)
-                COUNT: tl.constexpr = 1 if CLASS == FEW else 3
-                first = tl.load(p_pair + 1)
-                logits = add_bias(logits, q_time[:, None], k_time[None, :], time, first, COUNT, TIME_STEPS, CLASS)
-            if POSITION_BUCKETS > 0:
-                q_place, k_place = places(q_position, start, o_n, history, MASK and RULES)
-                first = tl.load(p_pair + 3)
-                COUNT_P: tl.constexpr = 1 if CLASS == FEW else 2
-                logits = add_bias(
-                    logits, q_place[:, None], k_place[None, :], position, first, COUNT_P, POSITION_STEPS, CLASS
-                )
+            if LOOKED:
+                logits += bias
+            if TIME and CLASS == FEW:
+                threshold, low, high = next_time_step
+                next_time_step = read_step(p_pair + 1, time)
+                logits += tl.where(is_above(q_time[:, None], k_time[None, :], threshold), high, low)
+            if POSITION and CLASS == FEW:
+                threshold, low, high = next_position_step
+                next_position_step = read_step(p_pair + 3, position)
+                logits += tl.where(is_above(q_place[:, None], k_place[None, :], threshold), high, low)
             if MASK:
                 visible = visible_keys(i[:, None], (start + o_n)[None, :], rules, RULES)
                 logits = tl.where(visible, logits, float("-inf"))

@@ -19,9 +19,10 @@ from torch import Tensor
 from alure.kernels.attention.arguments import UNLIMITED, Batch
 from alure.kernels.jagged import segment_ids
 
-NUM_CLASSES, CELL_SHIFT = 4, 20  # as in kernel_tiles.py, which needs Triton
-FEW, SEVERAL = (1, 1), (3, 2)  # thresholds of (time, position) that the loops of these classes compare
-_SPAN = 1 << 30  # times that differ by less are kept as int32; 34 years
+NUM_CLASSES, CELL_SHIFT = 5, 20  # as in kernel_tiles.py, which needs Triton
+FEW, SEVERAL = (1, 1), (3, 2)  # the most thresholds of (time, position) that these classes cross
+# Times of a sequence that differ by less than this are kept as such numbers: 194 days, 34 years, any.
+_SPANS = {torch.float32: 1 << 24, torch.int32: 1 << 30, torch.int64: (1 << 63) - 1}
 _PADDING = 4  # thresholds beyond the last, which nothing reaches
 _NONE = torch.empty(0)
 
@@ -29,12 +30,12 @@ _NONE = torch.empty(0)
 class Plan(NamedTuple):
     """Tensors only, for it travels through an operator. Empty ones stand for an absent bias.
 
-    Tiles int64 [tiles, 15]: q_begin, n_q, k_begin, n_k, start, left, right, contexts, history, group and where in the
-    pairs each class ends, from the begin of the first on. Pairs int32 [pairs, 5]: start of the other tile, first and
-    last bucket of time, first and last bucket of position.
+    Tiles int64 [tiles, 16]: q_begin, n_q, k_begin, n_k, start, left, right, contexts, history, group and where in the
+    pairs each class ends, from the begin of the first on. Pairs int32 [pairs + 1, 5]: start of the other tile, first
+    and last bucket of time, first and last bucket of position; after the last, zeros, for loops that read ahead.
     """
 
-    q_time: Tensor  # [Tq] int32 seconds since the sequence's first event where all spans fit, else int64 as given
+    q_time: Tensor  # [Tq] seconds since the sequence's first event, float32 or int32 where all spans fit, else as given
     k_time: Tensor  # [Tk]
     time_thresholds: Tensor  # [buckets − 1 + padding], like the times
     time_cells: Tensor  # [4096] int64, see `_cells`
@@ -89,11 +90,11 @@ def make_plan(
     *totals, span, time_step, position_step = torch.stack(
         [*totals, (last - first).max() if len(first) else first.new_zeros(()), time_steps, position_steps]
     ).tolist()
-    narrow = span < _SPAN
+    time_dtype = next(dtype for dtype, most in _SPANS.items() if span < most)
     q_time, k_time = (batch.q_timestamps, batch.k_timestamps) if with_time else (time_thresholds, time_thresholds)
-    if with_time and narrow:
+    if with_time and time_dtype != torch.int64:
         q_time, k_time = (
-            (times - first[segment_ids(offsets, times.numel())]).to(torch.int32)
+            (times - first[segment_ids(offsets, times.numel())]).to(time_dtype)
             for times, offsets in ((q_time, batch.q_offsets), (k_time, batch.k_offsets))
         )
     tile_sizes = [size for tiling in tilings for size in tiling[:2]]
@@ -112,9 +113,9 @@ def make_plan(
     return Plan(
         q_time.contiguous(),
         k_time.contiguous(),
-        _padded(time_thresholds, narrow),
+        _padded(time_thresholds, time_dtype),
         time_cells,
-        _padded(position_thresholds, True),
+        _padded(position_thresholds, torch.int32),
         position_cells,
         torch.empty(Sizes(time_step, position_step, *tile_sizes, *[0] * (6 - len(tile_sizes))), device=device),
         *(part for tiling in tilings for part in made[tiling]),
@@ -156,11 +157,10 @@ def _bounds(batch: Batch) -> tuple[Tensor, Tensor]:
     return first.masked_fill(empty, 0), last.masked_fill(empty, 0)
 
 
-def _padded(thresholds: Tensor, narrow: bool) -> Tensor:
-    """Thresholds with padding; those beyond every difference are cut, so that int32 times less thresholds fit int32."""
+def _padded(thresholds: Tensor, dtype: torch.dtype) -> Tensor:
+    """Thresholds with padding; those beyond every difference are cut, so that a time less a threshold fits the type."""
     padding = thresholds.new_full((_PADDING,), torch.iinfo(torch.int64).max)
-    padded = torch.cat([thresholds, padding])
-    return padded.clamp(-_SPAN, _SPAN).to(torch.int32) if narrow else padded
+    return torch.cat([thresholds, padding]).clamp(-_SPANS[dtype], _SPANS[dtype]).to(dtype)
 
 
 def _cells(thresholds: Tensor) -> tuple[Tensor, Tensor]:
@@ -198,7 +198,7 @@ def _make_cells(thresholds: Tensor) -> tuple[Tensor, Tensor]:
     split = lowest < beyond
     steps = torch.zeros(number + 1, dtype=torch.int64, device=device)
     steps.index_put_((torch.where(splits, at, number),), torch.ones_like(index), accumulate=True)
-    inner = thresholds[lowest.clamp(max=beyond - 1)].clamp(-_SPAN, _SPAN)
+    inner = thresholds[lowest.clamp(max=beyond - 1)].clamp(-_SPANS[torch.int32], _SPANS[torch.int32])
     inner = torch.where(split, inner, 2**31 - 1) & 0xFFFFFFFF
     return (torch.where(split, lowest, bucket) << 32) | inner, steps[:number].amax()
 
@@ -235,7 +235,8 @@ def _lists(
     kind, buckets = _classify(sequences[of_pair], rows, columns, tiling, times, time_thresholds, position_thresholds)
     key = tile * (NUM_CLASSES + 1) + kind
     key, order = torch.sort(key, stable=True)
-    fields = torch.stack([other_start, *buckets], dim=1).to(torch.int32)[order].contiguous()
+    fields = torch.stack([other_start, *buckets], dim=1).to(torch.int32)[order]
+    fields = torch.cat([fields, fields.new_zeros(1, fields.shape[1])])
     ends = torch.arange(tiles[1], device=device)[:, None] * (NUM_CLASSES + 1) + torch.arange(
         NUM_CLASSES + 1, device=device
     )
@@ -303,7 +304,7 @@ def _classify(
             torch.bucketize(x, position_thresholds, right=True) for x in (nearest, farthest)
         )
     crossed = (time_last - time_first, position_last - position_first)
-    kind = torch.full_like(row, 3)
+    kind = torch.where(whole, 3, 4)
     for number, limits in ((2, SEVERAL), (1, FEW), (0, (0, 0))):
         kind = torch.where(whole & (crossed[0] <= limits[0]) & (crossed[1] <= limits[1]), number, kind)
     kind = torch.where(seen, kind, NUM_CLASSES)

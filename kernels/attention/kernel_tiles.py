@@ -12,18 +12,20 @@ LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 MOST_PLAIN = tl.constexpr(2.0**48)  # that plain weights of a query may add up to, and the inverse of the least
 
-# The classes of pairs of tiles; each has a loop of its own, because a loop with a branch in it is not pipelined.
+# The classes of pairs of tiles; each has a loop of its own, because products and loads in a branch are not pipelined.
 UNIFORM = tl.constexpr(0)  # one bucket of each bias, so one scalar; every pair is seen
 FEW = tl.constexpr(1)  # at most 1 threshold of each bias is crossed: compared; every pair is seen
-SEVERAL = tl.constexpr(2)  # at most 3 thresholds of time and 2 of position: compared; every pair is seen
-GENERAL = tl.constexpr(3)  # any number of thresholds: looked up; some pairs may be hidden
-ALL = tl.constexpr(4)  # pairs of any class, in the way of GENERAL
+SEVERAL = tl.constexpr(2)  # at most 3 thresholds of time and 2 of position: sums of buckets by comparing, else as MANY
+MANY = tl.constexpr(3)  # any number of thresholds: looked up; every pair is seen
+GENERAL = tl.constexpr(4)  # any number of thresholds: looked up; some pairs may be hidden
+ALL = tl.constexpr(5)  # pairs of any class, in the way of GENERAL
 
-TILE = tl.constexpr(15)  # q_begin, n_q, k_begin, n_k, start, left, right, contexts, history, group, ends of the classes
+TILE = tl.constexpr(16)  # q_begin, n_q, k_begin, n_k, start, left, right, contexts, history, group, ends of the classes
 ENDS = tl.constexpr(10)
 PAIR = tl.constexpr(5)  # start of the other tile, first and last bucket of time, first and last bucket of position
 UNLIMITED = tl.constexpr(1 << 30)
 CELL_SHIFT = tl.constexpr(20)  # bits of a float32 that do not tell cells apart: 8 cells an octave
+CELLS = tl.constexpr(4096)
 
 
 @triton.jit
@@ -70,7 +72,9 @@ def places(i, start, o_row, history, TARGETS: tl.constexpr):
 
 @triton.jit
 def is_above(query, key, threshold):
-    """query − key >= threshold. Times and thresholds that are int32 are below 2**30, so query − threshold fits."""
+    """query − key >= threshold. Where times are below 2³⁰ as int32, query − threshold fits; below 2²⁴ as float32, too:
+    it is rounded where it is beyond all keys.
+    """
     if query.dtype == tl.int64:
         return query - key >= threshold
     else:
@@ -78,30 +82,66 @@ def is_above(query, key, threshold):
 
 
 @triton.jit
-def add_bias(logits, query, key, bias, first, COUNT: tl.constexpr, STEPS: tl.constexpr, KIND: tl.constexpr):
-    """logits + log2(e)·row[bucket(query − key)], where `first` is the lowest bucket of the tile.
-
-    COUNT thresholds are compared; those after the last bucket are above all differences in the tile.
-    """
-    p_thresholds, p_cells, p_row, buckets = bias
-    if KIND == GENERAL:
-        return logits + tl.load(p_row + look_up(query - key, p_thresholds, p_cells, STEPS)) * LOG2E
-    else:
-        value = tl.load(p_row + first) * LOG2E
-        for step in tl.static_range(COUNT):
-            above = is_above(query, key, tl.load(p_thresholds + first + step))
-            value = tl.where(above, tl.load(p_row + tl.minimum(first + step + 1, buckets - 1)) * LOG2E, value)
-        return logits + value
+def read_value(p_pair, time, position, TIME: tl.constexpr, POSITION: tl.constexpr):
+    """log2(e)·bias of a UNIFORM pair of tiles."""
+    value = 0.0
+    if TIME:
+        value += tl.load(time[3] + tl.load(p_pair + 1)) * LOG2E
+    if POSITION:
+        value += tl.load(position[3] + tl.load(p_pair + 3)) * LOG2E
+    return value
 
 
 @triton.jit
-def look_up(delta, p_thresholds, p_cells, STEPS: tl.constexpr):
-    """The bucket of delta: the bucket in which its cell begins, and up to STEPS thresholds within the cell.
+def read_step(p_first, bias):
+    """(threshold, log2(e)·bias below it, at and above it) of a FEW pair of tiles whose lowest bucket is at p_first.
 
-    A cell holds all integers whose float32 has the same upper bits. The conversion never decreases, so the integers
-    of a cell are consecutive.
+    The threshold after the last bucket is above all differences in the tile.
     """
-    entry = tl.load(p_cells + (delta.to(tl.float32).to(tl.uint32, bitcast=True) >> CELL_SHIFT))
+    p_thresholds, _, _, p_row, buckets = bias
+    first = tl.load(p_first)
+    low, high = tl.load(p_row + first), tl.load(p_row + tl.minimum(first + 1, buckets - 1))
+    return tl.load(p_thresholds + first), low * LOG2E, high * LOG2E
+
+
+@triton.jit
+def cell_values_kernel(
+    p_time_table,
+    p_time_cells,
+    p_time_values,
+    p_position_table,
+    p_position_cells,
+    p_position_values,
+    TIME_BUCKETS: tl.constexpr,
+    POSITION_BUCKETS: tl.constexpr,
+):
+    """values [tables, CELLS]: log2(e)·table [tables, buckets] at the bucket where a cell begins. Grid: (tables, 2)."""
+    i_table = tl.program_id(0).to(tl.int64)
+    o_cell = tl.arange(0, CELLS)
+    if tl.program_id(1) == 0:
+        if TIME_BUCKETS > 0:
+            bucket = tl.load(p_time_cells + o_cell) >> 32
+            value = tl.load(p_time_table + i_table * TIME_BUCKETS + bucket) * LOG2E
+            tl.store(p_time_values + i_table * CELLS + o_cell, value)
+    elif POSITION_BUCKETS > 0:
+        bucket = tl.load(p_position_cells + o_cell) >> 32
+        value = tl.load(p_position_table + i_table * POSITION_BUCKETS + bucket) * LOG2E
+        tl.store(p_position_values + i_table * CELLS + o_cell, value)
+
+
+@triton.jit
+def look_up(delta, bias, STEPS: tl.constexpr):
+    """log2(e)·row[bucket(delta)], delta an integer of any type or a float32 that is one.
+
+    A cell holds all integers whose float32 has the same upper bits. The conversion never decreases, so the integers of
+    a cell are consecutive. Where no cell is split by a threshold its value is known; else the bucket is the one in
+    which the cell begins, and up to STEPS thresholds within the cell.
+    """
+    p_thresholds, p_cells, p_values, p_row, _ = bias
+    cell = (delta.to(tl.float32).to(tl.uint32, bitcast=True) >> CELL_SHIFT).to(tl.int32)
+    if STEPS == 0:
+        return tl.load(p_values + cell)
+    entry = tl.load(p_cells + cell)
     bucket = (entry >> 32).to(tl.int32)
     if delta.dtype == tl.int32:  # the first threshold within the cell is in the entry
         bucket += (delta >= entry.to(tl.int32)).to(tl.int32)
@@ -110,7 +150,44 @@ def look_up(delta, p_thresholds, p_cells, STEPS: tl.constexpr):
     else:
         for _ in range(STEPS):
             bucket += (delta >= tl.load(p_thresholds + bucket)).to(tl.int32)
-    return bucket
+    return tl.load(p_row + bucket) * LOG2E
+
+
+@triton.jit
+def pair_bias(
+    q_time,
+    k_time,
+    q_place,
+    k_place,
+    time,
+    position,
+    always,
+    TIME: tl.constexpr,
+    POSITION: tl.constexpr,
+    TIME_STEPS: tl.constexpr,
+    POSITION_STEPS: tl.constexpr,
+    BY_KEYS: tl.constexpr,
+    TURN: tl.constexpr,
+):
+    """log2(e)·bias of a tile, [queries, keys] or, BY_KEYS, [keys, queries]; TURN: looked up the other way and turned.
+
+    `always` is a condition that holds. What is read outside a branch and ends in a product is staged through shared
+    memory, and takes a stage of those by which keys and values are ahead.
+    """
+    ROWS: tl.constexpr = k_time.shape[0] if BY_KEYS else q_time.shape[0]
+    COLUMNS: tl.constexpr = q_time.shape[0] if BY_KEYS else k_time.shape[0]
+    bias = tl.zeros([ROWS, COLUMNS], tl.float32)
+    if always:
+        if TIME:
+            elapsed = q_time[:, None] - k_time[None, :] if BY_KEYS == TURN else q_time[None, :] - k_time[:, None]
+            found = look_up(elapsed, time, TIME_STEPS)
+        if POSITION:
+            i, j = q_place.to(tl.float32), k_place.to(tl.float32)  # their difference is exact, and no conversion
+            distance = i[:, None] - j[None, :] if BY_KEYS == TURN else i[None, :] - j[:, None]
+            more = look_up(distance, position, POSITION_STEPS)
+            found = found + more if TIME else more
+        bias = tl.trans(found) if TURN else found
+    return bias
 
 
 @triton.jit
@@ -121,7 +198,7 @@ def add_sums(
     p_thresholds = bias[0]
     o_b = tl.arange(0, BLOCK)
     rest = total  # of the buckets from `bucket` up
-    if KIND == GENERAL:
+    if KIND >= MANY:
         delta = query - key
         for bucket in range(first, last):
             above = tl.sum(tl.where(delta >= tl.load(p_thresholds + bucket), d_logits, 0.0))

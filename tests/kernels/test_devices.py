@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from support.attention import random_problem
+from support.attention import DAY, random_problem
 from support.encoding import random_problem as random_encoding
 from support.tolerance import require
 from torch import Tensor
@@ -21,9 +21,9 @@ MODULES = [
     "alure.kernels.encoding.kernel_backward",
 ]
 KERNELS = {
-    "forward_kernel", "backward_q_kernel", "backward_kv_kernel", "encode_events_kernel", "time_features_kernel",
-    "weight_gradient_kernel", "sum_runs_kernel", "join_runs_kernel", "dot_linear_kernel", "activate_kernel",
-    "normalize_kernel", "grouped_topk_kernel", "quantize_level_kernel",
+    "cell_values_kernel", "forward_kernel", "backward_q_kernel", "backward_kv_kernel", "encode_events_kernel",
+    "time_features_kernel", "weight_gradient_kernel", "sum_runs_kernel", "join_runs_kernel", "dot_linear_kernel",
+    "activate_kernel", "normalize_kernel", "grouped_topk_kernel", "quantize_level_kernel",
 }  # fmt: skip
 Launches = dict[str, set[tuple[str, ...]]]  # of every kernel, the kinds of its arguments
 
@@ -79,7 +79,7 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Launches:
 
 def run_all(size: int) -> None:
     """Every kernel, of a batch of so many rows."""
-    problem = random_problem([size], head_dim=8).to(torch.float32)
+    problem = random_problem([size], head_dim=8, span=100 * DAY).to(torch.float32)
     torch.autograd.grad(problem.run("triton").sum(), problem.leaves())
     encoding = random_encoding([size], d_e=8, width=16, d_dense=16).to(torch.float32)
     torch.autograd.grad(encoding.run("triton").sum(), list(encoding.leaves().values()))
