@@ -1,4 +1,5 @@
-"""Triton: one program per (list, block of the queries that probe it), its k best keys kept on chip.
+"""Triton: one program per (list, block of the queries that probe it), its k best keys kept on chip; see
+kernel_nominate.py for all but the nearest lists.
 
     queries [nq, d] float32 · database [nb, d] float32, lists side by side · out [slots, K] int64 keys (scores.py)
 
@@ -8,6 +9,7 @@ their K-th keys are where the others start. The programs' results meet in one to
 are scored exactly.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -16,12 +18,17 @@ import triton.language as tl
 from torch import Tensor
 
 from alure.kernels.backend import on_device
+from alure.kernels.neighbors.kernel_nominate import AHEAD_OF_TIME as NOMINATE_AHEAD_OF_TIME
+from alure.kernels.neighbors.kernel_nominate import Bounds, nominate, nominates
+from alure.kernels.neighbors.pairs import pair_blocks
 from alure.kernels.neighbors.scores import MISSING, Search, decode, encode, exact_scores
 
 SIZES = (2, 16, 64, 256)  # K: how many keys a query may keep; those of BLOCK_M queries live in registers
 BLOCK_N = 64
 NUM_WARPS = 8  # 4 spill on sm_90
 SLOT_BYTES = 1 << 28  # keys written by one launch before they are merged
+NEAREST = 2  # lists of a query that are searched before rows of the others are nominated
+NOMINATE_AT_ONCE = 1 << 16  # queries
 
 _MISSING = tl.constexpr(MISSING)
 _NOTHING_BETTER = tl.constexpr(torch.iinfo(torch.int64).max)
@@ -103,7 +110,7 @@ def _aot_case(keep: int) -> tuple[Any, ...]:
     return grouped_topk_kernel, signature, {"FACTOR": 1, **tile}, {"num_warps": NUM_WARPS}, facts
 
 
-AHEAD_OF_TIME = [_aot_case(keep) for keep in SIZES]
+AHEAD_OF_TIME = [*(_aot_case(keep) for keep in SIZES), *NOMINATE_AHEAD_OF_TIME]
 
 
 def _size(keep: int, problem: str) -> int:
@@ -113,18 +120,48 @@ def _size(keep: int, problem: str) -> int:
 
 
 def search(task: Search) -> Tensor:
-    """The k best keys of every query, best first, [nq, k] int64 (MISSING where fewer were found)."""
+    """The k best keys of every query, best first, [nq, k] int64 (MISSING where fewer were found).
+
+    The nearest lists are searched by the kernel here, the others by the one that nominates: of a query whose k-th best
+    is known few rows of those pass. Where that does not serve, all are searched by this one.
+    """
     # One more than asked: a swap by rounding at the boundary is put right.
     keep = _size(task.k + 1, f"k: backend 'triton' keeps at most {SIZES[-1] - 1} neighbours, got {task.k}")
-    kept = _search_approximately(task, keep)
-    rank = decode(kept)[1]
     row_of_rank = torch.empty_like(task.rank)
     row_of_rank[task.rank] = torch.arange(task.rank.numel(), device=task.rank.device)
-    query, place = (rank >= 0).nonzero(as_tuple=True)
-    rank = rank[query, place]
-    exact = exact_scores(task.queries, query, task.database, row_of_rank[rank], task.metric)
-    kept[query, place] = encode(exact, rank)
-    return kept.sort(dim=1, descending=True).values[:, : task.k]
+
+    def exact(keys: Tensor, part: slice | Tensor) -> Tensor:
+        """The k best of keys [n, m] of the queries `part`, by their exact scores."""
+        rank = decode(keys)[1]
+        query, place = (rank >= 0).nonzero(as_tuple=True)
+        rank = rank[query, place]
+        scores = exact_scores(task.queries[part], query, task.database, row_of_rank[rank], task.metric)
+        keys = keys.clone()
+        keys[query, place] = encode(scores, rank)
+        return keys.topk(task.k, dim=1).values
+
+    nprobe = task.probes.shape[1]
+    nearest = min(NEAREST, nprobe) if nominates(task.queries.shape[1]) else nprobe
+    best = exact(_search_approximately(task, keep, nearest), slice(None))
+    if nearest == nprobe:
+        return best
+    bounds = Bounds(task)
+    for start in range(0, best.shape[0], NOMINATE_AT_ONCE):
+        part = slice(start, start + NOMINATE_AT_ONCE)
+        rows, again = nominate(task, bounds, part, task.probes[part, nearest:], best[part], task.k)
+        nominated = encode(torch.zeros((), device=rows.device), task.rank[rows.clamp(min=0)])
+        nominated = torch.where(rows >= 0, nominated, MISSING)
+        best[part] = exact(torch.cat([best[part], nominated], dim=1), part)
+        if len(again):
+            rest = _subset(task, start + again)
+            best[start + again] = exact(_search_approximately(rest, keep, nprobe), start + again)
+    return best
+
+
+def _subset(task: Search, i_query: Tensor) -> Search:
+    return replace(
+        task, queries=task.queries[i_query], probes=task.probes[i_query], exclude_row=task.exclude_row[i_query]
+    )
 
 
 def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tensor, Tensor]:
@@ -137,14 +174,16 @@ def assign(x: Tensor, centroids: Tensor, nprobe: int, metric: str) -> tuple[Tens
         probes=torch.zeros((x.shape[0], 1), dtype=torch.int64, device=device),
         rank=torch.arange(count, device=device), exclude_row=none, k=nprobe, metric=metric,
     )  # fmt: skip
-    scores, index = decode(_search_approximately(task, keep)[:, :nprobe])
+    scores, index = decode(_search_approximately(task, keep, 1)[:, :nprobe])
     if metric == "l2":
         scores = (x.square().sum(dim=1, keepdim=True) - scores).clamp_(min=0)
     return scores, index
 
 
-def _search_approximately(task: Search, keep: int) -> Tensor:
-    """The `keep` best keys of every query by the kernel's own scores, [nq, keep]; in l2 they are |q|² − |q − x|²."""
+def _search_approximately(task: Search, keep: int, nprobe: int) -> Tensor:
+    """The `keep` best keys of every query in its first `nprobe` lists by the kernel's own scores, best first,
+    [nq, keep]; in l2 they are |q|² − |q − x|².
+    """
     device = task.queries.device
     best = torch.full((task.queries.shape[0], keep), MISSING, dtype=torch.int64, device=device)
     if task.database.shape[0] == 0:
@@ -153,7 +192,6 @@ def _search_approximately(task: Search, keep: int) -> Tensor:
         bias = torch.zeros(task.database.shape[0], device=device)
     else:
         bias = -task.database.square().sum(dim=1)
-    nprobe = task.probes.shape[1]
     queries_at_once = max(1, SLOT_BYTES // (8 * keep * max(1, nprobe)))
     for start in range(0, task.queries.shape[0], queries_at_once):
         part = slice(start, start + queries_at_once)
@@ -168,25 +206,16 @@ def _launch(task: Search, bias: Tensor, part: slice, probes: Tensor, best: Tenso
     """Search the given probes of the queries in `part`; [queries, probes · K] keys that beat `best`'s last."""
     device, keep = probes.device, best.shape[1]
     num_queries, width = probes.shape
-    nlist = task.list_offsets.numel() - 1
-    slots = probes.reshape(-1).argsort(stable=True)  # (query, probe) pairs by list; the −1s come first
-    counts = torch.bincount(probes.reshape(-1) + 1, minlength=nlist + 1)
-    pair_begin = counts.cumsum(0) - counts
     tile = _tile(keep)
-    block_m = tile["BLOCK_M"]
-    blocks = (counts[1:] + block_m - 1) // block_m
-    block_list = torch.repeat_interleave(torch.arange(nlist, device=device), blocks)
-    within = torch.arange(block_list.numel(), device=device) - (blocks.cumsum(0) - blocks)[block_list]
-    block_first = pair_begin[1:][block_list] + within * block_m
-    block_last = (pair_begin + counts)[1:][block_list]
+    blocks = pair_blocks(task.list_offsets, probes, tile["BLOCK_M"])
     out = torch.full((num_queries, width * keep), MISSING, dtype=torch.int64, device=device)
-    if block_list.numel() == 0:
+    if len(blocks.list) == 0:
         return out
     queries = task.queries[part]
     with on_device(queries):
-        grouped_topk_kernel[(block_list.numel(),)](
+        grouped_topk_kernel[(len(blocks.list),)](
             queries, task.database, bias, task.rank, task.list_offsets,
-            slots // width, slots, block_list, block_first, block_last,
+            blocks.order // width, blocks.order, blocks.list, blocks.first, blocks.last,
             best[:, -1].contiguous(), task.exclude_row[part], out, queries.shape[1],
             FACTOR=1 if task.metric == "ip" else 2, **tile, num_warps=NUM_WARPS,
         )  # fmt: skip

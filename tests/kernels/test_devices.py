@@ -19,11 +19,12 @@ from alure.kernels.backend import on_device
 MODULES = [
     *(f"alure.kernels.{name}.kernel" for name in ("attention", "compression", "encoding", "neighbors", "quantization")),
     "alure.kernels.encoding.kernel_backward",
+    "alure.kernels.neighbors.kernel_nominate",
 ]
 KERNELS = {
     "cell_values_kernel", "forward_kernel", "backward_q_kernel", "backward_kv_kernel", "encode_events_kernel",
     "time_features_kernel", "weight_gradient_kernel", "sum_runs_kernel", "join_runs_kernel", "dot_linear_kernel",
-    "activate_kernel", "normalize_kernel", "grouped_topk_kernel", "quantize_level_kernel",
+    "activate_kernel", "normalize_kernel", "grouped_topk_kernel", "nominate_kernel", "quantize_level_kernel",
 }  # fmt: skip
 Launches = dict[str, set[tuple[str, ...]]]  # of every kernel, the kinds of its arguments
 
@@ -88,7 +89,8 @@ def run_all(size: int) -> None:
     compress(x, compression, backend="triton")
     compress_int8(x, compression, backend="triton")
     rows = x[:, 0].contiguous()
-    grouped_topk(rows, rows, torch.tensor([0, size]), torch.zeros(size, 1, dtype=torch.int64), 1, backend="triton")
+    offsets, probes = torch.tensor([0, size - 1, size, size]), torch.tensor([[0, 2, 1]]).expand(size, 3)
+    grouped_topk(rows, rows, offsets, probes, 1, backend="triton")
     residual_quantize(rows, books, backend="triton")
 
 
