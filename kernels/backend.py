@@ -7,6 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 import torch
 from torch import Tensor
 
+HOPPER = 9
 BACKENDS = ("auto", "triton", "native", "reference", "cupy")
 
 
@@ -43,6 +44,11 @@ def triton_interprets() -> bool:
 def on_device(x: Tensor) -> AbstractContextManager[object]:
     """The block's Triton kernels run on the GPU of `x`: they are launched on the current one, wherever tensors are."""
     return torch.cuda.device(x.device) if x.is_cuda else nullcontext()
+
+
+def capability(device: torch.device) -> int:
+    """The major number of a GPU's compute capability, by which tiles are chosen; Hopper's in the interpreter."""
+    return HOPPER if triton_interprets() else torch.cuda.get_device_capability(device)[0]
 
 
 def resolve_backend(backend: str, device: torch.device, supported: Sequence[str]) -> str:

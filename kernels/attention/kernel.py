@@ -25,14 +25,13 @@ from alure.kernels.attention.kernel_configs import (
     AHEAD_OF_TIME,
     AHEAD_OF_TIME_SLOW,
     block,
-    capability,
     configs,
     whole_classes,
 )
 from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.attention.kernel_plan import Plan, Sizes, Tiling, make_plan
 from alure.kernels.attention.kernel_tiles import CELLS, cell_values_kernel
-from alure.kernels.backend import on_device, triton_interprets
+from alure.kernels.backend import capability, on_device, triton_interprets
 
 __all__ = ["AHEAD_OF_TIME", "AHEAD_OF_TIME_SLOW", "backward", "forward", "prepare"]
 

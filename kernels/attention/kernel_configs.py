@@ -12,7 +12,7 @@ from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward
 from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.attention.kernel_tiles import FEW, GENERAL, MANY, SEVERAL, UNIFORM
 from alure.kernels.attention.tuned import Config, Configs, tuned
-from alure.kernels.backend import triton_interprets
+from alure.kernels.backend import HOPPER, capability, triton_interprets
 
 # By padded head_dim: (forward, dq, dk and dv). From sm_90 on tiles of 128 rows feed two groups of four warps.
 HOPPER_CONFIGS = {
@@ -62,8 +62,8 @@ def untuned_configs(dtype: torch.dtype, width: int, device: torch.device) -> Con
         return Configs(*HOPPER_CONFIGS[width])
     major = capability(device)
     if dtype == torch.float32:
-        return Configs(*(FLOAT_CONFIGS if major < 10 else BLACKWELL_FLOAT_CONFIGS)[width])
-    table = AMPERE_CONFIGS if major < 9 else HOPPER_CONFIGS if major == 9 else BLACKWELL_CONFIGS
+        return Configs(*(FLOAT_CONFIGS if major <= HOPPER else BLACKWELL_FLOAT_CONFIGS)[width])
+    table = AMPERE_CONFIGS if major < HOPPER else HOPPER_CONFIGS if major == HOPPER else BLACKWELL_CONFIGS
     return Configs(*table[width])
 
 
@@ -71,16 +71,11 @@ def block(size: int, smallest: int) -> int:
     return max(smallest, triton.next_power_of_2(size))
 
 
-def capability(device: torch.device) -> int:
-    """Its major number; Hopper's in the interpreter."""
-    return 9 if triton_interprets() else torch.cuda.get_device_capability(device)[0]
-
-
 def whole_classes(kernel: str, dtype: torch.dtype, head_dim: int, time: bool, position: bool, major: int) -> int:
     """The last class whose tiles `kernel` takes whole, and not in halves: as registers allow."""
     narrow, both = head_dim <= 64 and dtype != torch.float32, time and position
     if kernel == "forward":
-        last = (FEW if both and major >= 10 else MANY) if narrow else UNIFORM if both else FEW
+        last = (FEW if both and major > HOPPER else MANY) if narrow else UNIFORM if both else FEW
     elif kernel == "dq":
         last = SEVERAL if narrow and not both else UNIFORM
     else:

@@ -13,13 +13,12 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alure.kernels.backend import on_device
+from alure.kernels.backend import HOPPER, capability, on_device
 from alure.kernels.encoding import kernel_backward
 from alure.kernels.encoding.arguments import EventColumns, EventEncoder
 from alure.kernels.encoding.kernel_features import cycle, decay, octave
 from alure.kernels.jagged import segment_ids
 
-BLOCK_T = 32
 MAX_BLOCK_D = 128
 MAX_BLOCK_K = {2: 64, 4: 32}  # by bytes of the table's dtype; larger tiles of float32 spill
 
@@ -128,8 +127,9 @@ def encode_events(table: Tensor, events: EventColumns, encoder: EventEncoder) ->
         encoder.time_weight, encoder.bias, encoder.position_table, encoder.frequency_table, encoder.periods,
         encoder.phases,
     )  # fmt: skip
+    tiles = _tiles(d_e, d_dense, width, table.dtype, capability(table.device))
     with on_device(table):
-        encode_events_kernel[(triton.cdiv(total, BLOCK_T), triton.cdiv(width, _block(width, MAX_BLOCK_D)))](
+        encode_events_kernel[(triton.cdiv(total, tiles["BLOCK_T"]), triton.cdiv(width, tiles["BLOCK_D"]))](
             *(None if x is None else x.contiguous() for x in pointers),
             total,
             encoder.tau,
@@ -137,25 +137,29 @@ def encode_events(table: Tensor, events: EventColumns, encoder: EventEncoder) ->
             A=attributes,
             P=encoder.periods.numel(),
             F=min(encoder.frequency_table.shape[0], 63),  # counts are below 2^62
-            **_tiles(d_e, d_dense, width, table.dtype),
+            **tiles,
         )
     return out
 
 
-def _tiles(d_e: int, d_dense: int, width: int, dtype: torch.dtype) -> dict:
-    """Tile sizes, and what matrix products read: the interpreter's bfloat16 products are wrong, so float32 there."""
+def _tiles(d_e: int, d_dense: int, width: int, dtype: torch.dtype, major: int) -> dict:
+    """Tile sizes, and what matrix products read: the interpreter's bfloat16 products are wrong, so float32 there.
+
+    Hopper multiplies 64 rows at a time, with half of the instructions a value or less; elsewhere so many spill.
+    """
     native = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
     block_d, longest = _block(width, MAX_BLOCK_D), MAX_BLOCK_K[dtype.itemsize]
+    few_warps = block_d <= 64 or (major == HOPPER and dtype.itemsize == 2)
     return {
         "D_E": d_e,
         "D_DENSE": d_dense,
         "D": width,
-        "BLOCK_T": BLOCK_T,
+        "BLOCK_T": 64 if major == HOPPER else 32,
         "BLOCK_E": _block(d_e, longest),
         "BLOCK_K": _block(d_dense, longest),
         "BLOCK_D": block_d,
         "DOT": tl.float32 if triton.knobs.runtime.interpret else native,
-        "num_warps": 8 if block_d > 64 else 4,
+        "num_warps": 4 if few_warps else 8,
     }
 
 
@@ -164,14 +168,17 @@ def _block(size: int, largest: int) -> int:
     return max(16, min(largest, triton.next_power_of_2(max(size, 1))))
 
 
-def _case(attributes: int, d_e: int, width: int, d_dense: int, dtype: torch.dtype) -> tuple:
+def _case(
+    attributes: int, d_e: int, width: int, d_dense: int, dtype: torch.dtype, architectures: tuple[int, ...]
+) -> tuple:
     """A shipped shape; those with dense features have the other optional columns too."""
     kind = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}[dtype]
     floats = ("out", "table", "id_weight", "time_weight", "bias", "position_table", "frequency_table")
     integers = ("ids", "sequence", "offsets", "times", "reference_times", "periods")
     signature = {f"p_{name}": f"*{kind}:16" for name in floats} | {f"p_{name}": "*i64:16" for name in integers}
     signature |= {"p_phases": "*fp32:16", "total": "i32", "tau": "fp32", "num_positions": "i32"}
-    constexprs = {"A": attributes, "P": 6, "F": 16, **_tiles(d_e, d_dense, width, dtype)}
+    tiles = _tiles(d_e, d_dense, width, dtype, architectures[0] // 10)
+    constexprs = {"A": attributes, "P": 6, "F": 16, **tiles}
     options = {"num_warps": constexprs.pop("num_warps")}
     if d_dense:
         signature |= {"p_dense": "*fp32:16", "p_dense_weight": f"*{kind}:16"}
@@ -180,17 +187,21 @@ def _case(attributes: int, d_e: int, width: int, d_dense: int, dtype: torch.dtyp
         constexprs |= {"p_dense": None, "p_dense_weight": None, "p_counts": None, "p_utc_offsets": None}
     loops = ("attributes", "dense") if d_dense else ("attributes",)
     facts = {
-        "name": f"forward {kind} {attributes}x{d_e} {d_dense} {width}",
-        "loops": dict.fromkeys(loops, BLOCK_T * constexprs["BLOCK_D"]),
+        "name": f"forward {kind} {attributes}x{d_e} {d_dense} {width}" + " hopper" * (90 in architectures),
+        "loops": dict.fromkeys(loops, tiles["BLOCK_T"] * tiles["BLOCK_D"]),
+        "architectures": architectures,
     }
     return encode_events_kernel, signature, constexprs, options, facts
 
 
+_SHAPES = (
+    (3, 32, 64, 0, torch.float32),
+    (4, 32, 64, 64, torch.float16),
+    (4, 64, 192, 384, torch.bfloat16),
+    (8, 128, 512, 768, torch.bfloat16),
+    (8, 100, 100, 50, torch.float32),
+)
 AHEAD_OF_TIME = [
-    _case(3, 32, 64, 0, torch.float32),
-    _case(4, 32, 64, 64, torch.float16),
-    _case(4, 64, 192, 384, torch.bfloat16),
-    _case(8, 128, 512, 768, torch.bfloat16),
-    _case(8, 100, 100, 50, torch.float32),
+    *(_case(*shape, architectures) for shape in _SHAPES for architectures in ((90,), (80, 100))),
     *kernel_backward.AHEAD_OF_TIME,
 ]
