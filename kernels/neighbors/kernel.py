@@ -3,7 +3,7 @@ kernel_nominate.py for all but the nearest lists.
 
     queries [nq, d] float32 · database [nb, d] float32, lists side by side · out [slots, K] int64 keys (scores.py)
 
-A program scores BLOCK_M queries against its list, BLOCK_N rows at a time (tl.dot in full float32), turns scores into
+A program scores BLOCK_M queries against its list, BLOCK_N rows at a time (tl.dot in float32), turns scores into
 sortable keys and merges a tile into its K best only where some key beats the query's K-th. The nearest lists go first;
 their K-th keys are where the others start. The programs' results meet in one torch.topk over keys, and the survivors
 are scored exactly.
@@ -17,7 +17,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from alure.kernels.backend import on_device
+from alure.kernels.backend import HOPPER, capability, on_device
 from alure.kernels.neighbors.kernel_nominate import AHEAD_OF_TIME as NOMINATE_AHEAD_OF_TIME
 from alure.kernels.neighbors.kernel_nominate import Bounds, nominate, nominates
 from alure.kernels.neighbors.pairs import pair_blocks
@@ -39,7 +39,7 @@ def grouped_topk_kernel(
     p_queries, p_database, p_bias, p_rank, p_list_offsets,
     p_pair_query, p_pair_slot, p_block_list, p_block_first, p_block_last,
     p_floor, p_exclude, p_out, D, FACTOR: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr,
+    PRECISION: tl.constexpr, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, K: tl.constexpr,
 ):  # fmt: skip
     i_block = tl.program_id(0)
     i_list = tl.load(p_block_list + i_block)
@@ -66,7 +66,7 @@ def grouped_topk_kernel(
                 p_queries + i_query[:, None] * D + o_d[None, :], mask=m_pair[:, None] & m_d[None, :], other=0.0
             )
             b_x = tl.load(p_database + o_row[None, :] * D + o_d[:, None], mask=m_row[None, :] & m_d[:, None], other=0.0)
-            b_score = tl.dot(b_q, b_x, b_score, input_precision="ieee")
+            b_score = tl.dot(b_q, b_x, b_score, input_precision=PRECISION)
         b_score = b_score * FACTOR + tl.load(p_bias + o_row, mask=m_row, other=0.0)[None, :]
         b_score = tl.where(b_score == 0, 0.0, b_score)  # −0.0 and 0.0 are one score
         b_bits = b_score.to(tl.int32, bitcast=True)
@@ -90,27 +90,38 @@ def grouped_topk_kernel(
     tl.store(p_out + i_slot[:, None] * K + o_k[None, :], b_best, mask=m_pair[:, None])
 
 
-def _tile(keep: int) -> dict[str, int]:
-    """The largest blocks that do not spill on sm_80, sm_90 and sm_100."""
-    block_m, block_d = (32, 32) if keep <= 16 else (16, 16)
-    return {"BLOCK_M": block_m, "BLOCK_N": BLOCK_N, "BLOCK_D": block_d, "K": keep}
+def _tile(keep: int, major: int) -> dict[str, Any]:
+    """The largest blocks that do not spill on sm_80 and sm_100; on Hopper those that its warps multiply together, each
+    float32 as three of tf32, with half of the instructions.
+    """
+    if major == HOPPER and keep <= 64:
+        tile = {"PRECISION": "tf32x3", "BLOCK_M": 64, "BLOCK_D": 32}
+    elif keep <= 16:
+        tile = {"PRECISION": "ieee", "BLOCK_M": 32, "BLOCK_D": 32}
+    else:
+        tile = {"PRECISION": "ieee", "BLOCK_M": 16, "BLOCK_D": 16}
+    return {**tile, "BLOCK_N": BLOCK_N, "K": keep}
 
 
-def _aot_case(keep: int) -> tuple[Any, ...]:
+def _aot_case(keep: int, architectures: tuple[int, ...]) -> tuple[Any, ...]:
     signature = {
         "p_queries": "*fp32", "p_database": "*fp32", "p_bias": "*fp32", "p_rank": "*i64", "p_list_offsets": "*i64",
         "p_pair_query": "*i64", "p_pair_slot": "*i64", "p_block_list": "*i64", "p_block_first": "*i64",
         "p_block_last": "*i64", "p_floor": "*i64", "p_exclude": "*i64", "p_out": "*i64", "D": "i32",
     }  # fmt: skip
-    tile = _tile(keep)
+    tile = _tile(keep, architectures[0] // 10)
     facts = {
-        "name": f"top {keep}",
+        "name": f"top {keep}" + " hopper" * (90 in architectures),
         "loops": dict.fromkeys(("rows", "products", "keep"), tile["BLOCK_M"] * tile["BLOCK_N"]),
+        "architectures": architectures,
     }
     return grouped_topk_kernel, signature, {"FACTOR": 1, **tile}, {"num_warps": NUM_WARPS}, facts
 
 
-AHEAD_OF_TIME = [*(_aot_case(keep) for keep in SIZES), *NOMINATE_AHEAD_OF_TIME]
+AHEAD_OF_TIME = [
+    *(_aot_case(keep, architectures) for keep in SIZES for architectures in ((90,), (80, 100))),
+    *NOMINATE_AHEAD_OF_TIME,
+]
 
 
 def _size(keep: int, problem: str) -> int:
@@ -206,7 +217,7 @@ def _launch(task: Search, bias: Tensor, part: slice, probes: Tensor, best: Tenso
     """Search the given probes of the queries in `part`; [queries, probes · K] keys that beat `best`'s last."""
     device, keep = probes.device, best.shape[1]
     num_queries, width = probes.shape
-    tile = _tile(keep)
+    tile = _tile(keep, capability(device))
     blocks = pair_blocks(task.list_offsets, probes, tile["BLOCK_M"])
     out = torch.full((num_queries, width * keep), MISSING, dtype=torch.int64, device=device)
     if len(blocks.list) == 0:
