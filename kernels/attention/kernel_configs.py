@@ -74,12 +74,16 @@ def block(size: int, smallest: int) -> int:
 def whole_classes(kernel: str, dtype: torch.dtype, head_dim: int, time: bool, position: bool, major: int) -> int:
     """The last class whose tiles `kernel` takes whole, and not in halves: as registers allow."""
     narrow, both = head_dim <= 64 and dtype != torch.float32, time and position
-    if kernel == "forward":
-        last = (FEW if both and major > HOPPER else MANY) if narrow else UNIFORM if both else FEW
-    elif kernel == "dq":
-        last = SEVERAL if narrow and not both else UNIFORM
+    if kernel == "forward" and narrow:
+        last = GENERAL if not both else MANY if major <= HOPPER else FEW
+    elif kernel == "forward":
+        last = UNIFORM if both else FEW
+    elif not narrow:
+        last = UNIFORM
+    elif kernel == "dq":  # which adds up what each bucket's logits get
+        last = UNIFORM if both else SEVERAL if time or position else GENERAL
     else:
-        last = UNIFORM if not narrow else FEW if both else MANY
+        last = FEW if both else GENERAL
     return int(last.value)
 
 
