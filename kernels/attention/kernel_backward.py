@@ -21,13 +21,12 @@ from alure.kernels.attention.kernel_tiles import (
     TILE,
     UNIFORM,
     add_sums,
-    is_above,
     load_rows,
     load_times,
     pair_bias,
     places,
-    read_step,
-    read_value,
+    read_pair,
+    step_bias,
     store_rows,
     visible_keys,
     visible_queries,
@@ -281,19 +280,12 @@ def attend_keys(
 
     begin = tl.load(p_ends + (MANY if BIASED and MASK else KIND))  # sums of many buckets cost more than masks
     end = tl.load(p_ends + (KIND + 1 if BIASED or MASK else GENERAL))
-    p_pair = p_pairs + begin * PAIR
-    next_start = tl.load(p_pair)  # a pair ahead, as in the forward
-    if BIASED and KIND == UNIFORM:
-        next_value = read_value(p_pair, time, position, TIME, POSITION)
-    if TIME and KIND == FEW:
-        next_time_step = read_step(p_pair + 1, time)
-    if POSITION and KIND == FEW:
-        next_position_step = read_step(p_pair + 3, position)
+    ahead = read_pair(p_pairs + begin * PAIR, time, position, TIME, POSITION, KIND)
     for i_part in range(begin * PARTS, end * PARTS):
         p_pair = p_pairs + i_part // PARTS * PAIR
-        p_next = p_pairs + (i_part + 1) // PARTS * PAIR
-        start = next_start + tl.cast(i_part % PARTS * WIDTH, tl.int32)
-        next_start = tl.load(p_next)
+        start, value, time_step, position_step = ahead
+        start += tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        ahead = read_pair(p_pairs + (i_part + 1) // PARTS * PAIR, time, position, TIME, POSITION, KIND)
         m_n = start + o_n < n_k
         start_k = start.to(tl.int64)
         k_time = o_n
@@ -317,23 +309,17 @@ def attend_keys(
                 TIME, POSITION, TIME_STEPS, POSITION_STEPS, False, True
             )  # fmt: skip
         if KIND == UNIFORM:
-            value = 0.0
-            if BIASED:
-                value = next_value
-                next_value = read_value(p_next, time, position, TIME, POSITION)
+            if not BIASED:
+                value = 0.0
             weights = tl.exp2(logits * (scale * LOG2E) + (value - lse)[:, None])
         else:
             logits *= scale * LOG2E
             if LOOKED:
                 logits += bias
             if TIME and KIND == FEW:
-                threshold, low, high = next_time_step
-                next_time_step = read_step(p_next + 1, time)
-                logits += tl.where(is_above(q_time[:, None], k_time[None, :], threshold), high, low)
+                logits += step_bias(q_time[:, None], k_time[None, :], time_step)
             if POSITION and KIND == FEW:
-                threshold, low, high = next_position_step
-                next_position_step = read_step(p_next + 3, position)
-                logits += tl.where(is_above(q_place[:, None], k_place[None, :], threshold), high, low)
+                logits += step_bias(q_place[:, None], k_place[None, :], position_step)
             weights = tl.exp2(logits - lse[:, None])
             if MASK:
                 visible = visible_keys(i[:, None], (start + o_n)[None, :], rules, RULES)
@@ -595,18 +581,11 @@ def attend_queries(
 
     begin = tl.load(p_ends + (SEVERAL if KIND == MANY else KIND))
     end = tl.load(p_ends + (KIND + 1 if BIASED or MASK else GENERAL))
-    p_pair = p_pairs + begin * PAIR
-    next_start = tl.load(p_pair)  # a pair ahead, as in the forward
-    if BIASED and KIND == UNIFORM:
-        next_value = read_value(p_pair, time, position, TIME, POSITION)
-    if TIME and KIND == FEW:
-        next_time_step = read_step(p_pair + 1, time)
-    if POSITION and KIND == FEW:
-        next_position_step = read_step(p_pair + 3, position)
+    ahead = read_pair(p_pairs + begin * PAIR, time, position, TIME, POSITION, KIND)
     for i_part in range(begin * PARTS, end * PARTS):
-        p_next = p_pairs + (i_part + 1) // PARTS * PAIR
-        start = next_start + tl.cast(i_part % PARTS * WIDTH, tl.int32)
-        next_start = tl.load(p_next)
+        start, value, time_step, position_step = ahead
+        start += tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        ahead = read_pair(p_pairs + (i_part + 1) // PARTS * PAIR, time, position, TIME, POSITION, KIND)
         m_m = start + o_m < n_q  # a tile whose pairs are all seen may still end beyond the queries
         start_q = start.to(tl.int64)
         i = start + o_m + n_k - n_q
@@ -633,23 +612,17 @@ def attend_queries(
                 TIME, POSITION, TIME_STEPS, POSITION_STEPS, True, EXACT or BLOCK_D <= 64
             )  # fmt: skip
         if KIND == UNIFORM:
-            value = 0.0
-            if BIASED:
-                value = next_value
-                next_value = read_value(p_next, time, position, TIME, POSITION)
+            if not BIASED:
+                value = 0.0
             weights = tl.exp2(logits * (scale * LOG2E) + (value - lse)[None, :])
         else:
             logits *= scale * LOG2E
             if LOOKED:
                 logits += bias
             if TIME and KIND == FEW:
-                threshold, low, high = next_time_step
-                next_time_step = read_step(p_next + 1, time)
-                logits += tl.where(is_above(q_time[None, :], k_time[:, None], threshold), high, low)
+                logits += step_bias(q_time[None, :], k_time[:, None], time_step)
             if POSITION and KIND == FEW:
-                threshold, low, high = next_position_step
-                next_position_step = read_step(p_next + 3, position)
-                logits += tl.where(is_above(q_position[None, :], k_position[:, None], threshold), high, low)
+                logits += step_bias(q_position[None, :], k_position[:, None], position_step)
             weights = tl.exp2(logits - lse[None, :])
             if MASK:
                 visible = visible_queries(i[None, :], j[:, None], rules, RULES)

@@ -32,7 +32,7 @@ BLACKWELL_CONFIGS = HOPPER_CONFIGS | {
 AMPERE_CONFIGS = {
     16: (Config(128, 32, 8, 3), Config(64, 32, 4, 3), Config(32, 64, 4, 3)),
     32: (Config(128, 32, 8, 3), Config(64, 32, 4, 3), Config(32, 64, 4, 3)),
-    64: (Config(128, 32, 8, 3), Config(64, 32, 4, 3), Config(16, 64, 4, 2)),
+    64: (Config(128, 32, 8, 3), Config(64, 32, 4, 1), Config(16, 64, 4, 2)),
     128: (Config(64, 32, 4, 2), Config(64, 32, 8, 3), Config(32, 64, 8, 1)),
     256: (Config(32, 32, 8, 1), Config(32, 16, 8, 1), Config(16, 32, 8, 1)),
 }
@@ -40,12 +40,12 @@ AMPERE_CONFIGS = {
 FLOAT_CONFIGS = {
     16: (Config(32, 32, 4, 1, 255), Config(32, 16, 4, 1, 255), Config(16, 32, 4, 1, 255)),
     32: (Config(32, 32, 4, 1, 255), Config(32, 16, 8, 1), Config(16, 32, 4, 1, 255)),
-    64: (Config(32, 32, 8, 1, 255), Config(32, 16, 4, 1, 255), Config(16, 16, 4, 1, 255)),
+    64: (Config(32, 32, 8, 1, 255), Config(16, 32, 4, 1, 255), Config(16, 16, 4, 1, 255)),
     128: (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1), Config(16, 16, 8, 1, 255)),
     256: (Config(16, 16, 8, 2, 255), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
 BLACKWELL_FLOAT_CONFIGS = FLOAT_CONFIGS | {
-    16: (Config(32, 32, 8, 1), Config(32, 16, 4, 1, 255), Config(16, 32, 4, 1)),
+    16: (Config(32, 32, 8, 1), Config(32, 16, 4, 1, 255), Config(16, 32, 4, 1, 255)),
     64: (Config(32, 32, 8, 1, 255), Config(16, 16, 4, 1), Config(16, 16, 4, 1)),
     256: (Config(16, 16, 8, 2), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }

@@ -24,13 +24,12 @@ from alure.kernels.attention.kernel_tiles import (
     SEVERAL,
     TILE,
     UNIFORM,
-    is_above,
     load_rows,
     load_times,
     pair_bias,
     places,
-    read_step,
-    read_value,
+    read_pair,
+    step_bias,
     store_rows,
     visible_keys,
 )
@@ -289,19 +288,11 @@ def attend(
 
     begin = tl.load(p_ends + (UNIFORM if KIND == ALL else SEVERAL if CLASS == MANY else CLASS))
     end = tl.load(p_ends + (CLASS + 1 if BIASED or MASK else GENERAL))  # without a bias all but GENERAL are one loop
-    # What depends on a pair's record is read a pair ahead: loads that wait for loads are not pipelined.
-    p_pair = p_pairs + begin * PAIR
-    next_start = tl.load(p_pair)
-    if BIASED and CLASS == UNIFORM:
-        next_value = read_value(p_pair, time, position, TIME, POSITION)
-    if TIME and CLASS == FEW:
-        next_time_step = read_step(p_pair + 1, time)
-    if POSITION and CLASS == FEW:
-        next_position_step = read_step(p_pair + 3, position)
+    ahead = read_pair(p_pairs + begin * PAIR, time, position, TIME, POSITION, CLASS)
     for i_part in range(begin * PARTS, end * PARTS):
-        start = next_start + tl.cast(i_part % PARTS * WIDTH, tl.int32)
-        p_pair = p_pairs + (i_part + 1) // PARTS * PAIR
-        next_start = tl.load(p_pair)
+        start, value, time_step, position_step = ahead
+        start += tl.cast(i_part % PARTS * WIDTH, tl.int32)
+        ahead = read_pair(p_pairs + (i_part + 1) // PARTS * PAIR, time, position, TIME, POSITION, CLASS)
         m_n = start + o_n < n_k
         start_k = start.to(tl.int64)
         k_time = o_n
@@ -324,28 +315,22 @@ def attend(
                 TIME, POSITION, TIME_STEPS, POSITION_STEPS, False, True
             )  # fmt: skip
         if CLASS == UNIFORM:
-            bias = 0.0
-            if BIASED:
-                bias = next_value
-                next_value = read_value(p_pair, time, position, TIME, POSITION)
+            if not BIASED:
+                value = 0.0
             if PLAIN:
-                weights = tl.exp2(logits * (scale * LOG2E) + bias)
+                weights = tl.exp2(logits * (scale * LOG2E) + value)
             else:
-                new = tl.maximum(maximum, tl.max(logits, axis=1) * (scale * LOG2E) + bias)
+                new = tl.maximum(maximum, tl.max(logits, axis=1) * (scale * LOG2E) + value)
                 reference = finite(new)
-                weights = tl.exp2(logits * (scale * LOG2E) + (bias - reference)[:, None])
+                weights = tl.exp2(logits * (scale * LOG2E) + (value - reference)[:, None])
         else:
             logits *= scale * LOG2E
             if LOOKED:
                 logits += bias
             if TIME and CLASS == FEW:
-                threshold, low, high = next_time_step
-                next_time_step = read_step(p_pair + 1, time)
-                logits += tl.where(is_above(q_time[:, None], k_time[None, :], threshold), high, low)
+                logits += step_bias(q_time[:, None], k_time[None, :], time_step)
             if POSITION and CLASS == FEW:
-                threshold, low, high = next_position_step
-                next_position_step = read_step(p_pair + 3, position)
-                logits += tl.where(is_above(q_place[:, None], k_place[None, :], threshold), high, low)
+                logits += step_bias(q_place[:, None], k_place[None, :], position_step)
             if MASK:
                 visible = visible_keys(i[:, None], (start + o_n)[None, :], rules, RULES)
                 logits = tl.where(visible, logits, float("-inf"))

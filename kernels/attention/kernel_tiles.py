@@ -82,14 +82,27 @@ def is_above(query, key, threshold):
 
 
 @triton.jit
-def read_value(p_pair, time, position, TIME: tl.constexpr, POSITION: tl.constexpr):
-    """log2(e)·bias of a UNIFORM pair of tiles."""
-    value = 0.0
-    if TIME:
-        value += tl.load(time[3] + tl.load(p_pair + 1)) * LOG2E
-    if POSITION:
-        value += tl.load(position[3] + tl.load(p_pair + 3)) * LOG2E
-    return value
+def read_pair(p_pair, time, position, TIME: tl.constexpr, POSITION: tl.constexpr, KIND: tl.constexpr):
+    """(start of the other tile, value, step of time, step of position) of a pair of tiles.
+
+    value: log2(e)·bias, if UNIFORM; a step as `read_step` has it, if FEW. Nobody reads the others, which are any.
+    Loops read a pair ahead: a load that waits for a load is not pipelined.
+    """
+    start = tl.load(p_pair)
+    value = start
+    time_step = (start, start, start)
+    position_step = time_step
+    if KIND == UNIFORM and (TIME or POSITION):
+        value = 0.0
+        if TIME:
+            value += tl.load(time[3] + tl.load(p_pair + 1)) * LOG2E
+        if POSITION:
+            value += tl.load(position[3] + tl.load(p_pair + 3)) * LOG2E
+    if KIND == FEW and TIME:
+        time_step = read_step(p_pair + 1, time)
+    if KIND == FEW and POSITION:
+        position_step = read_step(p_pair + 3, position)
+    return start, value, time_step, position_step
 
 
 @triton.jit
@@ -102,6 +115,12 @@ def read_step(p_first, bias):
     first = tl.load(p_first)
     low, high = tl.load(p_row + first), tl.load(p_row + tl.minimum(first + 1, buckets - 1))
     return tl.load(p_thresholds + first), low * LOG2E, high * LOG2E
+
+
+@triton.jit
+def step_bias(query, key, step):
+    threshold, low, high = step
+    return tl.where(is_above(query, key, threshold), high, low)
 
 
 @triton.jit
