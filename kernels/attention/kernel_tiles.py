@@ -119,6 +119,7 @@ def read_step(p_first, bias):
 
 @triton.jit
 def step_bias(query, key, step):
+    """log2(e)·bias of the pairs of a tile that one threshold crosses; `step` as `read_step` has it."""
     threshold, low, high = step
     return tl.where(is_above(query, key, threshold), high, low)
 

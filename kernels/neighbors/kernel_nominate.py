@@ -25,11 +25,11 @@ WIDEST = 256  # vectors whose queries stay in shared memory
 NUM_WARPS = 8
 
 
-@triton.jit(do_not_specialize=["D"])
+@triton.jit
 def nominate_kernel(
     p_queries, p_database, p_bias, p_list_offsets, p_list_norm,
     p_pair_query, p_block_list, p_block_first, p_block_last,
-    p_floor, p_slack, p_count, p_rows, D, FACTOR: tl.constexpr, WHOLE: tl.constexpr,
+    p_floor, p_slack, p_count, p_rows, D: tl.constexpr, FACTOR: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_D: tl.constexpr, CAPACITY: tl.constexpr,
 ):  # fmt: skip
     i_block = tl.program_id(0)
@@ -42,21 +42,14 @@ def nominate_kernel(
     begin = tl.load(p_list_offsets + i_list)
     end = tl.load(p_list_offsets + i_list + 1)
 
-    STRIDE = BLOCK_D if WHOLE else D
     o_d = tl.arange(0, BLOCK_D)
-    o_q = i_query[:, None] * STRIDE + o_d[None, :]
-    if WHOLE:
-        b_q = tl.load(p_queries + o_q, mask=m_pair[:, None], other=0.0)
-    else:
-        b_q = tl.load(p_queries + o_q, mask=m_pair[:, None] & (o_d < D)[None, :], other=0.0)
+    m_q = m_pair[:, None] if D == BLOCK_D else m_pair[:, None] & (o_d < D)[None, :]
+    b_q = tl.load(p_queries + i_query[:, None] * D + o_d[None, :], mask=m_q, other=0.0)
     for start in range(begin, end, BLOCK_N):  # loop: rows
         o_row = start + tl.arange(0, BLOCK_N)
         m_row = o_row < end
-        o_x = o_row[:, None] * STRIDE + o_d[None, :]
-        if WHOLE:
-            b_x = tl.load(p_database + o_x, mask=m_row[:, None], other=0.0)
-        else:
-            b_x = tl.load(p_database + o_x, mask=m_row[:, None] & (o_d < D)[None, :], other=0.0)
+        m_x = m_row[:, None] if D == BLOCK_D else m_row[:, None] & (o_d < D)[None, :]
+        b_x = tl.load(p_database + o_row[:, None] * D + o_d[None, :], mask=m_x, other=0.0)
         score = tl.dot(b_q, tl.trans(b_x), input_precision="tf32")
         if FACTOR != 1:
             score = score * FACTOR + tl.load(p_bias + o_row, mask=m_row, other=0.0)[None, :]
@@ -80,7 +73,7 @@ def _aot_case(width: int, factor: int) -> tuple[Any, ...]:
         "p_queries": "*fp32:16", "p_database": "*fp32:16", "p_bias": "*fp32:16", "p_list_offsets": "*i64:16",
         "p_list_norm": "*fp32:16", "p_pair_query": "*i64:16", "p_block_list": "*i64:16", "p_block_first": "*i64:16",
         "p_block_last": "*i64:16", "p_floor": "*fp32:16", "p_slack": "*fp32:16", "p_count": "*i32:16",
-        "p_rows": "*i64:16", "D": "i32",
+        "p_rows": "*i64:16",
     }  # fmt: skip
     tile = _tile(width)
     facts = {
@@ -88,7 +81,7 @@ def _aot_case(width: int, factor: int) -> tuple[Any, ...]:
         "loops": {"rows": tile["BLOCK_M"] * tile["BLOCK_N"]},
     }
     options = {"num_warps": NUM_WARPS, "num_stages": _stages(width)}
-    return nominate_kernel, signature, {"FACTOR": factor, "WHOLE": True, **tile, "CAPACITY": CAPACITY}, options, facts
+    return nominate_kernel, signature, {"D": width, "FACTOR": factor, **tile, "CAPACITY": CAPACITY}, options, facts
 
 
 def _stages(width: int) -> int:
@@ -150,8 +143,8 @@ def nominate(task: Search, bounds: Bounds, part: slice, probes: Tensor, keys: Te
             nominate_kernel[(len(blocks.list),)](
                 queries, task.database, bounds.bias, task.list_offsets, bounds.list_norm,
                 blocks.order // probes.shape[1], blocks.list, blocks.first, blocks.last,
-                torch.where(known, floor, torch.inf), slack, count, rows, bounds.width,
-                FACTOR=1 if task.metric == "ip" else 2, WHOLE=bounds.width == block_d, **tile, CAPACITY=CAPACITY,
+                torch.where(known, floor, torch.inf), slack, count, rows, D=bounds.width,
+                FACTOR=1 if task.metric == "ip" else 2, **tile, CAPACITY=CAPACITY,
                 num_warps=NUM_WARPS, num_stages=_stages(block_d),
             )  # fmt: skip
     again = (~known | (count > CAPACITY)).nonzero().squeeze(1)
