@@ -251,7 +251,7 @@ def _plan(config: GraphConfig, users: int) -> _Plan:
     """The engine and clusters for a country of `users` users with a direction; every departure is noted."""
     engine, notes = config.search, []
     if engine == "auto":
-        # same clusters, same neighbours; on a CPU 1.7 times as fast as FAISS at 50k × 128, 400/50/15 (bench/NOTES.md)
+        # same clusters and neighbours; by AVX2 3.9 times as fast as FAISS on CPUs, 50k × 64, 400/50/15 (bench/NOTES.md)
         engine = "exact" if users < config.exact_below else "faiss" if faiss_gpus() else "grouped"
     asked = auto_nlist(users) if config.nlist == "auto" else config.nlist
     nlist = min(asked, users // POINTS_PER_CLUSTER)
