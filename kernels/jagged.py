@@ -23,13 +23,12 @@ def check_offsets(offsets: Tensor, total: int, name: str = "offsets", device: to
         raise ValueError(f"{name}: expected shape [batch + 1], got {list(offsets.shape)}")
     if device is not None and offsets.device != device:
         raise ValueError(f"{name}: expected a tensor on {device}, got one on {offsets.device}; move it there")
-    steps = offsets[1:] - offsets[:-1]
-    summary = [offsets[0], offsets[-1], steps.min() if steps.numel() else offsets.new_zeros(())]
-    first, last, smallest_step = torch.stack(summary).tolist()
+    falls = offsets[1:] < offsets[:-1]  # compared: the difference of two offsets may overflow
+    first, last, any_falls = torch.stack([offsets[0], offsets[-1], falls.any().to(offsets.dtype)]).tolist()
     if first != 0:
         raise ValueError(f"{name}: expected the first offset to be 0, got {first}")
-    if smallest_step < 0:
-        where = int((steps < 0).nonzero()[0])
+    if any_falls:
+        where = int(falls.nonzero()[0])
         raise ValueError(
             f"{name}: expected offsets that never decrease, got {name}[{where}] = {int(offsets[where])} > "
             f"{name}[{where + 1}] = {int(offsets[where + 1])}"

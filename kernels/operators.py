@@ -13,7 +13,8 @@ class operator:
 
     As torch.library.custom_op, with the same `register_fake` and `register_autograd`; but that one imports
     torch._dynamo on its first call, 2 s of every command. The schema comes from the function's annotations. It must
-    change none of its arguments and return none of them.
+    change none of its arguments and return none of them. Until `register_autograd`, a derivative of it raises; torch
+    alone would warn once and take it for 0, as in the second derivative of an operator whose backward is another one.
     """
 
     def __init__(self, name: str) -> None:
@@ -31,6 +32,14 @@ class RegisteredOperator:
     def __init__(self, name: str, implementation: Callable[..., Any]) -> None:
         self._qualified_name = f"alure::{name}"
         self.overload, self.implementation = getattr(torch.ops.alure, name).default, implementation
+        self._backward: Callable[..., Any] = self._no_backward
+        self._setup_context: Callable[..., None] = lambda ctx, inputs, output: None
+        torch.library.register_autograd(
+            self._qualified_name,
+            lambda ctx, *gradients: self._backward(ctx, *gradients),
+            setup_context=lambda ctx, inputs, output: self._setup_context(ctx, inputs, output),
+            lib=_LIBRARY,
+        )
 
     def __call__(self, *arguments: Any) -> Any:
         if torch._C._is_any_autocast_enabled():
@@ -45,4 +54,12 @@ class RegisteredOperator:
 
     def register_autograd(self, backward: Callable[..., Any], *, setup_context: Callable[..., Any]) -> None:
         """backward(ctx, *gradients) gives a gradient or None for each argument; setup_context saves what it needs."""
-        torch.library.register_autograd(self._qualified_name, backward, setup_context=setup_context, lib=_LIBRARY)
+        self._backward, self._setup_context = backward, setup_context
+
+    def _no_backward(self, ctx: Any, *gradients: Any) -> Any:
+        differentiated = self._qualified_name.removesuffix("_backward")
+        if differentiated == self._qualified_name:
+            raise RuntimeError(f"{self._qualified_name}: it has no derivative; detach what goes into it")
+        raise RuntimeError(
+            f"{differentiated}: it has no second derivative; leave out create_graph=True, or detach its gradients"
+        )

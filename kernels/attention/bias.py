@@ -12,6 +12,7 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn.functional import embedding
 
 
 @dataclass(frozen=True)
@@ -111,13 +112,14 @@ def cyclic_queries(bias: TimeBias, found: Cycles, q_groups: Tensor | None) -> Te
     """q_cyclic [total_q, H, 2P], whose dot product with k_cyclic is the cyclic sum of `bias`.
 
     c·cos(a − b) + s·sin(a − b) = (c·cos a + s·sin a)·cos b + (c·sin a − s·cos a)·sin b: a rotation per head goes into
-    q, k is shared by the heads. q_groups int64 [total_q] where cosine and sine are those of groups [G, H, P].
+    q, k is shared by the heads. q_groups int64 [total_q] where cosine and sine are those of groups [G, H, P]; they are
+    looked up as embeddings, whose gradient is summed in order: that of an index is not on a CPU with several threads.
     """
     assert bias.cosine is not None
     assert bias.sine is not None
     cosine, sine = bias.cosine.to(found.q_cos.dtype), bias.sine.to(found.q_cos.dtype)
     if q_groups is not None:
-        cosine, sine = cosine[q_groups], sine[q_groups]
+        cosine, sine = (embedding(q_groups, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (cosine, sine))
     q_cos, q_sin = found.q_cos[:, None], found.q_sin[:, None]
     return torch.cat([cosine * q_cos + sine * q_sin, cosine * q_sin - sine * q_cos], dim=-1)
 

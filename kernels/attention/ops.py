@@ -80,7 +80,8 @@ def jagged_attention(  # type: ignore[misc]  # `options` are those named here
     softmax_scale: 1/sqrt(head_dim) by default. A query that sees no key gives zeros.
     return_lse: also give the log-sum-exp of the logits [heads, total_q], float32 (−inf for a query that sees no key).
 
-    Gradients flow to q, k, v and to the table, cosine and sine of the biases; the backward is deterministic.
+    Gradients flow to q, k, v and to the table, cosine and sine of the biases; the backward is deterministic, and has no
+    derivative of its own: a second one raises.
     Raises ValueError or TypeError before any kernel runs where an argument does not fit.
     """
     _check_values(q, k, v)

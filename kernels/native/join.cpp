@@ -100,6 +100,22 @@ std::int32_t group_of(const ItemRules& rules, std::int32_t item) {
     return rules.groups.empty() ? -1 : rules.groups[item];
 }
 
+// The groups numbered anew from 0; empty where none is beyond the number of items. Each thread has a count of every
+// group up to the largest, which for a hashed id would be 8 GiB.
+std::vector<std::int32_t> number_groups(std::span<const std::int32_t> groups) {
+    if (groups.empty() || *std::max_element(groups.begin(), groups.end()) < static_cast<std::int64_t>(groups.size()))
+        return {};
+    std::vector<std::int32_t> known(groups.begin(), groups.end()), numbers(groups.size(), -1);
+    std::sort(known.begin(), known.end());
+    known.erase(std::unique(known.begin(), known.end()), known.end());
+    for (std::size_t i = 0; i < groups.size(); ++i) {
+        if (groups[i] < 0) continue;
+        const auto place = std::lower_bound(known.begin(), known.end(), groups[i]);
+        numbers[i] = static_cast<std::int32_t>(place - known.begin());
+    }
+    return numbers;
+}
+
 struct Part {  // what a chunk of rows yields, until the sizes are known
     std::vector<std::int32_t> items;
     std::vector<float> scores;
@@ -181,8 +197,12 @@ Candidates join_candidates(const NeighborLists& neighbors, const Engagements& en
     check(neighbors, engagements, rules, limits);
     const auto rows = static_cast<std::int64_t>(neighbors.offsets.size()) - 1;
     const std::int64_t num_chunks = (rows + kRowsPerChunk - 1) / kRowsPerChunk;
+    ItemRules numbered = rules;
+    const std::vector<std::int32_t> numbers = number_groups(rules.groups);
+    if (!numbers.empty()) numbered.groups = numbers;
     std::int64_t num_groups = 0;
-    for (const std::int32_t group : rules.groups) num_groups = std::max<std::int64_t>(num_groups, group + std::int64_t{1});
+    for (const std::int32_t group : numbered.groups)
+        num_groups = std::max<std::int64_t>(num_groups, group + std::int64_t{1});
 
     Candidates out;
     out.offsets.assign(rows + 1, 0);
@@ -192,7 +212,7 @@ Candidates join_candidates(const NeighborLists& neighbors, const Engagements& en
         [&](Scratch& scratch, std::int64_t chunk) {
             const std::int64_t last = std::min(rows, (chunk + 1) * kRowsPerChunk);
             for (std::int64_t row = chunk * kRowsPerChunk; row < last; ++row)
-                out.offsets[row + 1] = join_row(row, neighbors, engagements, rules, limits, scratch);
+                out.offsets[row + 1] = join_row(row, neighbors, engagements, numbered, limits, scratch);
             parts[chunk] = scratch.part;
             scratch.part.resize(0);
         });

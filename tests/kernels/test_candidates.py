@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from support.memory import measured_memory
 from torch import Tensor
 
 from alure.kernels import Candidates, Engagements, ItemRules, NeighborLists, join_candidates
@@ -226,6 +227,21 @@ def test_threads_and_backends_agree_to_the_bit(cap, num_threads):
         )
         for a, b in zip(native, reference):
             assert torch.equal(a, b)
+
+
+def test_groups_may_be_any_numbers() -> None:
+    """Such as hashed accounts: a thread's counts are of the groups there are, not of all up to the largest."""
+    neighbors, engagements = large_problem(seed=0)
+    numbers = np.random.default_rng(0).integers(-1, 400, 3000).astype(np.int32)
+    hashed = np.where(numbers < 0, -7, 2**28 - 1000 * numbers).astype(np.int32)
+    with measured_memory() as peak:
+        joined = [
+            join_candidates(neighbors, engagements, 50, num_items=3000, rules=ItemRules(groups=groups))
+            for groups in (torch.from_numpy(numbers), torch.from_numpy(hashed))
+        ]
+    assert peak.extra < 2**28  # bytes; counts would be 2^30
+    for a, b in zip(*joined):
+        assert torch.equal(a, b)
 
 
 def test_equal_scores_in_a_long_row_are_in_the_order_of_items():

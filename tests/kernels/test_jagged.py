@@ -55,8 +55,9 @@ def test_decreasing_steps_that_wrap_are_seen() -> None:
     """Differences that leave the type must not hide a fall."""
     for dtype in (torch.int32, torch.int64):
         limits = torch.iinfo(dtype)
-        with pytest.raises(ValueError, match="expected"):
-            check_offsets(torch.tensor([0, limits.max, limits.min, 2], dtype=dtype), 2)
+        for beyond, behind in ((limits.max, limits.min), (4, limits.min + 3)):  # the second: every step wraps to >= 0
+            with pytest.raises(ValueError, match="expected offsets that never decrease"):
+                check_offsets(torch.tensor([0, beyond, behind, 2], dtype=dtype), 2)
 
 
 def test_offsets_elsewhere() -> None:

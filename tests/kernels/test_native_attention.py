@@ -335,6 +335,13 @@ def test_threads_do_not_change_a_bit(option: str, instruction_set: str) -> None:
     assert_same_with_any_threads(replace(problem, **OPTIONS[option]), torch.float32)
 
 
+def test_threads_do_not_change_the_gradients_of_the_cycles_of_groups() -> None:
+    """They are looked up a query; the gradient of an index is added in any order."""
+    problem = random_problem([5] * 4000, num_heads=4, head_dim=4, num_groups=2)
+    assert problem.periods is not None
+    assert_same_with_any_threads(problem, torch.float32)
+
+
 def pick(problem: Problem, sequences: list[int]) -> Problem:
     """The batch of these sequences, in this order."""
     spans = list(zip(problem.q_offsets.tolist(), problem.q_offsets[1:].tolist()))
