@@ -181,3 +181,6 @@ def test_what_is_no_table_or_no_capacity(logs: tuple[Events, Events, pa.Table]) 
         small(logs[0], 9).add([GOOD])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="capacity: expected at least 1 event, got 0"):
         small(logs[0], 0)
+    twice = pa.table(GOOD).append_column("value", pa.array([1.0])).append_column("value", pa.array([2.0]))
+    with pytest.raises(InputError, match=r"column 'value': expected each of .* at most once"):
+        small(logs[0], 9).add(twice)

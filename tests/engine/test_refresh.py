@@ -6,6 +6,7 @@ import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.rows import FINGERPRINT
 from alure.engine.store.upkeep import rollback, vacuum, verify
+from alure.engine.store.vectors import Vectors
 
 SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
 
@@ -410,6 +412,40 @@ def test_poison_users_are_left_out_and_kept_apart(
     refused = store.read_quarantine().to_pylist()
     assert sorted(row["row"] for row in refused) == ['{"user_id": 23}', '{"user_id": 5}']
     assert {row["origin"] for row in refused} == {f"refresh {report.generation}"}
+
+
+def test_who_was_left_out_before_an_interruption_counts(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finite = Vectors.finite
+    monkeypatch.setattr(Vectors, "finite", lambda self: finite(self) & (np.arange(len(self.values)) > 0))
+    lenient = SMALL.model_copy(update={"max_quarantine_share": 0.1})
+    stopped = mock.patch.object(RefreshJob, "_check_drift", side_effect=Interrupted("refresh: stopped"))
+    with stopped, pytest.raises(Interrupted):
+        refresh(world, tmp_path, lenient)
+    strict = SMALL.model_copy(update={"max_quarantine_share": 0.05})
+    with pytest.raises(AlureError, match=r"4 users have no finite embedding, more than max_quarantine_share .*\(2\)"):
+        refresh(world, tmp_path, strict)
+    assert EmbeddingStore(tmp_path).generations() == []
+    assert refresh(world, tmp_path, lenient).quarantined == 4
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_nothing_is_published_unless_rows_are_as_many_as_users(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int
+) -> None:
+    write = EmbeddingStore.write_unit
+
+    def changed(self: EmbeddingStore, generation: str, unit: str, rows: pa.Table) -> bool:
+        if unit == "0-16":
+            other = rows.slice(0, 1).set_column(0, "user_id", pa.array([999]))
+            rows = rows.slice(1) if change < 0 else pa.concat_tables([rows, other])
+        return write(self, generation, unit, rows)
+
+    monkeypatch.setattr(EmbeddingStore, "write_unit", changed)
+    with pytest.raises(AlureError, match=f"expected 58 rows, one a user with an event, found {58 + change}; nothing"):
+        refresh(world, tmp_path)
+    assert EmbeddingStore(tmp_path).generations() == []
 
 
 def test_users_that_do_not_fit_in_memory_together_go_in_halves(
