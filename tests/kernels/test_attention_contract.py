@@ -23,6 +23,7 @@ def attend(**changes: Any) -> torch.Tensor:
     return jagged_attention(**arguments)
 
 
+ONLY_BY_QUERIES = torch.tensor([9, 1, 2, 3])  # sorted in each sequence of OFFSETS
 NESTED = torch.nested.nested_tensor([torch.zeros(3, 2, 8)], layout=torch.jagged)
 REFUSED = {
     "negative": ({"q_offsets": torch.tensor([-1, 1, 4])}, ValueError, "first offset to be 0, got -1"),
@@ -55,6 +56,16 @@ REFUSED = {
     "int32 times": ({"time_bias": BIAS, "q_timestamps": TIMES.int()}, TypeError, "int64 unix seconds"),
     "short times": ({"time_bias": BIAS, "q_timestamps": TIMES[:3]}, ValueError, "q_timestamps: expected shape [4]"),
     "times overflow": ({"time_bias": BIAS, "q_timestamps": TIMES << 60}, ValueError, "|t| < 2**62"),
+    "times sorted by the queries alone": (
+        {
+            "time_bias": BIAS,
+            "k_offsets": torch.tensor([0, 3, 4]),
+            "q_timestamps": ONLY_BY_QUERIES,
+            "k_timestamps": ONLY_BY_QUERIES,
+        },
+        ValueError,
+        "k_timestamps: expected times that never decrease",
+    ),
     "table": (
         {"time_bias": replace(BIAS, table=torch.zeros(2, 106)), "q_timestamps": TIMES},
         ValueError,
@@ -90,6 +101,21 @@ REFUSED = {
         },
         ValueError,
         "time_bias.periods: expected seconds > 0, got [0]",
+    ),
+    "table elsewhere": (
+        {"time_bias": replace(BIAS, table=BIAS.table.to("meta")), "q_timestamps": TIMES},
+        ValueError,
+        "time_bias.table: expected a tensor on cpu, got one on meta",
+    ),
+    "cycle elsewhere": (
+        {
+            "time_bias": replace(
+                BIAS, periods=torch.tensor([DAY]), cosine=torch.zeros(2, 1), sine=torch.zeros(2, 1, device="meta")
+            ),
+            "q_timestamps": TIMES,
+        },
+        ValueError,
+        "time_bias.sine: expected a tensor on cpu, got one on meta",
     ),
     "window": ({"window_size": (-2, 3)}, ValueError, "window_size: expected numbers of positions >= 0"),
     "negative targets": ({"num_targets": torch.tensor([0, -1])}, ValueError, "num_contexts, num_targets: expected"),
