@@ -49,6 +49,7 @@ REFUSED = {
     "head_dims differ": ({"k": X[..., :4], "v": X[..., :4]}, ValueError, "its head_dim, [2, 8]"),
     "dtypes differ": ({"k": X.double()}, ValueError, "k: expected torch.float32"),
     "int values": ({"q": X.int(), "k": X.int(), "v": X.int()}, TypeError, "q: expected float16"),
+    "no heads": ({"q": X[:, :0]}, ValueError, "q: expected at least one head and one channel"),
     "2-d values": ({"q": X[0]}, ValueError, "q: expected shape [total, heads, head_dim]"),
     "no times": ({"time_bias": BIAS}, ValueError, "q_timestamps: needed by time_bias"),
     "unsorted": ({"time_bias": BIAS, "q_timestamps": TIMES.flip(0)}, ValueError, "never decrease within a sequence"),

@@ -16,7 +16,7 @@ from support.tolerance import assert_as_exact_as_plain, poisoned_memory, require
 from torch import Tensor
 
 from alure.kernels import EventEncoder, encode_events
-from alure.kernels.encoding import ops
+from alure.kernels.encoding import CheckedColumns, encode_columns, ops
 from alure.kernels.encoding.arguments import EventColumns
 
 TARGETS = [*PORTABLE_TARGETS, pytest.param("native", "cpu", id="native")]
@@ -62,6 +62,19 @@ def test_as_exact_as_plain(shape: str, dtype: torch.dtype, backend: str, device:
         with_gradients(plain, plain.definition()),
         dtype,
     )
+
+
+def test_columns_that_were_checked_for_another_table_or_encoder_are_checked_again() -> None:
+    problem = random_problem(LENGTHS).to(torch.float32)
+    given_ = {name: getattr(problem, name) for name in ("ids", "offsets", "timestamps", "reference_times", "counts")}
+    periods = problem.encoder.periods
+    columns = CheckedColumns(**given_, utc_offsets=problem.utc_offsets, num_rows=len(problem.table), periods=periods)
+    encode = partial(encode_columns, columns, dense=problem.dense, backend="reference")
+    assert torch.equal(encode(problem.table, problem.encoder), problem.run("reference"))
+    with pytest.raises(ValueError, match="ids: expected values from -1 to 18, got -1 to 19"):
+        encode(problem.table[:19], problem.encoder)
+    with pytest.raises(ValueError, match="periods: expected values from 1"):
+        encode(problem.table, replace(problem.encoder, periods=torch.zeros_like(periods)))
 
 
 def test_blocks_of_rows_join(monkeypatch: pytest.MonkeyPatch) -> None:

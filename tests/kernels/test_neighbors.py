@@ -572,6 +572,14 @@ def test_kmeans_on_a_gpu_fits_as_on_a_cpu(spherical: bool, init: Any) -> None:
     assert abs(reached - expected) < 0.02 * abs(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kmeans_in_half_precision_is_rounded_at_the_end(dtype: torch.dtype) -> None:
+    x = random(300, 6).to(dtype)
+    centroids = train_kmeans(x, 5)
+    assert torch.equal(centroids, train_kmeans(x.float(), 5).to(dtype))
+    assert assign_clusters(x, centroids)[1].unique().numel() == 5
+
+
 def test_kmeans_depends_on_the_seed_only() -> None:
     x = random(500, 6)
     assert torch.equal(train_kmeans(x, 20, seed=3), train_kmeans(x, 20, seed=3))
