@@ -332,9 +332,11 @@ def test_a_time_limit_takes_who_changed_most_first(
 
 
 def test_after_the_deadline_all_are_carried_forward(world: Path, tmp_path: Path) -> None:
-    refresh(world, tmp_path, as_of=START + 1 * DAY)
+    first = refresh(world, tmp_path, as_of=START + 1 * DAY)
     over = SMALL.model_copy(update={"max_minutes": 1e-9})
     report = refresh(world, tmp_path, over, as_of=START + 9 * DAY, incremental=True)
+    between = refresh(world, tmp_path, as_of=START + 5 * DAY, incremental=True)
+    assert between.base == first.generation  # not what is of a later time, though it was cut short
     known = int((Events.open(world / "events").num_events(START + 1 * DAY) > 0).sum())
     assert (report.embedded, report.carried, report.users) == (0, known, known)
     assert known < 58  # who had no embedding has none yet, and is the first of the next run

@@ -125,6 +125,11 @@ REFUSED = {
         ValueError,
         "got 2 and 2 for sequence 1, which has 3 keys",
     ),
+    "targets elsewhere": (
+        {"num_targets": torch.tensor([1, 2]).to("meta")},
+        ValueError,
+        "num_targets: expected a tensor on cpu, got one on meta",
+    ),
     "targets dtype": ({"num_targets": torch.tensor([1.0, 2])}, ValueError, "num_targets: expected int64 [2]"),
     "contexts shape": ({"num_contexts": torch.tensor([1])}, ValueError, "num_contexts: expected int64 [2]"),
     "group beyond": (
