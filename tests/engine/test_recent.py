@@ -70,13 +70,15 @@ def test_joined_to_the_log_it_is_the_log_of_all(logs: tuple[Events, Events, pa.T
 def test_a_user_the_log_does_not_know(logs: tuple[Events, Events, pa.Table]) -> None:
     nightly, *_ = logs
     recent = RecentEvents(nightly, SNAPSHOT, 10)
-    row = {"user_id": 7, "timestamp": SNAPSHOT + 1, "item_id": 5_003, "source": "comment"}
+    account = int(nightly.source("comment").account[0])  # of somebody else's event, which does not count
+    item = nightly.items.item_ids[int(np.flatnonzero(nightly.items.accounts == account)[0])].as_py()
+    row = {"user_id": 7, "timestamp": SNAPSHOT + 1, "item_id": item, "source": "comment"}
     recent.add(pa.Table.from_pylist([row, {**row, "timestamp": SNAPSHOT + 9}]))
     batch = recent.join(-1, recent.read([7], 0, SNAPSHOT + 9), SNAPSHOT + 9)
     batch.check_integrity()
     assert {name: s.total for name, s in batch.sequences.items()} == {"ad_click": 0, "comment": 2, "video_view": 0}
     assert batch.sequences["comment"].counts.tolist() == [1, 2]
-    assert batch.sequences["comment"].accounts.tolist() == [3, 3]
+    assert batch.sequences["comment"].accounts.tolist() == [account, account]
 
 
 def small(nightly: Events, capacity: int) -> RecentEvents:
