@@ -49,6 +49,7 @@ REFUSED = {
     "head_dims differ": ({"k": X[..., :4], "v": X[..., :4]}, ValueError, "its head_dim, [2, 8]"),
     "dtypes differ": ({"k": X.double()}, ValueError, "k: expected torch.float32"),
     "int values": ({"q": X.int(), "k": X.int(), "v": X.int()}, TypeError, "q: expected float16"),
+    "no tensor": ({"q": [0.0]}, TypeError, "q: expected a torch.Tensor, got list"),
     "no heads": ({"q": X[:, :0]}, ValueError, "q: expected at least one head and one channel"),
     "2-d values": ({"q": X[0]}, ValueError, "q: expected shape [total, heads, head_dim]"),
     "no times": ({"time_bias": BIAS}, ValueError, "q_timestamps: needed by time_bias"),
@@ -118,6 +119,15 @@ REFUSED = {
         ValueError,
         "time_bias.sine: expected a tensor on cpu, got one on meta",
     ),
+    "float periods": (
+        {
+            "time_bias": replace(BIAS, periods=torch.tensor([1.5]), cosine=torch.zeros(2, 1), sine=torch.zeros(2, 1)),
+            "q_timestamps": TIMES,
+        },
+        TypeError,
+        "time_bias.periods: expected int64 [P] seconds",
+    ),
+    "windows without groups": ({"window_size": [3, None]}, ValueError, "one window a group, and there are no groups"),
     "window": ({"window_size": (-2, 3)}, ValueError, "window_size: expected numbers of positions >= 0"),
     "negative targets": ({"num_targets": torch.tensor([0, -1])}, ValueError, "num_contexts, num_targets: expected"),
     "too many targets": (
@@ -419,13 +429,24 @@ REFUSED_PLANS = {
     "rows": ({"q": X[:3]}, "plan: expected q and k of 4 and 4 rows, got 3 and 4"),
     "both": ({"q_offsets": OFFSETS}, "expected none of them beside it"),
     "causal": ({"causal": True}, "expected none of them beside it"),
-    "thresholds": ({"time_bias": BIAS}, "make the plan with them"),
+    "thresholds": (
+        {"time_bias": replace(BIAS, thresholds=BIAS.thresholds + 1)},
+        "expected time_thresholds to be those",
+    ),
+    "periods": (
+        {"time_bias": replace(BIAS, periods=torch.tensor([DAY]), cosine=torch.zeros(2, 1), sine=torch.zeros(2, 1))},
+        "expected periods to be those of time_bias; make the plan with them",
+    ),
+    "positions": (
+        {"position_bias": PositionBias(torch.tensor([0]), torch.zeros(2, 2))},
+        "expected position_thresholds to be those of position_bias",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED_PLANS)
 def test_refuses_what_is_not_of_the_plan(case: str) -> None:
-    plan = AttentionPlan(OFFSETS, q_timestamps=TIMES)
+    plan = AttentionPlan(OFFSETS, q_timestamps=TIMES, time_thresholds=BIAS.thresholds)
     changes, message = REFUSED_PLANS[case]
     with pytest.raises(ValueError, match=message):
         jagged_attention(**{"q": X, "k": X, "v": X, "plan": plan, **changes})
@@ -446,6 +467,8 @@ def test_a_plan_refuses_hostile_arguments() -> None:
         AttentionPlan(OFFSETS, q_timestamps=TIMES.flip(0))
     with pytest.raises(ValueError, match="q_timestamps: needed by time_thresholds"):
         AttentionPlan(OFFSETS, time_thresholds=time_thresholds())
+    with pytest.raises(ValueError, match="periods: expected seconds > 0"):
+        AttentionPlan(OFFSETS, q_timestamps=TIMES, periods=torch.tensor([DAY, 0]))
     with pytest.raises(ValueError, match="groups: expected 0 to 1"):
         AttentionPlan(OFFSETS, groups=torch.tensor([0, 2]), window_size=[None, 3])
 

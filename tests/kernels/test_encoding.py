@@ -388,6 +388,8 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "int32 counts": ({"counts": torch.zeros(4, dtype=torch.int32)}, {}, r"counts: expected torch.int64"),
     "short utc_offsets": ({"utc_offsets": torch.zeros(3, dtype=torch.int64)}, {}, r"utc_offsets: expected shape \[4\]"),
     "too few rows of dense": ({"dense": torch.zeros(3, 6)}, {}, r"dense: expected shape \[4, any\], got \[3, 6\]"),
+    "flat table": ({"table": torch.zeros(20)}, {}, r"table: expected shape \[rows, d_e\], got \[20\]"),
+    "position width": ({}, {"position_table": torch.zeros(4, 6)}, r"position_table: expected shape \[any, 7\]"),
     "frequency width": ({}, {"frequency_table": torch.zeros(5, 6)}, r"frequency_table: expected shape"),
     "phases": ({}, {"phases": torch.zeros(2)}, r"phases: expected shape \[3\], got \[2\]"),
     "wrong length of dense": ({"dense": torch.zeros(4, 5)}, {}, r"dense_weight: expected shape \[5, 7\], got \[6, 7\]"),

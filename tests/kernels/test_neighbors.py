@@ -302,6 +302,12 @@ def test_leaves_its_inputs_alone() -> None:
         ({"ids": torch.tensor([1, 2])}, r"ids: expected shape \[3\]"),
         ({"exclude": torch.tensor([1])}, r"exclude: expected shape \[2\]"),
         ({"k": 0}, "k: expected at least 1"),
+        ({"probes": [[0], [0]]}, "probes: expected a torch.Tensor, got list"),
+        (
+            {"database": torch.zeros(3, 4, device="meta")},
+            "database: expected a tensor on cpu as queries, got one on meta",
+        ),
+        ({"ids": torch.zeros(3, dtype=torch.int64, device="meta")}, "ids: expected a tensor on cpu, got one on meta"),
         ({"metric": "cosine"}, "metric: expected 'ip' or 'l2'"),
         ({"backend": "fast"}, "expected one of"),
     ],
