@@ -38,6 +38,7 @@ REFUSED = {
     "no offsets": ({"q_offsets": OFFSETS[:0]}, ValueError, "q_offsets: expected shape [batch + 1]"),
     "other device": ({"q_offsets": OFFSETS.to("meta")}, ValueError, "q_offsets: expected a tensor on cpu"),
     "batch sizes": ({"k_offsets": torch.tensor([0, 4])}, ValueError, "as many sequences as q_offsets, 2, got 1"),
+    "int16 k_offsets": ({"k_offsets": OFFSETS.short()}, TypeError, "k_offsets: expected int32 or int64"),
     "bad k_offsets": ({"k_offsets": torch.tensor([0, 5, 4])}, ValueError, "k_offsets[1] = 5"),
     "k without offsets": ({"k": X[:3], "v": X[:3]}, ValueError, "k_offsets: needed because q has 4 rows"),
     "k and v differ": ({"v": X[:, :1]}, ValueError, "k and v: expected one shape"),
@@ -452,6 +453,12 @@ def test_refuses_what_is_not_of_the_plan(case: str) -> None:
         jagged_attention(**{"q": X, "k": X, "v": X, "plan": plan, **changes})
 
 
+def test_a_plan_of_more_groups_than_a_bias_has_tables_is_refused() -> None:
+    plan = AttentionPlan(OFFSETS, q_timestamps=TIMES, time_thresholds=BIAS.thresholds, groups=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="plan: it has 3 groups, expected tables for each, got 2"):
+        jagged_attention(X, X, X, plan=plan, time_bias=replace(BIAS, table=torch.zeros(2, 2, 107)))
+
+
 def test_a_plan_of_groups_without_a_bias_is_attention_of_its_windows() -> None:
     q = torch.randn(6, 2, 16)
     plan = AttentionPlan(torch.tensor([0, 3, 6]), groups=torch.tensor([0, 1]), window_size=[None, (0, 0)])
@@ -465,8 +472,12 @@ def test_a_plan_refuses_hostile_arguments() -> None:
         AttentionPlan(torch.tensor([0, 5, 4]))
     with pytest.raises(ValueError, match="never decrease within a sequence"):
         AttentionPlan(OFFSETS, q_timestamps=TIMES.flip(0))
+    with pytest.raises(ValueError, match=re.escape("q_timestamps: expected shape [4], one a row, got [3]")):
+        AttentionPlan(OFFSETS, q_timestamps=TIMES[:3])
     with pytest.raises(ValueError, match="q_timestamps: needed by time_thresholds"):
         AttentionPlan(OFFSETS, time_thresholds=time_thresholds())
+    with pytest.raises(ValueError, match="plan: expected one on cpu, got one on meta"):
+        jagged_attention(X, X, X, plan=AttentionPlan(OFFSETS).moved(lambda x: x.to("meta")))
     with pytest.raises(ValueError, match="periods: expected seconds > 0"):
         AttentionPlan(OFFSETS, q_timestamps=TIMES, periods=torch.tensor([DAY, 0]))
     with pytest.raises(ValueError, match="groups: expected 0 to 1"):

@@ -361,6 +361,7 @@ def test_hostile_values_are_refused_before_they_are_used(name, value, message, b
         ("neighbors.offsets", vector(INT32, 0, 2, 3)),
         ("neighbors.ids", vector(INT64, 0, 1, 1)),
         ("neighbors.similarities", vector(torch.float64, 1, 1, 1)),
+        ("engagements.offsets", vector(INT32, 0, 1, 3)),
         ("engagements.weights", vector(torch.float64, 1, 2, 3)),
         ("engagements.reasons", vector(INT32, 1, 2, 1)),
         ("exclude_items", [3, 7]),

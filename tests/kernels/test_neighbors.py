@@ -302,6 +302,7 @@ def test_leaves_its_inputs_alone() -> None:
         ({"ids": torch.tensor([1, 2])}, r"ids: expected shape \[3\]"),
         ({"exclude": torch.tensor([1])}, r"exclude: expected shape \[2\]"),
         ({"k": 0}, "k: expected at least 1"),
+        ({"probes": torch.zeros(2, 1)}, "probes: expected int32 or int64, got torch.float32"),
         ({"probes": [[0], [0]]}, "probes: expected a torch.Tensor, got list"),
         (
             {"database": torch.zeros(3, 4, device="meta")},
@@ -528,6 +529,8 @@ def test_assignment_of_floats(metric: Any) -> None:
 def test_bad_assignment_is_named(x: Tensor, centroids: Tensor, nprobe: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         assign_clusters(x, centroids, nprobe)
+    with pytest.raises(ValueError, match="metric: expected 'ip' or 'l2', got 'cosine'"):
+        assign_clusters(torch.zeros(2, 3), torch.zeros(4, 3), metric="cosine")  # type: ignore[arg-type]
 
 
 def test_assignment_of_nothing() -> None:
@@ -626,6 +629,8 @@ def test_kmeans_refuses_what_it_cannot_cluster() -> None:
         train_kmeans(torch.full((10, 3), torch.nan), 2)
     with pytest.raises(TypeError, match="floating"):
         train_kmeans(torch.zeros(10, 3, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="nlist, niter, max_points_per_centroid: expected at least 1, 0, 1; got 0, 10"):
+        train_kmeans(random(10, 3), 0)
 
 
 @needs_native
