@@ -69,6 +69,11 @@ REFUSED = {
         ValueError,
         "k_timestamps: expected times that never decrease",
     ),
+    "times of keys overflow": (
+        {"time_bias": BIAS, "k_offsets": OFFSETS.clone(), "q_timestamps": TIMES, "k_timestamps": TIMES << 60},
+        ValueError,
+        "k_timestamps: expected unix seconds, |t| < 2**62",
+    ),
     "table": (
         {"time_bias": replace(BIAS, table=torch.zeros(2, 106)), "q_timestamps": TIMES},
         ValueError,
