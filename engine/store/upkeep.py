@@ -110,15 +110,16 @@ def vacuum(
     """
     if grace_hours < 0 or (keep is not None and keep < 1):
         raise InputError(f"vacuum: expected grace_hours >= 0 and keep >= 1, got {grace_hours} and {keep}")
-    published = store.generations()
-    kept = list(dict.fromkeys(p.generation for p in published))[-keep if keep else 0 :]
+    found = list(dict.fromkeys(p.generation for p in store.generations()))
+    kept = found[-keep if keep else 0 :]
+    unwanted = set(found) - set(kept)  # what is published meanwhile is in neither and stays
     before = time.time() - 3600 * grace_hours
-    wanted = {_key(store, p) for p in published if p.generation in kept}
-    wanted |= {_key(store, p) for p in store.log.withdrawn() if p.published_at and p.published_at.timestamp() > before}
+    wanted = {_key(store, p) for p in store.log.withdrawn() if p.published_at and p.published_at.timestamp() > before}
     if not dry_run:  # seen by readers before it happens
         store.log.append(
-            lambda newest: [replace(p, withdrawn=True) for p in newest if not p.withdrawn and p.generation not in kept]
+            lambda newest: [replace(p, withdrawn=True) for p in newest if not p.withdrawn and p.generation in unwanted]
         )
+    wanted |= {_key(store, p) for p in store.generations() if p.generation not in unwanted}
     removed: dict[str, None] = {}
     for data in (store.embeddings, *(table.data for table in store.whole.values())):
         for (generation, write), written_at in _writes(data).items():

@@ -47,8 +47,8 @@ def held_out_ranks(
     """Rank from 0 of held_out [n] (item index) among all items of the ad sources, for each of users [n]: int64 [n].
 
     The users are embedded from their newest `max_events` events up to `as_of`, less the newest `without_newest`, at the
-    time of the last event read: the held-out events of such data sets follow at once, and may have no time. Ties count
-    against the held-out item, so that a model that tells nothing apart ranks it last.
+    time of the last event read: the held-out events of such data sets follow at once, and may have no time. Ties, and
+    scores that are not numbers, count against the held-out item: a model that tells nothing apart ranks it last.
     """
     history = events.engagements(as_of)
     known = torch.from_numpy(np.unique(history.items).astype(np.int64)).to(catalog.items.device)
@@ -71,7 +71,7 @@ def held_out_ranks(
             seen = column[torch.from_numpy(history.items[places].astype(np.int64)).to(known.device)]
             scores[torch.from_numpy(np.repeat(np.arange(len(some)), lengths)).to(known.device), seen] = -torch.inf
             scores[rows, column[wanted.to(known.device)]] = -torch.inf
-            ranks.append((scores >= own[:, None]).sum(1).cpu().numpy())
+            ranks.append((~(scores < own[:, None])).sum(1).cpu().numpy())  # NaN is below nothing
             bar.advance(len(some))
     return np.concatenate(ranks) if ranks else np.empty(0, np.int64)
 

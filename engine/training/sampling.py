@@ -206,7 +206,7 @@ class Sampler:
         start = line.up_to(users, after)
         count = np.maximum(line.up_to(users, end) - start, 0)
         steps = np.arange(limit)
-        # one from each of `limit` equal parts, or all of fewer; never one twice
+        # one from each of `limit` equal parts, each as likely (one at a bound may come twice), or all of fewer
         jitter = self.generator.random((len(users), limit))
         spread = ((steps + jitter) * (count[:, None] / limit)).astype(np.int64)
         chosen = np.where(count[:, None] > limit, np.minimum(spread, count[:, None] - 1), steps)

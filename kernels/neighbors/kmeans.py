@@ -54,7 +54,7 @@ def train_kmeans(
         )
     if init not in ("random", "k-means++"):
         raise ValueError(f"init: expected 'random' or 'k-means++', got {init!r}")
-    x = x.detach()
+    x, dtype = x.detach(), x.dtype
     if x.dtype not in (torch.float32, torch.float64):
         x = x.float()
     if spherical:
@@ -76,7 +76,7 @@ def train_kmeans(
         centroids = x[sampled[:nlist]]
     else:
         centroids = _far_apart(x[sampled[: nlist * START_POINTS]], nlist, metric, generator)
-    return _lloyd(points, _normalised(centroids) if spherical else centroids, niter, metric, generator)
+    return _lloyd(points, _normalised(centroids) if spherical else centroids, niter, metric, generator).to(dtype)
 
 
 def _without_zeros(x: Tensor) -> Tensor:

@@ -23,7 +23,7 @@ from alure.engine.model import AlureModel, EventSchema, UserModel
 from alure.engine.model.checkpoint import TENSORS
 from alure.engine.training import train
 from alure.engine.training.every_event import embedding_times, label_rows
-from alure.engine.training.full_ranking import LeaveOneOut, rank_truth
+from alure.engine.training.full_ranking import LeaveOneOut, held_out_ranks, rank_truth
 from alure.engine.training.losses import CandidateItems, RowSoftmax, sampled_softmax, view_loss
 from alure.engine.training.metrics import hit_rate_and_ndcg
 from alure.engine.training.sampling import Sampler
@@ -245,6 +245,26 @@ def test_ranks_are_those_of_a_loop(events: Events) -> None:
     assert expected["ndcg"]["10"]["value"] == pytest.approx(
         np.mean([1 / math.log2(r + 2) if r < 10 else 0.0 for r in ranks])
     )
+
+
+@pytest.mark.parametrize("value", [0.0, math.nan])
+def test_a_model_that_tells_nothing_apart_ranks_last(events: Events, value: float) -> None:
+    model = AlureModel(tiny_model(**CAUSAL), EventSchema.of(events.manifest)).eval().requires_grad_(False)
+    for parameter in model.user.compression.parameters():
+        parameter.fill_(value)
+    long = LeaveOneOut(events, events.manifest.last_timestamp, None, seed=0)
+    found = held_out_ranks(
+        model,
+        events,
+        model.user.catalog(events),
+        long.users,
+        long.items,
+        as_of=long.as_of,
+        max_events=5,
+        without_newest=1,
+    )
+    seen = [len(set(events.source("visit").item[u * 10 : u * 10 + 9]) | {i}) for u, i in zip(long.users, long.items)]
+    assert (found >= 12 - np.array(seen)).all()
 
 
 def test_a_checkpoint_ranks_a_truth(events: Events, tmp_path: Path) -> None:

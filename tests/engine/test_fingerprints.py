@@ -1,5 +1,6 @@
 """Fingerprints of histories, and what an incremental refresh sees by them."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -163,6 +164,10 @@ def test_a_store_of_a_version_before_goes_on(tmp_path: Path, table: pa.Table, mo
     assert FINGERPRINT not in store.embeddings.schema().names
     before = store.read_embeddings()
     assert before.schema.names == EMBEDDING_COLUMNS
+    limited = CONFIG.model_copy(update={"max_minutes": 1e-9, "unit_users": 7})
+    straight = shutil.copytree(path, tmp_path / "straight")  # no row has the column yet
+    old = RefreshJob(model, events, straight, as_of=START + 35 * DAY, incremental=True, config=limited).run()
+    assert (old.embedded, old.carried) == (0, 40)
     RefreshJob(model, events, path, as_of=START + 40 * DAY, config=CONFIG.model_copy(update={"unit_users": 7})).run()
     assert EmbeddingStore(path).read_embeddings(before["generation"][0].as_py()).equals(before)
     limited = CONFIG.model_copy(update={"max_minutes": 1e-9})

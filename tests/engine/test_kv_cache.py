@@ -139,12 +139,19 @@ def test_a_fingerprint_is_of_the_first_events_alone(events: Events) -> None:
 @settings(deadline=None, max_examples=60)
 def test_a_fingerprint_sees_every_change(events: Events, data: st.DataObject) -> None:
     sequence = events.batch(range(60), events.manifest.last_timestamp).sequences["click"]
-    before = hashes_of(events, sequence).of_first(sequence.lengths)
+    extras = {"utc_offsets": torch.zeros_like(sequence.items), "dense": torch.rand(sequence.total, 3)}
+    sequence = replace(sequence, **extras)
+    catalog = causal_model(events).catalog(events)
+    catalog = replace(catalog, schema=catalog.schema.model_copy(update={"event_dense_dims": {"click": 3}}))
+    before = EventHashes(catalog, "click", sequence).of_first(sequence.lengths)
     row = data.draw(st.integers(0, sequence.total - 1))
-    column = data.draw(st.sampled_from(["timestamps", "counts", "items", "accounts"]))
+    column = data.draw(st.sampled_from(["timestamps", "counts", "items", "accounts", *extras]))
     changed = getattr(sequence, column).clone()
-    changed[row] = changed[row] + 1 if column in ("timestamps", "counts") else (changed[row] + 1) % 10
-    after = hashes_of(events, replace(sequence, **{column: changed})).of_first(sequence.lengths)
+    if column == "dense":
+        changed[row, data.draw(st.integers(0, 2))] += 1
+    else:
+        changed[row] = (changed[row] + 1) % 10 if column in ("items", "accounts") else changed[row] + 1
+    after = EventHashes(catalog, "click", replace(sequence, **{column: changed})).of_first(sequence.lengths)
     user = int(torch.searchsorted(sequence.offsets, row, right=True)) - 1
     assert ((after != before).nonzero().flatten().tolist()) == [user]
 

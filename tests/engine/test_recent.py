@@ -49,6 +49,7 @@ def logs(tmp_path_factory: pytest.TempPathFactory) -> tuple[Events, Events, pa.T
 @pytest.mark.parametrize("max_events", [None, 0, 3, 8])
 def test_joined_to_the_log_it_is_the_log_of_all(logs: tuple[Events, Events, pa.Table], max_events: int | None) -> None:
     nightly, whole, table = logs
+    assert whole.manifest.semantic_codes == pc.max(pc.list_flatten(table["semantic_ids"])).as_py() + 1
     recent = RecentEvents(nightly, SNAPSHOT, 10_000)
     shuffled = table.take(pa.array(np.random.default_rng(0).permutation(len(table))))
     added = [recent.add(shuffled.slice(first, 97)) for first in range(0, len(table), 97)]
@@ -70,13 +71,17 @@ def test_joined_to_the_log_it_is_the_log_of_all(logs: tuple[Events, Events, pa.T
 def test_a_user_the_log_does_not_know(logs: tuple[Events, Events, pa.Table]) -> None:
     nightly, *_ = logs
     recent = RecentEvents(nightly, SNAPSHOT, 10)
-    row = {"user_id": 7, "timestamp": SNAPSHOT + 1, "item_id": 5_003, "source": "comment"}
-    recent.add(pa.Table.from_pylist([row, {**row, "timestamp": SNAPSHOT + 9}]))
-    batch = recent.join(-1, recent.read([7], 0, SNAPSHOT + 9), SNAPSHOT + 9)
+    account = int(nightly.source("comment").account[0])  # of somebody else's event, which does not count
+    item = nightly.items.item_ids[int(np.flatnonzero(nightly.items.accounts == account)[0])].as_py()
+    other = (account + 1) % nightly.manifest.num_accounts
+    row = {"user_id": 7, "timestamp": SNAPSHOT + 1, "item_id": item, "source": "comment", "account_id": None}
+    own = {**row, "timestamp": SNAPSHOT + 10, "account_id": nightly.accounts["account_id"][other].as_py()}
+    recent.add(pa.Table.from_pylist([row, {**row, "timestamp": SNAPSHOT + 9}, own]))
+    batch = recent.join(-1, recent.read([7], 0, SNAPSHOT + 10), SNAPSHOT + 10)
     batch.check_integrity()
-    assert {name: s.total for name, s in batch.sequences.items()} == {"ad_click": 0, "comment": 2, "video_view": 0}
-    assert batch.sequences["comment"].counts.tolist() == [1, 2]
-    assert batch.sequences["comment"].accounts.tolist() == [3, 3]
+    assert {name: s.total for name, s in batch.sequences.items()} == {"ad_click": 0, "comment": 3, "video_view": 0}
+    assert batch.sequences["comment"].counts.tolist() == [1, 2, 1]
+    assert batch.sequences["comment"].accounts.tolist() == [account, account, other]
 
 
 def small(nightly: Events, capacity: int) -> RecentEvents:
@@ -181,3 +186,6 @@ def test_what_is_no_table_or_no_capacity(logs: tuple[Events, Events, pa.Table]) 
         small(logs[0], 9).add([GOOD])  # type: ignore[arg-type]
     with pytest.raises(InputError, match="capacity: expected at least 1 event, got 0"):
         small(logs[0], 0)
+    twice = pa.table(GOOD).append_column("value", pa.array([1.0])).append_column("value", pa.array([2.0]))
+    with pytest.raises(InputError, match=r"column 'value': expected each of .* at most once"):
+        small(logs[0], 9).add(twice)

@@ -6,6 +6,7 @@ import signal
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -29,6 +30,7 @@ from alure.engine.refresh.planner import Unit, count_events, pack, plan_units
 from alure.engine.store import EmbeddingStore
 from alure.engine.store.rows import FINGERPRINT
 from alure.engine.store.upkeep import rollback, vacuum, verify
+from alure.engine.store.vectors import Vectors
 
 SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
 
@@ -330,9 +332,11 @@ def test_a_time_limit_takes_who_changed_most_first(
 
 
 def test_after_the_deadline_all_are_carried_forward(world: Path, tmp_path: Path) -> None:
-    refresh(world, tmp_path, as_of=START + 1 * DAY)
+    first = refresh(world, tmp_path, as_of=START + 1 * DAY)
     over = SMALL.model_copy(update={"max_minutes": 1e-9})
     report = refresh(world, tmp_path, over, as_of=START + 9 * DAY, incremental=True)
+    between = refresh(world, tmp_path, as_of=START + 5 * DAY, incremental=True)
+    assert between.base == first.generation  # not what is of a later time, though it was cut short
     known = int((Events.open(world / "events").num_events(START + 1 * DAY) > 0).sum())
     assert (report.embedded, report.carried, report.users) == (0, known, known)
     assert known < 58  # who had no embedding has none yet, and is the first of the next run
@@ -410,6 +414,40 @@ def test_poison_users_are_left_out_and_kept_apart(
     refused = store.read_quarantine().to_pylist()
     assert sorted(row["row"] for row in refused) == ['{"user_id": 23}', '{"user_id": 5}']
     assert {row["origin"] for row in refused} == {f"refresh {report.generation}"}
+
+
+def test_who_was_left_out_before_an_interruption_counts(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    finite = Vectors.finite
+    monkeypatch.setattr(Vectors, "finite", lambda self: finite(self) & (np.arange(len(self.values)) > 0))
+    lenient = SMALL.model_copy(update={"max_quarantine_share": 0.1})
+    stopped = mock.patch.object(RefreshJob, "_check_drift", side_effect=Interrupted("refresh: stopped"))
+    with stopped, pytest.raises(Interrupted):
+        refresh(world, tmp_path, lenient)
+    strict = SMALL.model_copy(update={"max_quarantine_share": 0.05})
+    with pytest.raises(AlureError, match=r"4 users have no finite embedding, more than max_quarantine_share .*\(2\)"):
+        refresh(world, tmp_path, strict)
+    assert EmbeddingStore(tmp_path).generations() == []
+    assert refresh(world, tmp_path, lenient).quarantined == 4
+
+
+@pytest.mark.parametrize("change", [-1, 1])
+def test_nothing_is_published_unless_rows_are_as_many_as_users(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: int
+) -> None:
+    write = EmbeddingStore.write_unit
+
+    def changed(self: EmbeddingStore, generation: str, unit: str, rows: pa.Table) -> bool:
+        if unit == "0-16":
+            other = rows.slice(0, 1).set_column(0, "user_id", pa.array([999]))
+            rows = rows.slice(1) if change < 0 else pa.concat_tables([rows, other])
+        return write(self, generation, unit, rows)
+
+    monkeypatch.setattr(EmbeddingStore, "write_unit", changed)
+    with pytest.raises(AlureError, match=f"expected 58 rows, one a user with an event, found {58 + change}; nothing"):
+        refresh(world, tmp_path)
+    assert EmbeddingStore(tmp_path).generations() == []
 
 
 def test_users_that_do_not_fit_in_memory_together_go_in_halves(

@@ -20,7 +20,7 @@ from alure.engine.events import Events
 from alure.engine.files import sha256
 from alure.engine.model.checkpoint import CONFIG, METRICS, TENSORS, CheckpointConfig
 from alure.engine.training import TrainReport, train
-from alure.engine.training.state import FOLDER, STATE
+from alure.engine.training.state import FOLDER, STATE, Saved, TrainingState
 from alure.engine.training.step import Part, compute_losses
 
 QUICK = {"steps": 9, "batch_users": 16, "negatives": 8, "max_events": 6, "exposures": 2, "threads": 1}
@@ -150,6 +150,16 @@ def test_another_log_starts_anew(
 
 def test_threads_may_change(events: Events, interrupted: Path) -> None:
     assert run(events, interrupted, threads=None).resumed_at == 2
+
+
+def test_only_the_newest_state_is_kept(tmp_path: Path) -> None:
+    state = TrainingState(tmp_path, {})
+    for step in (1, 2):
+        state.save(Saved(step, {}, {"x": torch.zeros(1)}))
+    assert sorted(path.name for path in state.folder.iterdir()) == ["state.json", "step-2.safetensors"]
+    found = state.load()
+    assert found is not None
+    assert found.step == 2
 
 
 def truncate(folder: Path) -> None:

@@ -18,6 +18,7 @@ from alure.engine.config import RetrievalConfig
 from alure.engine.errors import InputError, Interrupted
 from alure.engine.events import Events
 from alure.engine.retrieval import CandidateRetriever, retrieve
+from alure.engine.retrieval.engagements import Engaged, expand
 from alure.engine.retrieval.neighbors import read_neighbors
 from alure.engine.store import EmbeddingStore, Generation
 from alure.kernels import Candidates, NeighborLists, join_candidates
@@ -194,6 +195,17 @@ def cases(draw: st.DrawFn) -> Case:
         num_users=users,
         config=config,
     )
+
+
+def test_related_ads_are_as_many_whether_the_ad_itself_is_among_the_best_or_not() -> None:
+    """Ads 0 to 4 of one account, best first; two related ones each."""
+    items, weights = np.array([0, 1, 2, 3, 4, 4, 0], np.int32), np.array([5, 4, 3, 2, 1, 0.5, 0.5], np.float32)
+    engaged = Engaged(np.array([0, 5, 6, 7]), items, weights)
+    config = RetrievalConfig(account_items=2, account_weight=0.5)
+    found = expand(engaged, np.zeros(5, np.int32), config, [(slice(0, 3), None)])
+    brought = [part.tolist() for part in found.items.tensor_split(found.offsets[1:-1])]
+    assert brought[1:] == [[4, 0, 1], [0, 1, 2]]
+    assert found.weights[found.offsets[1] :].tolist() == [0.5, 0.25, 0.25] * 2
 
 
 @settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])

@@ -225,6 +225,8 @@ def test_every_other_column_and_row_is_kept(items: Path, codebooks: Path, tmp_pa
     assert after["semantic_ids"].to_pylist() == [expected[0], None, expected[1], None, expected[2]]
     assert after.schema.metadata[b"alure.codebooks"].decode() == digest
     assert (report.rows.items, report.rows.usable, report.rows.without) == (5, 3, 2)
+    assert report.perplexity == perplexities(np.array(expected, np.int32), report.codebook)
+    assert report.unique_share == len(np.unique(expected, axis=0)) / 3
     assert [path.name for path in (tmp_path / "out").iterdir()] == ["coded.parquet"]
 
 

@@ -195,6 +195,12 @@ def test_many_writers_of_one_graph_never_mix(published: EmbeddingStore) -> None:
     assert set(table["similarities"].combine_chunks().flatten().to_pylist()) == {visible.properties["worker"]}
 
 
+def test_a_row_later_than_its_generation_is_not_published(store: EmbeddingStore) -> None:
+    store.write_unit("g", "0-1", unit([1], as_of=8))
+    with pytest.raises(InputError, match="no row later than its as_of 7, found 8"):
+        store.publish(generation(1))
+
+
 def test_a_graph_is_replaced_whole(published: EmbeddingStore) -> None:
     first = published.write_graph("g", "alure", [graph([1, 2, 3])], {"k": 15})
     second = published.write_graph("g", "alure", [graph([1, 2], 0.25)], {"k": 3})
@@ -360,6 +366,19 @@ def test_integrity(store: EmbeddingStore, second: pa.Table, complaint: str) -> N
     store.publish(generation(4))
     with pytest.raises(AlureError, match=complaint):
         store.check_integrity()
+
+
+@pytest.mark.parametrize(
+    ("rows", "complaint"),
+    [(unit([4]), "3 rows were published, 4 are there"), (unit([4], model="n"), r"expected model m, found \['n'\]")],
+)
+def test_integrity_of_what_came_after_the_publication(
+    published: EmbeddingStore, rows: pa.Table, complaint: str
+) -> None:
+    published.check_integrity()
+    published.write_unit("g", "3-4", rows)
+    with pytest.raises(AlureError, match=complaint):
+        published.check_integrity()
 
 
 def test_quarantine(store: EmbeddingStore) -> None:

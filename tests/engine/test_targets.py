@@ -178,6 +178,10 @@ def test_targets_and_tasks_by_event_type(events: Events) -> None:
     assert len(find_targets(ads, TrainingConfig())) == clicks
     assert len(find_targets(ads, TrainingConfig(target_types=["view"]))) == views
     assert len(find_targets(ads, TrainingConfig(target_types=["view", "click"]))) == views + clicks
+    for types in (None, ["view"], ["view", "click"]):  # as labels of the events before them
+        sampler = make_sampler(events, events.manifest.last_timestamp, target_types=types)
+        for name, sequence in events.batch(range(60), events.manifest.last_timestamp).sequences.items():
+            assert sampler.is_target(sequence).unique().tolist() == [name in (types or ["click"])]
     (ctr,) = find_exposures(ads, TrainingConfig())
     assert (ctr.name, ctr.window, len(ctr.timeline)) == ("ctr", DAY, views)
     assert find_exposures(ads, TrainingConfig(exposures=0)) == []

@@ -4,6 +4,7 @@ import json
 import os
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -170,6 +171,20 @@ def test_what_a_dead_writer_left_goes(store: EmbeddingStore) -> None:
     assert vacuum(store).size_bytes == 8
     assert not list(folder.glob("part-9*"))
     verify(store)
+
+
+def test_a_generation_published_during_a_vacuum_stays(store: EmbeddingStore, monkeypatch: pytest.MonkeyPatch) -> None:
+    append = store.log.append
+    store.write_unit("g5", "0-2", unit([1, 2]))
+
+    def a_moment_later(decide: Any) -> Any:
+        EmbeddingStore(store.path).publish(generation(2, "g5"))
+        return append(decide)
+
+    monkeypatch.setattr(store.log, "append", a_moment_later)
+    vacuum(store, keep=1, grace_hours=0)
+    assert names(store) == ["g3", "g5"]
+    assert store.read_embeddings("g5").num_rows == 2
 
 
 def test_history_is_a_sequence_a_user(store: EmbeddingStore) -> None:

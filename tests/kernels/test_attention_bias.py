@@ -166,12 +166,13 @@ def test_huge_entries_of_a_table_do_not_spill_into_other_buckets() -> None:
 
 
 @pytest.mark.parametrize("make", [time_thresholds, position_thresholds])
-@pytest.mark.parametrize("per_octave", [1, 2, 4])
+@pytest.mark.parametrize("per_octave", [1, 2, 4, 8, 12])
 def test_thresholds_are_sorted_and_mirrored(make, per_octave: int) -> None:
     forward, both = make(per_octave, 100_000, bidirectional=False), make(per_octave, 100_000)
     assert both.dtype == forward.dtype == torch.int64
     assert (both.diff() > 0).all()
     assert forward[0] == 1
+    assert ((forward > 2**15) & (forward <= 2**16)).sum() == per_octave
     assert 100_000 / 2 ** (1 / per_octave) < forward[-1] <= 100_000
     deltas = torch.randint(-200_000, 200_001, (2000,))
     bucket = torch.bucketize(deltas, both, right=True)

@@ -23,6 +23,7 @@ def attend(**changes: Any) -> torch.Tensor:
     return jagged_attention(**arguments)
 
 
+ONLY_BY_QUERIES = torch.tensor([9, 1, 2, 3])  # sorted in each sequence of OFFSETS
 NESTED = torch.nested.nested_tensor([torch.zeros(3, 2, 8)], layout=torch.jagged)
 REFUSED = {
     "negative": ({"q_offsets": torch.tensor([-1, 1, 4])}, ValueError, "first offset to be 0, got -1"),
@@ -37,6 +38,7 @@ REFUSED = {
     "no offsets": ({"q_offsets": OFFSETS[:0]}, ValueError, "q_offsets: expected shape [batch + 1]"),
     "other device": ({"q_offsets": OFFSETS.to("meta")}, ValueError, "q_offsets: expected a tensor on cpu"),
     "batch sizes": ({"k_offsets": torch.tensor([0, 4])}, ValueError, "as many sequences as q_offsets, 2, got 1"),
+    "int16 k_offsets": ({"k_offsets": OFFSETS.short()}, TypeError, "k_offsets: expected int32 or int64"),
     "bad k_offsets": ({"k_offsets": torch.tensor([0, 5, 4])}, ValueError, "k_offsets[1] = 5"),
     "k without offsets": ({"k": X[:3], "v": X[:3]}, ValueError, "k_offsets: needed because q has 4 rows"),
     "k and v differ": ({"v": X[:, :1]}, ValueError, "k and v: expected one shape"),
@@ -48,6 +50,8 @@ REFUSED = {
     "head_dims differ": ({"k": X[..., :4], "v": X[..., :4]}, ValueError, "its head_dim, [2, 8]"),
     "dtypes differ": ({"k": X.double()}, ValueError, "k: expected torch.float32"),
     "int values": ({"q": X.int(), "k": X.int(), "v": X.int()}, TypeError, "q: expected float16"),
+    "no tensor": ({"q": [0.0]}, TypeError, "q: expected a torch.Tensor, got list"),
+    "no heads": ({"q": X[:, :0]}, ValueError, "q: expected at least one head and one channel"),
     "2-d values": ({"q": X[0]}, ValueError, "q: expected shape [total, heads, head_dim]"),
     "no times": ({"time_bias": BIAS}, ValueError, "q_timestamps: needed by time_bias"),
     "unsorted": ({"time_bias": BIAS, "q_timestamps": TIMES.flip(0)}, ValueError, "never decrease within a sequence"),
@@ -55,6 +59,21 @@ REFUSED = {
     "int32 times": ({"time_bias": BIAS, "q_timestamps": TIMES.int()}, TypeError, "int64 unix seconds"),
     "short times": ({"time_bias": BIAS, "q_timestamps": TIMES[:3]}, ValueError, "q_timestamps: expected shape [4]"),
     "times overflow": ({"time_bias": BIAS, "q_timestamps": TIMES << 60}, ValueError, "|t| < 2**62"),
+    "times sorted by the queries alone": (
+        {
+            "time_bias": BIAS,
+            "k_offsets": torch.tensor([0, 3, 4]),
+            "q_timestamps": ONLY_BY_QUERIES,
+            "k_timestamps": ONLY_BY_QUERIES,
+        },
+        ValueError,
+        "k_timestamps: expected times that never decrease",
+    ),
+    "times of keys overflow": (
+        {"time_bias": BIAS, "k_offsets": OFFSETS.clone(), "q_timestamps": TIMES, "k_timestamps": TIMES << 60},
+        ValueError,
+        "k_timestamps: expected unix seconds, |t| < 2**62",
+    ),
     "table": (
         {"time_bias": replace(BIAS, table=torch.zeros(2, 106)), "q_timestamps": TIMES},
         ValueError,
@@ -91,12 +110,41 @@ REFUSED = {
         ValueError,
         "time_bias.periods: expected seconds > 0, got [0]",
     ),
+    "table elsewhere": (
+        {"time_bias": replace(BIAS, table=BIAS.table.to("meta")), "q_timestamps": TIMES},
+        ValueError,
+        "time_bias.table: expected a tensor on cpu, got one on meta",
+    ),
+    "cycle elsewhere": (
+        {
+            "time_bias": replace(
+                BIAS, periods=torch.tensor([DAY]), cosine=torch.zeros(2, 1), sine=torch.zeros(2, 1, device="meta")
+            ),
+            "q_timestamps": TIMES,
+        },
+        ValueError,
+        "time_bias.sine: expected a tensor on cpu, got one on meta",
+    ),
+    "float periods": (
+        {
+            "time_bias": replace(BIAS, periods=torch.tensor([1.5]), cosine=torch.zeros(2, 1), sine=torch.zeros(2, 1)),
+            "q_timestamps": TIMES,
+        },
+        TypeError,
+        "time_bias.periods: expected int64 [P] seconds",
+    ),
+    "windows without groups": ({"window_size": [3, None]}, ValueError, "one window a group, and there are no groups"),
     "window": ({"window_size": (-2, 3)}, ValueError, "window_size: expected numbers of positions >= 0"),
     "negative targets": ({"num_targets": torch.tensor([0, -1])}, ValueError, "num_contexts, num_targets: expected"),
     "too many targets": (
         {"num_targets": torch.tensor([1, 2]), "num_contexts": torch.tensor([0, 2])},
         ValueError,
         "got 2 and 2 for sequence 1, which has 3 keys",
+    ),
+    "targets elsewhere": (
+        {"num_targets": torch.tensor([1, 2]).to("meta")},
+        ValueError,
+        "num_targets: expected a tensor on cpu, got one on meta",
     ),
     "targets dtype": ({"num_targets": torch.tensor([1.0, 2])}, ValueError, "num_targets: expected int64 [2]"),
     "contexts shape": ({"num_contexts": torch.tensor([1])}, ValueError, "num_contexts: expected int64 [2]"),
@@ -387,16 +435,33 @@ REFUSED_PLANS = {
     "rows": ({"q": X[:3]}, "plan: expected q and k of 4 and 4 rows, got 3 and 4"),
     "both": ({"q_offsets": OFFSETS}, "expected none of them beside it"),
     "causal": ({"causal": True}, "expected none of them beside it"),
-    "thresholds": ({"time_bias": BIAS}, "make the plan with them"),
+    "thresholds": (
+        {"time_bias": replace(BIAS, thresholds=BIAS.thresholds + 1)},
+        "expected time_thresholds to be those",
+    ),
+    "periods": (
+        {"time_bias": replace(BIAS, periods=torch.tensor([DAY]), cosine=torch.zeros(2, 1), sine=torch.zeros(2, 1))},
+        "expected periods to be those of time_bias; make the plan with them",
+    ),
+    "positions": (
+        {"position_bias": PositionBias(torch.tensor([0]), torch.zeros(2, 2))},
+        "expected position_thresholds to be those of position_bias",
+    ),
 }
 
 
 @pytest.mark.parametrize("case", REFUSED_PLANS)
 def test_refuses_what_is_not_of_the_plan(case: str) -> None:
-    plan = AttentionPlan(OFFSETS, q_timestamps=TIMES)
+    plan = AttentionPlan(OFFSETS, q_timestamps=TIMES, time_thresholds=BIAS.thresholds)
     changes, message = REFUSED_PLANS[case]
     with pytest.raises(ValueError, match=message):
         jagged_attention(**{"q": X, "k": X, "v": X, "plan": plan, **changes})
+
+
+def test_a_plan_of_more_groups_than_a_bias_has_tables_is_refused() -> None:
+    plan = AttentionPlan(OFFSETS, q_timestamps=TIMES, time_thresholds=BIAS.thresholds, groups=torch.tensor([0, 2]))
+    with pytest.raises(ValueError, match="plan: it has 3 groups, expected tables for each, got 2"):
+        jagged_attention(X, X, X, plan=plan, time_bias=replace(BIAS, table=torch.zeros(2, 2, 107)))
 
 
 def test_a_plan_of_groups_without_a_bias_is_attention_of_its_windows() -> None:
@@ -412,8 +477,14 @@ def test_a_plan_refuses_hostile_arguments() -> None:
         AttentionPlan(torch.tensor([0, 5, 4]))
     with pytest.raises(ValueError, match="never decrease within a sequence"):
         AttentionPlan(OFFSETS, q_timestamps=TIMES.flip(0))
+    with pytest.raises(ValueError, match=re.escape("q_timestamps: expected shape [4], one a row, got [3]")):
+        AttentionPlan(OFFSETS, q_timestamps=TIMES[:3])
     with pytest.raises(ValueError, match="q_timestamps: needed by time_thresholds"):
         AttentionPlan(OFFSETS, time_thresholds=time_thresholds())
+    with pytest.raises(ValueError, match="plan: expected one on cpu, got one on meta"):
+        jagged_attention(X, X, X, plan=AttentionPlan(OFFSETS).moved(lambda x: x.to("meta")))
+    with pytest.raises(ValueError, match="periods: expected seconds > 0"):
+        AttentionPlan(OFFSETS, q_timestamps=TIMES, periods=torch.tensor([DAY, 0]))
     with pytest.raises(ValueError, match="groups: expected 0 to 1"):
         AttentionPlan(OFFSETS, groups=torch.tensor([0, 2]), window_size=[None, 3])
 

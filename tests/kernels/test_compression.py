@@ -18,7 +18,7 @@ from alure.kernels import (
     compress_int8,
     jagged_attention,
 )
-from alure.kernels.compression.interaction import compress_interaction
+from alure.kernels.compression.interaction import InteractionPlan, compress_interaction
 
 # batch, n, d, k, r, hidden
 SHAPES = {
@@ -294,6 +294,9 @@ BAD: dict[str, tuple[dict[str, Tensor], str]] = {
 def test_parameters_of_neither_form_are_refused() -> None:
     with pytest.raises(TypeError, match=r"compression: expected DotLinearCompression or .*, got NoneType"):
         compress(torch.zeros(2, 5, 6), None)
+    plan = InteractionPlan.of(2, 5, random_interaction(8, 2, 2, 1))
+    with pytest.raises(ValueError, match="plan: the dot-linear form has none"):
+        compress(torch.zeros(2, 5, 6), DotLinearCompression.initialize(5, 6, 3, 2, hidden=3), plan=plan)
 
 
 @pytest.mark.parametrize("case", BAD)

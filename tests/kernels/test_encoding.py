@@ -16,7 +16,7 @@ from support.tolerance import assert_as_exact_as_plain, poisoned_memory, require
 from torch import Tensor
 
 from alure.kernels import EventEncoder, encode_events
-from alure.kernels.encoding import ops
+from alure.kernels.encoding import CheckedColumns, encode_columns, ops
 from alure.kernels.encoding.arguments import EventColumns
 
 TARGETS = [*PORTABLE_TARGETS, pytest.param("native", "cpu", id="native")]
@@ -62,6 +62,23 @@ def test_as_exact_as_plain(shape: str, dtype: torch.dtype, backend: str, device:
         with_gradients(plain, plain.definition()),
         dtype,
     )
+
+
+def test_columns_that_were_checked_for_another_table_or_encoder_are_checked_again() -> None:
+    problem = random_problem(LENGTHS).to(torch.float32)
+    given_ = {name: getattr(problem, name) for name in ("ids", "offsets", "timestamps", "reference_times", "counts")}
+    periods = problem.encoder.periods
+    columns = CheckedColumns(**given_, utc_offsets=problem.utc_offsets, num_rows=len(problem.table), periods=periods)
+    encode = partial(encode_columns, columns, dense=problem.dense, backend="reference")
+    assert torch.equal(encode(problem.table, problem.encoder), problem.run("reference"))
+    with pytest.raises(ValueError, match="ids: expected values from -1 to 18, got -1 to 19"):
+        encode(problem.table[:19], problem.encoder)
+    with pytest.raises(ValueError, match="ids: expected values from -1 to 18"):
+        replace(columns, num_rows=19)
+    with pytest.raises(ValueError, match=r"counts: expected shape \[46\], got \[45\]"):
+        replace(columns, counts=columns.counts[1:])
+    with pytest.raises(ValueError, match="periods: expected values from 1"):
+        encode(problem.table, replace(problem.encoder, periods=torch.zeros_like(periods)))
 
 
 def test_blocks_of_rows_join(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -359,6 +376,7 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "id beyond the table": ({"ids": torch.tensor([[0, 1, 20]] * 4)}, {}, r"ids: expected .* -1 to 19, got 0 to 20"),
     "id below -1": ({"ids": torch.tensor([[0, 1, -2]] * 4)}, {}, r"ids: expected values from -1"),
     "huge id": ({"ids": torch.full((4, 3), 1 << 62)}, {}, r"ids: expected values"),
+    "flat ids": ({"ids": torch.zeros(4, dtype=torch.int64)}, {}, r"ids: expected shape \[total, attributes\]"),
     "int32 ids": ({"ids": torch.zeros(4, 3, dtype=torch.int32)}, {}, r"ids: expected torch.int64, got torch.int32"),
     "too few ids": ({"ids": torch.zeros(3, 3, dtype=torch.int64)}, {}, r"timestamps: expected shape \[3\]"),
     "falling offsets": ({"offsets": torch.tensor([0, 5, 4])}, {}, r"offsets: expected offsets that never decrease"),
@@ -371,6 +389,19 @@ HOSTILE: dict[str, tuple[dict[str, Any], dict[str, Any], str]] = {
     "overflowing times": ({"timestamps": torch.tensor([-(1 << 63), 0, 1, 2])}, {}, r"timestamps: expected values from"),
     "one snapshot too few": ({"reference_times": torch.tensor([NOW])}, {}, r"reference_times: expected shape \[2\]"),
     "negative count": ({"counts": torch.tensor([0, -1, 0, 0])}, {}, r"counts: expected values from 0"),
+    "too few counts": ({"counts": torch.zeros(3, dtype=torch.int64)}, {}, r"counts: expected shape \[4\], got \[3\]"),
+    "int32 counts": ({"counts": torch.zeros(4, dtype=torch.int32)}, {}, r"counts: expected torch.int64"),
+    "short utc_offsets": ({"utc_offsets": torch.zeros(3, dtype=torch.int64)}, {}, r"utc_offsets: expected shape \[4\]"),
+    "too few rows of dense": ({"dense": torch.zeros(3, 6)}, {}, r"dense: expected shape \[4, any\], got \[3, 6\]"),
+    "flat table": ({"table": torch.zeros(20)}, {}, r"table: expected shape \[rows, d_e\], got \[20\]"),
+    "bias": ({}, {"bias": torch.zeros(7, 1)}, r"bias: expected shape \[D\], got \[7, 1\]"),
+    "id weight": ({}, {"id_weight": torch.zeros(3, 4, 7)}, r"id_weight: expected shape \[3, 5, 7\], got \[3, 4, 7\]"),
+    "integer table": ({"table": torch.zeros(20, 5, dtype=torch.int64)}, {}, r"table: expected float16, bfloat16"),
+    "2-d periods": ({}, {"periods": torch.tensor([[DAY], [7], [9]])}, r"periods: expected shape \[P\], got \[3, 1\]"),
+    "float periods": ({}, {"periods": torch.tensor([1.5, 2, 7])}, r"periods: expected torch.int64, got torch.float32"),
+    "position width": ({}, {"position_table": torch.zeros(4, 6)}, r"position_table: expected shape \[any, 7\]"),
+    "frequency width": ({}, {"frequency_table": torch.zeros(5, 6)}, r"frequency_table: expected shape"),
+    "phases": ({}, {"phases": torch.zeros(2)}, r"phases: expected shape \[3\], got \[2\]"),
     "wrong length of dense": ({"dense": torch.zeros(4, 5)}, {}, r"dense_weight: expected shape \[5, 7\], got \[6, 7\]"),
     "no dense": ({"dense": None}, {}, r"dense: expected a tensor because dense_weight is given"),
     "tau 0": ({}, {"tau": 0.0}, r"tau: expected a finite number of seconds > 0, got 0.0"),

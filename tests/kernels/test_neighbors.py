@@ -302,6 +302,13 @@ def test_leaves_its_inputs_alone() -> None:
         ({"ids": torch.tensor([1, 2])}, r"ids: expected shape \[3\]"),
         ({"exclude": torch.tensor([1])}, r"exclude: expected shape \[2\]"),
         ({"k": 0}, "k: expected at least 1"),
+        ({"probes": torch.zeros(2, 1)}, "probes: expected int32 or int64, got torch.float32"),
+        ({"probes": [[0], [0]]}, "probes: expected a torch.Tensor, got list"),
+        (
+            {"database": torch.zeros(3, 4, device="meta")},
+            "database: expected a tensor on cpu as queries, got one on meta",
+        ),
+        ({"ids": torch.zeros(3, dtype=torch.int64, device="meta")}, "ids: expected a tensor on cpu, got one on meta"),
         ({"metric": "cosine"}, "metric: expected 'ip' or 'l2'"),
         ({"backend": "fast"}, "expected one of"),
     ],
@@ -522,6 +529,8 @@ def test_assignment_of_floats(metric: Any) -> None:
 def test_bad_assignment_is_named(x: Tensor, centroids: Tensor, nprobe: int, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         assign_clusters(x, centroids, nprobe)
+    with pytest.raises(ValueError, match="metric: expected 'ip' or 'l2', got 'cosine'"):
+        assign_clusters(torch.zeros(2, 3), torch.zeros(4, 3), metric="cosine")  # type: ignore[arg-type]
 
 
 def test_assignment_of_nothing() -> None:
@@ -572,6 +581,14 @@ def test_kmeans_on_a_gpu_fits_as_on_a_cpu(spherical: bool, init: Any) -> None:
     assert abs(reached - expected) < 0.02 * abs(expected)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_kmeans_in_half_precision_is_rounded_at_the_end(dtype: torch.dtype) -> None:
+    x = random(300, 6).to(dtype)
+    centroids = train_kmeans(x, 5)
+    assert torch.equal(centroids, train_kmeans(x.float(), 5).to(dtype))
+    assert assign_clusters(x, centroids)[1].unique().numel() == 5
+
+
 def test_kmeans_depends_on_the_seed_only() -> None:
     x = random(500, 6)
     assert torch.equal(train_kmeans(x, 20, seed=3), train_kmeans(x, 20, seed=3))
@@ -612,6 +629,8 @@ def test_kmeans_refuses_what_it_cannot_cluster() -> None:
         train_kmeans(torch.full((10, 3), torch.nan), 2)
     with pytest.raises(TypeError, match="floating"):
         train_kmeans(torch.zeros(10, 3, dtype=torch.int64), 2)
+    with pytest.raises(ValueError, match="nlist, niter, max_points_per_centroid: expected at least 1, 0, 1; got 0, 10"):
+        train_kmeans(random(10, 3), 0)
 
 
 @needs_native
