@@ -460,7 +460,7 @@ def evaluate(
 def rank(
     model: Annotated[Path, typer.Argument(help="What `alure train` wrote.")],
     events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote: everything before what is held out.")],
-    truth: Annotated[Path, typer.Option(help="One held-out item a user: user_id, item_id (Parquet).")],
+    truth: Annotated[Path, typer.Option(help="One held-out item a user: user_id, item_id.")],
     k: Annotated[list[int] | None, typer.Option("-k", min=1, help="Cut-offs; repeat the option.")] = None,
     max_events: Annotated[int | None, typer.Option(min=1, help="Newest events a source (default: all).")] = None,
     seed: Seed = 0,
