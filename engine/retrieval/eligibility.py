@@ -15,19 +15,24 @@ from alure.engine.tables import ids_as, read_columns, texts_as
 
 @dataclass(frozen=True)
 class Eligibility:
-    """items[i] may be shown in the country names[countries[i]], everywhere where that is −1."""
+    """items[i] may be shown in the country that `names` gives the number countries[i], everywhere where that is −1."""
 
     items: np.ndarray  # int64 [rows], item index
-    countries: np.ndarray  # int64 [rows]
-    names: list[str]
+    countries: np.ndarray  # int64 [rows], ascending
+    names: dict[str, int]
     num_items: int
     counts: dict[str, int]
+
+    def group(self, country: str) -> int:
+        """Countries of one group may be shown the same: each that the inventory names is one, all others are −1."""
+        return self.names.get(country, -1)
 
     def mask(self, country: str) -> np.ndarray:
         """bool [num_items]: what may be shown in `country`."""
         mask = np.zeros(self.num_items, bool)
-        code = self.names.index(country) if country in self.names else -1
-        mask[self.items[(self.countries == code) | (self.countries == -1)]] = True
+        for group in {-1, self.group(country)}:
+            first, last = np.searchsorted(self.countries, [group, group + 1])
+            mask[self.items[first:last]] = True
         return mask
 
     @property
@@ -71,4 +76,7 @@ def read_eligibility(path: Path, events: Events) -> Eligibility:
             f"eligible: {path}: column country: none of {', '.join(names.to_pylist()[:3])}, … is a country of the "
             f"log, which has {', '.join(here[:3])}, …; nothing could be retrieved. Give country as the event log has it"
         )
-    return Eligibility(found[known], countries[known], names.to_pylist(), len(events.items), counts)
+    found, countries = found[known], countries[known]
+    order = np.argsort(countries, kind="stable")
+    numbers = {name: number for number, name in enumerate(names.to_pylist())}
+    return Eligibility(found[order], countries[order], numbers, len(events.items), counts)

@@ -21,7 +21,7 @@ from alure.engine.retrieval import CandidateRetriever, retrieve
 from alure.engine.retrieval.eligibility import read_eligibility
 from alure.engine.retrieval.neighbors import read_neighbors
 from alure.engine.store import EmbeddingStore, Generation
-from alure.kernels import Candidates, NeighborLists, join_candidates
+from alure.kernels import Candidates, Engagements, NeighborLists, join_candidates
 
 AS_OF = START + 30 * DAY
 TYPES = ["click", "conversion", "view"]
@@ -281,6 +281,31 @@ def test_cold_ads_come_in_through_their_account(tmp_path: Path) -> None:
     retrieve(store, events, case.settings, graphs=["alure"])
     assert [row[0] for row in as_rows(store.read_candidates())[0]] == [5]
     assert store.read_popularity()["item_ids"].to_pylist() == [[5], []]  # another inventory in the same file
+
+
+@pytest.mark.parametrize(
+    ("eligible", "given"),  # of each join: users, their engagements
+    [
+        ([(0, None), (3, None)], [(2, 3)]),  # the same everywhere: users 1 and 2
+        ([(0, None), (3, "AR")], [(2, 3), (0, 0)]),  # in BR nobody has a neighbour
+        ([(0, None), (3, "DE")], [(2, 2)]),  # where nobody is
+    ],
+)
+def test_countries_that_may_be_shown_the_same_share_a_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eligible: list[tuple[int, str | None]], given: list[Any]
+) -> None:
+    """And a join is given the engagements of its neighbours alone: with thousands of countries all took hours."""
+    store, events = write(Case(SIMPLE.rows, SIMPLE.graphs, SIMPLE.accounts, eligible=eligible), tmp_path)
+    settings = SIMPLE.settings.model_copy(update={"eligible": tmp_path / "eligible.parquet", "account_weight": 0.0})
+    found = []
+
+    def join(near: NeighborLists, engagements: Engagements, *args: Any, **kwargs: Any) -> Candidates:
+        found.append((len(engagements.offsets) - 1, len(engagements.items)))
+        return join_candidates(near, engagements, *args, **kwargs)
+
+    monkeypatch.setattr("alure.engine.retrieval.retriever.join_candidates", join)
+    retrieve(store, events, settings, graphs=["alure"])
+    assert found == given
 
 
 @pytest.mark.parametrize(
