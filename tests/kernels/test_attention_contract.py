@@ -441,12 +441,11 @@ def test_log_sum_exp_and_its_gradient(backend: str, device: str) -> None:
 
 def test_type_checkers_see_the_keywords_of_the_signature() -> None:
     """Overloads that took any keyword let misspelt ones through."""
-    keywords = {
-        name: p for name, p in inspect.signature(jagged_attention).parameters.items() if p.kind is p.KEYWORD_ONLY
-    }
+    parameters = inspect.signature(jagged_attention).parameters
+    keywords = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
     returned = keywords.pop("return_lse")
     assert AttentionOptions.__annotations__ == {name: p.annotation for name, p in keywords.items()}
-    positional = [p for p in inspect.signature(jagged_attention).parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    positional = [p for p in parameters.values() if p.kind is not p.KEYWORD_ONLY]
     for overload, value in zip(get_overloads(jagged_attention), (False, True), strict=True):
         *given, lse, options = inspect.signature(overload).parameters.values()
         assert given == positional
