@@ -412,6 +412,18 @@ def test_delta_partitions_that_only_the_log_knows_are_refused(tmp_path: Path, fo
         ingest(EventsConfig(inputs=[path]), tmp_path / "log")
 
 
+def test_a_delta_table_within_a_folder_is_read_by_its_log(tmp_path: Path) -> None:
+    """Its folder still has the files of deleted rows, which came back."""
+    table = random_table(num_events=20)
+    (tmp_path / "logs" / "old").mkdir(parents=True)
+    write_deltalake(tmp_path / "logs" / "day" / "table", table.slice(0, 12))
+    write_deltalake(tmp_path / "logs" / "day" / "table", table.slice(0, 5), mode="overwrite")
+    pq.write_table(table.slice(12), tmp_path / "logs" / "old" / "a.parquet")
+    write_deltalake(tmp_path / "alone" / "table", table.slice(0, 5))
+    for folder, rows in (("logs", 5 + 8), ("alone", 5)):
+        assert ingest(EventsConfig(inputs=[tmp_path / folder], latest=2 * START), tmp_path / "log").rows == rows
+
+
 def test_delta_features_that_hide_rows_are_refused(tmp_path: Path) -> None:
     write_deltalake(tmp_path / "table", random_table(num_events=10))
     log = tmp_path / "table" / "_delta_log" / "00000000000000000000.json"
