@@ -186,6 +186,16 @@ def test_times_at_the_ends_of_int64_are_bad_rows(tmp_path: Path, unit: str, zone
     assert kept[3].startswith("1969-12-31 23:59:59.999")
 
 
+@pytest.mark.parametrize("unit", ["s", "ms"])
+def test_milliseconds_that_microseconds_cannot_hold_are_told(tmp_path: Path, unit: str) -> None:
+    """NumPy's NaT as a number, say: DuckDB cannot read the column at all, and the file was called damaged."""
+    far = {"s": 400_000 * 365 * 86_400, "ms": -(2**63)}[unit]
+    times = pa.array([far, 0], pa.int64()).cast(pa.timestamp(unit))
+    table = pa.table({"user_id": [1, 2], "timestamp": times, "item_id": [1, 2]})
+    with pytest.raises(InputError, match="column timestamp: a time in milliseconds lies beyond the years"):
+        run(tmp_path, table)
+
+
 def test_the_future_begins_now_by_default(tmp_path: Path) -> None:
     _, report = run(tmp_path, [row(), row(timestamp=9 * 10**9)], latest=None)
     assert report.quarantine == {"future_timestamp": 1}
