@@ -4,6 +4,7 @@ Exit codes: 0 done, 1 failed, 2 wrong usage or input, 75 interrupted (run the sa
 With --json the last line on stdout is one JSON object with what the command did.
 """
 
+import atexit
 import json
 import re
 import subprocess
@@ -31,7 +32,7 @@ from alure.engine.options import (
     parse_time,
 )
 from alure.engine.progress import say
-from alure.engine.signals import interruptible
+from alure.engine.signals import ignore_signals, interruptible
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
 TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, such as a second Ctrl-C
@@ -102,7 +103,7 @@ def run(
     Example: `alure run examples/retail_rocket.yaml --data ~/data --out runs/retail_rocket`
     """
     if schema:
-        print(json.dumps(Config.model_json_schema(), indent=2))  # noqa: T201
+        print(json.dumps(Config.model_json_schema(), indent=None if as_json else 2))  # noqa: T201
         return
     if config is None:
         raise InputError("run: expected a configuration file, such as `alure run examples/retail_rocket.yaml`")
@@ -460,7 +461,7 @@ def evaluate(
 def rank(
     model: Annotated[Path, typer.Argument(help="What `alure train` wrote.")],
     events: Annotated[Path, typer.Argument(help="What `alure ingest` wrote: everything before what is held out.")],
-    truth: Annotated[Path, typer.Option(help="One held-out item a user: user_id, item_id (Parquet).")],
+    truth: Annotated[Path, typer.Option(help="One held-out item a user: user_id, item_id.")],
     k: Annotated[list[int] | None, typer.Option("-k", min=1, help="Cut-offs; repeat the option.")] = None,
     max_events: Annotated[int | None, typer.Option(min=1, help="Newest events a source (default: all).")] = None,
     seed: Seed = 0,
@@ -689,6 +690,8 @@ def main() -> None:
         fail(f"{error.filename or error}: there is a folder where a file is expected; name another path", EXIT_INPUT)
     except (AlureError, OSError) as error:
         fail(str(error), EXIT_FAILED)
+    finally:
+        atexit.register(ignore_signals)  # a signal in the last tenths of a second must not change the exit code
 
 
 def fail(message: str, code: int) -> NoReturn:

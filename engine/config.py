@@ -430,9 +430,25 @@ class Config(Section):
         )
 
 
+class Loader(yaml.SafeLoader):
+    """Refuses a key that is given twice, of which YAML's own takes the last without a word."""
+
+    def compose_mapping_node(self, anchor: Any) -> yaml.MappingNode:
+        node: yaml.MappingNode = super().compose_mapping_node(anchor)
+        seen = set[str]()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                if key.value in seen:
+                    raise yaml.MarkedYAMLError(
+                        problem=f"the key {key.value} is given twice", problem_mark=key.start_mark
+                    )
+                seen.add(key.value)
+        return node
+
+
 def read_yaml(path: Path) -> dict[str, Any]:
     try:
-        data = yaml.safe_load(path.read_text())
+        data = Loader(path.read_text()).get_single_data()
     except FileNotFoundError:
         raise InputError(f"configuration: {path} does not exist") from None
     except IsADirectoryError:

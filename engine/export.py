@@ -1,5 +1,6 @@
 """A generation written for other tools: FAISS index files, Parquet, Lance, NumPy."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,16 +10,22 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from alure.engine.errors import InputError
+from alure.engine.events.replacing import building, publish, recover
+from alure.engine.files import write_json
 from alure.engine.graph.faiss_files import write_faiss
 from alure.engine.store import EmbeddingStore
 
 FORMATS = ("faiss", "parquet", "lance", "npy")
+DESCRIPTION = "export.json"  # of what and to what; by it an export is known
 
 
 def export_store(
     store_path: str | Path, to: str, out: Path, *, flat: bool = False, generation: str | None = None
 ) -> dict[str, Any]:
-    """Write the tables of one published generation (default: the newest) of a store into the folder `out`.
+    """Write the tables of one published generation (default: the newest) of a store as the folder `out`.
+
+    An earlier export to the same format is replaced as a whole at the end, so that no file of it stays beside newer
+    ones; any other folder that is not empty is refused with InputError.
 
     parquet, lance: every table; with `flat` one row an edge or a candidate. npy: the embeddings. faiss: an index of
     them a country, in the graph's clusters. Beside both `user_ids.parquet`, whose row i is the user of vector i.
@@ -29,14 +36,33 @@ def export_store(
         raise InputError(f"--flat: is for graphs and candidates, which --to {to} does not write; use --to parquet")
     store = EmbeddingStore(store_path)
     chosen = generation or store.latest("embeddings").generation
-    out.mkdir(parents=True, exist_ok=True)
-    if to in ("parquet", "lance"):
-        written = export_tables(store, chosen, out, to, flat)
-    elif to == "faiss":
-        written = write_faiss(store, chosen, out)
-    else:
-        written = export_vectors(store, chosen, out)
+    recover(out)
+    check_replaceable(out, to)
+    with building(out) as folder:
+        if to in ("parquet", "lance"):
+            written = export_tables(store, chosen, folder, to, flat)
+        elif to == "faiss":
+            written = write_faiss(store, chosen, folder)
+        else:
+            written = export_vectors(store, chosen, folder)
+        write_json(folder / DESCRIPTION, {"generation": chosen, "format": to, "files": written})
+        publish(folder, out)
     return {"generation": chosen, "format": to, "out": str(out), "files": written}
+
+
+def check_replaceable(out: Path, to: str) -> None:
+    if out.exists() and not out.is_dir():
+        raise InputError(f"out: {out} is a file; expected a folder to make, or an earlier export to replace")
+    if not out.is_dir() or not any(out.iterdir()):
+        return
+    path = out / DESCRIPTION
+    try:
+        found = json.loads(path.read_text())["format"] if path.is_file() else None
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError):
+        found = None
+    if found != to:
+        held = f"is an export to {found}" if found else f"is not empty and no export ({DESCRIPTION})"
+        raise InputError(f"out: {out} {held}, so it is not replaced; name another folder")
 
 
 def export_tables(store: EmbeddingStore, generation: str, out: Path, to: str, flat: bool) -> dict[str, int]:

@@ -41,6 +41,12 @@ def interruptible() -> Iterator[None]:
             signal.signal(number, handler)
 
 
+def ignore_signals() -> None:
+    """For the end of a process, whose result is out."""
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, signal.SIG_IGN)
+
+
 @contextmanager
 def stop_flag(what: str) -> Iterator[StopFlag]:
     """The flag that signals set while the block runs; earlier handlers are put back.

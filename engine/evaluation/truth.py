@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.parquet as pq
-from deltalake import DeltaTable
 
 from alure.engine.errors import InputError
+from alure.engine.events.staging import LAST_SECOND
+from alure.engine.tables import open_dataset, readable, texts_as, within_int64
 
 OPTIONAL = ("timestamp", "source", "event_type")
 NO_ENGAGEMENT = ("view",)  # event types that do not count as engagement unless they are named
@@ -56,19 +56,15 @@ def read_truth(path: Path, as_of: int, ad_sources: list[str] | None) -> TruthRow
     `as_of` (they would be a leak) and rows of other sources are left out and counted.
     """
     table = _read(path)
-    for name in ("user_id", "item_id"):
-        if name not in table.column_names:
-            near = difflib.get_close_matches(name, table.column_names, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InputError(
-                f"truth: {path} has no column {name!r}{hint}; it has {', '.join(table.column_names) or 'no columns'}"
-            )
     counts = {"rows": len(table)}
-    columns = {"user_id": table["user_id"], "item_id": table["item_id"]}
+    columns = {name: within_int64(table[name]) for name in ("user_id", "item_id")}
     for name in OPTIONAL:
-        kind = pa.int64() if name == "timestamp" else pa.string()
-        columns[name] = _seconds(table[name]) if name in table.column_names else pa.nulls(len(table), kind)
-        columns[name] = columns[name].cast(kind)
+        if name not in table.column_names:
+            columns[name] = pa.nulls(len(table), pa.int64() if name == "timestamp" else pa.string())
+        elif name == "timestamp":
+            columns[name] = _seconds(table[name], path)
+        else:
+            columns[name] = texts_as(table, name, f"truth: {path}")
     rows = pa.table(columns)
     rows = _leave_out(rows, pc.or_(pc.is_null(rows["user_id"]), pc.is_null(rows["item_id"])), "null_id", counts)
     rows = _leave_out(rows, pc.fill_null(pc.less_equal(rows["timestamp"], as_of), False), "not_after_as_of", counts)
@@ -134,19 +130,35 @@ def indices(wanted: pa.ChunkedArray | pa.Array, known: pa.ChunkedArray | pa.Arra
 
 
 def _read(path: Path) -> pa.Table:
-    if not path.exists():
-        raise InputError(f"truth: {path} does not exist")
-    if path.is_dir() and DeltaTable.is_deltatable(str(path)):
-        return DeltaTable(str(path)).to_pyarrow_table()
-    try:
-        return pq.read_table(path)
-    except (pa.ArrowInvalid, OSError) as error:
-        raise InputError(f"truth: {path} is not a Parquet file or Delta table ({error})") from None
+    data = open_dataset(path, "truth", "user_id and item_id")
+    names = data.schema.names
+    for name in ("user_id", "item_id"):
+        if name not in names:
+            near = difflib.get_close_matches(name, names, 1)
+            hint = f" (did you mean {near[0]!r}?)" if near else ""
+            raise InputError(f"truth: {path} has no column {name!r}{hint}; it has {', '.join(names) or 'no columns'}")
+    with readable(path, "truth"):
+        return data.to_table(columns=["user_id", "item_id", *(name for name in OPTIONAL if name in names)])
 
 
-def _seconds(column: pa.ChunkedArray) -> pa.ChunkedArray:
-    """Unix seconds of a column of integers or of any Arrow timestamp; other columns as they are."""
-    return column.cast(pa.timestamp("s"), safe=False).cast(pa.int64()) if pa.types.is_timestamp(column.type) else column
+def _seconds(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:
+    """Unix seconds of a column of integers or of any Arrow timestamp; null (unknown) where a number can be none."""
+    if pa.types.is_timestamp(column.type):
+        return column.cast(pa.timestamp("s"), safe=False).cast(pa.int64())
+    if not (pa.types.is_integer(column.type) or pa.types.is_floating(column.type) or pa.types.is_null(column.type)):
+        raise InputError(
+            f"truth: {path}: column timestamp: expected unix seconds or a timestamp, got {column.type}; cast the column"
+        )
+    if not pa.types.is_uint64(column.type):
+        with readable(path, "truth: column timestamp"):
+            column = column.cast(pa.int64())
+    late = pc.greater(column, pa.scalar(LAST_SECOND, column.type))
+    if 2 * (pc.sum(late).as_py() or 0) > pc.count(column).as_py():
+        raise InputError(
+            f"truth: {path}: column timestamp: expected unix seconds, got {pc.max(column)}; milliseconds? Divide them, "
+            "or store them as an Arrow timestamp"
+        )
+    return pc.if_else(late, pa.scalar(None, column.type), column).cast(pa.int64())
 
 
 def _leave_out(rows: pa.Table, which: pa.ChunkedArray, reason: str, counts: dict[str, int]) -> pa.Table:

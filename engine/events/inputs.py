@@ -111,9 +111,14 @@ def find_files(path: Path) -> Iterator[InputFile]:
     else:
         found = sorted(p for p in path.rglob("*") if p.suffix in (".parquet", ".parq", ".pq") and p.is_file())
         visible = [p for p in found if not any(part[0] in "._" for part in p.relative_to(path).parts)]
-        if not visible:
+        tables = sorted(log.parent for log in path.rglob("_delta_log") if log.is_dir())
+        if not visible and not tables:
             raise InputError(f"input: the folder {path} holds no .parquet file")
+        for table in tables:
+            yield from find_delta_files(table)
         for file in visible:
+            if any(table in file.parents for table in tables):
+                continue  # of a table, whose log says which of its files count
             keys = [part.split("=", 1)[0] for part in file.relative_to(path).parts[:-1] if "=" in part]
             yield describe_file(file, dict.fromkeys(keys, pa.string()))
 

@@ -23,11 +23,13 @@ def check_replaceable(out: Path) -> None:
 
 
 def siblings(out: Path, label: str) -> list[Path]:
+    out = out.resolve()
     return [Path(p) for p in glob.glob(f"{glob.escape(str(out.parent / f'.{out.name}.{label}'))}-*")]
 
 
 def recover(out: Path) -> None:
-    """Mend what a run left that was killed between the two renames of `publish`: the old log goes back."""
+    """Mend what a run left that was killed between the two renames of `publish`: the old folder goes back."""
+    out = out.resolve()  # where a link leads; the link stays
     for old in siblings(out, "replaced"):
         if out.exists():
             shutil.rmtree(old)
@@ -38,6 +40,7 @@ def recover(out: Path) -> None:
 @contextmanager
 def building(out: Path) -> Iterator[Path]:
     """A locked sibling folder of `out` to build in; what killed runs have left is removed first."""
+    out = out.resolve()
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -66,13 +69,14 @@ def locked(folder: Path, out: Path) -> Iterator[None]:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield
     except BlockingIOError:
-        raise AlureError(f"out: another ingest is writing {out}; wait for it, or end it") from None
+        raise AlureError(f"out: another process is writing {out}; wait for it, or end it") from None
     finally:
         os.close(handle)
 
 
 def publish(folder: Path, out: Path) -> None:
-    """Put `folder` in the place of `out`. Readers that have the old log mapped keep reading it."""
+    """Put `folder` in the place of `out`. Readers that have the old files mapped keep reading them."""
+    out = out.resolve()
     if not out.exists() or not any(out.iterdir()):
         folder.rename(out)  # an empty folder is replaced by the rename itself
         return

@@ -212,9 +212,15 @@ def read(con: duckdb.DuckDBPyConnection, sql: str, inputs: Inputs) -> duckdb.Duc
 
 def blame_file(con: duckdb.DuckDBPyConnection, inputs: Inputs) -> None:
     for group in inputs.groups:
-        columns = ", ".join(f"max(hash({name(theirs)}))" for theirs in group.names.values())
         for file in group.files:
-            try:
-                con.execute(f"SELECT {columns} FROM {scan(group, (file,))}").fetchall()
-            except duckdb.Error as error:
-                raise InputError(f"input: {file.path} is damaged or cannot be read: {first_line(error)}") from None
+            for ours, theirs in group.names.items():
+                try:
+                    con.execute(f"SELECT max(hash({name(theirs)})) FROM {scan(group, (file,))}").fetchall()
+                except duckdb.Error as error:
+                    if isinstance(error, duckdb.ConversionException) and pa.types.is_timestamp(group.types[ours]):
+                        raise InputError(
+                            f"input: {file.path}: column {theirs}: a time in milliseconds lies beyond the years that "
+                            "microseconds reach (290,308 BC to 294,246); mend that row, or store int64 seconds: a "
+                            "number that is no second goes to quarantine"
+                        ) from None
+                    raise InputError(f"input: {file.path} is damaged or cannot be read: {first_line(error)}") from None

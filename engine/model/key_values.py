@@ -130,8 +130,8 @@ def _extend_source(
                 keys,
                 values,
                 plan=plan,
-                time_bias=time_bias and time_bias(plan),
-                position_bias=position_bias and position_bias(plan),
+                time_bias=time_bias(plan) if time_bias else None,
+                position_bias=position_bias(plan) if position_bias else None,
             )
         with op("feed_forward"):
             tokens = layer.finish(tokens, attended)

@@ -217,8 +217,8 @@ class SourceContext(NamedTuple):
             self.keys,
             self.values,
             plan=plan,
-            time_bias=time_bias and time_bias(plan),
-            position_bias=position_bias and position_bias(plan),
+            time_bias=time_bias(plan) if time_bias else None,
+            position_bias=position_bias(plan) if position_bias else None,
         )
         return found.to(queries.dtype)
 

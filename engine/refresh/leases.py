@@ -44,8 +44,10 @@ class FileLeases:
         self._appear()
 
     def _appear(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True)
-        self.mine.write_text(self.holder)
+        while not self.mine.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            with suppress(FileNotFoundError):  # whoever left last, or published, took the folder again
+                self.mine.write_text(self.holder)
 
     def claim(self, unit: str) -> bool:
         try:
@@ -69,6 +71,8 @@ class FileLeases:
 
     def close(self) -> None:
         self.mine.unlink(missing_ok=True)
+        with suppress(OSError):  # others are there, or it is gone
+            self.folder.rmdir()  # made again by a straggler, after the publication
 
     def _abandoned(self, path: Path) -> bool:
         try:

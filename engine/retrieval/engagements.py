@@ -8,14 +8,14 @@ Only events up to T = as_of of ad sources count; an account's best ads are those
 """
 
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
 
 from alure.engine.config import RetrievalConfig
 from alure.engine.events import History
-from alure.kernels import Engagements
+from alure.kernels import Engagements, NeighborLists
 
 EXACT, ACCOUNT = 1, 2  # bits of a reason
 REASONS = ["", "exact", "account", "exact+account"]  # by bits
@@ -69,13 +69,18 @@ class AccountAds:
         return np.append(np.diff(self.offsets), 0)
 
 
-def best_of_accounts(totals: np.ndarray, accounts: np.ndarray, count: int, eligible: np.ndarray | None) -> AccountAds:
-    """At most `count` engaged ads an account, best first: by total weight [num_items], ties by lower item.
+def rank_of_accounts(totals: np.ndarray, accounts: np.ndarray) -> np.ndarray:
+    """The engaged ads that have an account, by account, best first: by total weight [num_items], ties by lower item.
 
-    accounts: int32 [num_items], −1 for none. eligible: bool [num_items], None for all.
+    accounts: int32 [num_items], −1 for none.
     """
-    ads = np.flatnonzero((totals > 0) & (accounts >= 0) & (True if eligible is None else eligible))
-    ads = ads[np.lexsort((ads, -totals[ads], accounts[ads]))]
+    ads = np.flatnonzero((totals > 0) & (accounts >= 0))
+    return ads[np.lexsort((ads, -totals[ads], accounts[ads]))]
+
+
+def best_of_accounts(ranked: np.ndarray, accounts: np.ndarray, count: int, eligible: np.ndarray | None) -> AccountAds:
+    """The first `count` ads an account. ranked: from `rank_of_accounts`. eligible: bool [num_items], None for all."""
+    ads = ranked if eligible is None else ranked[eligible[ranked]]
     whole = AccountAds.of(ads, accounts)
     rank = np.arange(len(ads)) - whole.offsets[accounts[ads]]
     return AccountAds.of(ads[rank < count], accounts)
@@ -99,11 +104,16 @@ class Inventory:
 
     @classmethod
     def of(
-        cls, totals: np.ndarray, accounts: np.ndarray, config: RetrievalConfig, eligible: np.ndarray | None
+        cls,
+        totals: np.ndarray,
+        ranked: np.ndarray,
+        accounts: np.ndarray,
+        config: RetrievalConfig,
+        eligible: np.ndarray | None,
     ) -> "Inventory":
-        """totals: weight of all engagements of each ad."""
+        """totals: weight of all engagements of each ad; ranked: `rank_of_accounts` of them."""
         brings = config.account_weight > 0
-        best = best_of_accounts(totals, accounts, config.account_items + 1 if brings else 0, eligible)
+        best = best_of_accounts(ranked, accounts, config.account_items + 1 if brings else 0, eligible)
         return cls(best, cold_of_accounts(totals, accounts, eligible if brings else None), eligible)
 
 
@@ -118,9 +128,10 @@ def expand(
     inventories: (users, what may be shown where they are: bool [num_items], None for all), tiling the users.
     """
     totals = np.bincount(engaged.items, engaged.weights, minlength=len(accounts))
+    ranked = rank_of_accounts(totals, accounts)
     parts = []
     for users, eligible in inventories:
-        inventory = Inventory.of(totals, accounts, config, eligible)
+        inventory = Inventory.of(totals, ranked, accounts, config, eligible)
         bounds = engaged.offsets[users.start : users.stop + 1]
         for block in _blocks(bounds):
             parts.append(expand_users(engaged, block, accounts, config, inventory))
@@ -173,6 +184,20 @@ def expand_users(
         kept &= ads.eligible[items]  # an ad that is over still brings its account's
     starts = np.append(np.cumsum(widths) - widths, len(source))[bounds - bounds[0]]
     return np.diff(kept_offsets(starts, kept)), items[kept], weights[kept], reasons[kept]
+
+
+def within_reach(near: NeighborLists, engagements: Engagements) -> tuple[NeighborLists, Engagements]:
+    """Both as far as the lists from the lowest neighbour to the highest go: a join checks all that it is given, and
+    users of a country lie side by side.
+    """
+    first, last = (int(near.ids.min()), int(near.ids.max()) + 1) if len(near.ids) else (0, 0)
+    begin, end = engagements.offsets[[first, last]].tolist()
+    return replace(near, ids=near.ids - first), Engagements(
+        engagements.offsets[first : last + 1] - begin,
+        engagements.items[begin:end],
+        engagements.weights[begin:end],
+        engagements.reasons[begin:end],
+    )
 
 
 def seen_items(history: History) -> tuple[np.ndarray, np.ndarray]:

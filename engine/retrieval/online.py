@@ -22,7 +22,7 @@ from alure.engine.events.reader import ranges
 from alure.engine.events.recent import Added, RecentEvents, RecentRows
 from alure.engine.model import UserModel, model_digest
 from alure.engine.retrieval.blend import check_graphs
-from alure.engine.retrieval.engagements import Inventory, expand_users, weigh
+from alure.engine.retrieval.engagements import Inventory, expand_users, rank_of_accounts, weigh
 from alure.engine.retrieval.nearest import NearestUsers
 from alure.engine.retrieval.retriever import CandidateRetriever, graph_sets
 from alure.engine.store.whole import as_ids
@@ -72,6 +72,7 @@ class OnlineRetriever:
         others = ((user, index) for index, user in enumerate(self._known.to_pylist()) if user not in self._rows)
         self._others = dict(others)  # whom the log knows and the generation does not
         self._totals = np.bincount(retriever.engaged.items, retriever.engaged.weights, minlength=len(events.items))
+        self._ranked = rank_of_accounts(self._totals, events.items.accounts)
         self._inventory = lru_cache(maxsize=64)(self._make_inventory)
         self._ads = [events.manifest.sources.index(name) for name in events.manifest.ad_sources]
 
@@ -200,7 +201,7 @@ class OnlineRetriever:
     def _make_inventory(self, country: str) -> Inventory:
         mask = self.retriever.mask(country)
         eligible = None if mask is None else mask.numpy()
-        return Inventory.of(self._totals, self.events.items.accounts, self.config, eligible)
+        return Inventory.of(self._totals, self._ranked, self.events.items.accounts, self.config, eligible)
 
     def _load(self, path: Path) -> UserModel:
         """The model in the precision of the generation; InputError where the generation is another's."""

@@ -4,7 +4,7 @@ import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from itertools import pairwise
+from itertools import groupby, pairwise
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ from alure.engine.events import Events
 from alure.engine.progress import say, track
 from alure.engine.retrieval.blend import REASON_BITS, blend, check_graphs
 from alure.engine.retrieval.eligibility import read_eligibility
-from alure.engine.retrieval.engagements import REASONS, expand, seen_items, weigh
+from alure.engine.retrieval.engagements import REASONS, expand, seen_items, weigh, within_reach
 from alure.engine.retrieval.neighbors import Neighbors, read_neighbors
 from alure.engine.retrieval.popularity import popular_items
 from alure.engine.retrieval.report import RetrievalReport, Tally
@@ -119,10 +119,11 @@ class CandidateRetriever:
     def chunks(self, users: pa.Table, most: int) -> Iterator[tuple[str, int, int]]:
         """(country, first row, last row + 1) of runs of at most `most` users; one run of nobody at least.
 
-        Of one country each where countries may be shown different ads, else of any: every join checks all engagements.
+        Of countries each that may be shown the same ads.
         """
         names = users["country"].combine_chunks().dictionary_encode()
-        changes = np.flatnonzero(np.diff(names.indices.to_numpy())) + 1 if self.eligibility else np.empty(0, np.int64)
+        groups = np.array([self._group(name) for name in names.dictionary.to_pylist()], np.int64)
+        changes = np.flatnonzero(np.diff(groups[names.indices.to_numpy()])) + 1
         for begin, end in pairwise([0, *changes.tolist(), len(users)]):
             for first in range(begin, max(end, 1), most):
                 yield names[begin].as_py() if end else "", first, min(first + most, end)
@@ -148,23 +149,27 @@ class CandidateRetriever:
         groups, group_cap = self.accounts if config.account_cap else None, config.account_cap or 1
         rules = ItemRules(*seen, self.mask(country), groups, group_cap)
         found = [
-            join_candidates(near, engagements, quota, num_items=num_items, rules=rules)
+            join_candidates(*within_reach(near, engagements), quota, num_items=num_items, rules=rules)
             for near, quota in zip(lists, mixture.quotas)
         ]
         of_accounts = ItemRules(groups=groups, group_cap=group_cap)
         return blend(found, mixture.weights, config.cap, num_items, of_accounts)
+
+    def _group(self, country: str) -> int:
+        """Countries of one group may be shown the same ads."""
+        return self.eligibility.group(country) if self.eligibility else -1
 
     def _mask(self, country: str) -> torch.Tensor | None:
         """bool [num_items]: what may be shown in `country`; None for everything."""
         return torch.from_numpy(self.eligibility.mask(country)) if self.eligibility else None
 
     def _inventories(self) -> Iterator[tuple[slice, np.ndarray | None]]:
-        if self.eligibility is None:
-            yield slice(0, self.events.num_users), None
-            return
-        for country in self.events.manifest.countries:
-            users = slice(country.first_user, country.first_user + country.num_users)
-            yield users, self.eligibility.mask(country.name)
+        """Runs of users of the log who may be shown the same ads, and those, bool [num_items]."""
+        for _, run in groupby(self.events.manifest.countries, lambda country: self._group(country.name)):
+            first, *others = run
+            last = others[-1] if others else first
+            mask = self.eligibility.mask(first.name) if self.eligibility else None
+            yield slice(first.first_user, last.first_user + last.num_users), mask
 
     def seen_by(self, users: np.ndarray) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         """(offsets [n + 1], items) that these users have engaged, user indices [n], −1 = none; None where all count."""

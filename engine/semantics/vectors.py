@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
-import pyarrow.dataset as ds
 
 from alure.engine.errors import InputError
 from alure.engine.tables import open_dataset, readable
@@ -56,7 +55,7 @@ class VectorColumn:
     def __init__(self, path: Path, column: str) -> None:
         self.what = f"items: {path}: column {column}"
         self.path, self.column = path, column
-        self.data = with_every_column(open_dataset(path, "items", f"a column {column} with lists of floats"), path)
+        self.data = open_dataset(path, "items", f"a column {column} with lists of floats")
         names = self.data.schema.names
         if column not in names:
             near = difflib.get_close_matches(column, names, 1)
@@ -103,13 +102,6 @@ class VectorColumn:
             rows.add(found)
         rows.check(self.what, width)
         return Sample(np.concatenate(parts), rows)
-
-
-def with_every_column(data: ds.Dataset, path: Path) -> ds.Dataset:
-    """The dataset with the columns of all its files; as it is opened, it has those of the first."""
-    with readable(path, "items"):
-        schemas = [data.schema, *(fragment.physical_schema for fragment in data.get_fragments())]
-        return data.replace_schema(pa.unify_schemas(schemas, promote_options="permissive"))
 
 
 def is_vector(kind: pa.DataType) -> bool:

@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pyarrow.parquet as pq
 import torch
 
 from alure.engine.errors import InputError
@@ -16,6 +15,7 @@ from alure.engine.events import Events
 from alure.engine.model import AlureModel, Catalog
 from alure.engine.model.towers import two_tower_scores
 from alure.engine.progress import track
+from alure.engine.tables import ids_as, read_columns
 from alure.engine.training.metrics import hit_rate_and_ndcg
 
 BATCH = 256
@@ -79,18 +79,15 @@ def held_out_ranks(
 def rank_truth(
     model_folder: Path, events: Events, truth: Path, ks: list[int], *, max_events: int | None, seed: int = 0
 ) -> FullRanking:
-    """HR@K and NDCG@K of a checkpoint on `truth` (Parquet: user_id, item_id; one row a user) after the whole log."""
+    """HR@K and NDCG@K of a checkpoint on `truth` (user_id, item_id; one row a user) after the whole log."""
     model = AlureModel.load(model_folder)
     if model.config.ad_level == "account":
         raise InputError(f"model: {model_folder} retrieves accounts (model.ad_level), it cannot rank the items of one")
     catalog = model.user.catalog(events)
-    if not truth.is_file():
-        raise InputError(f"truth: {truth} does not exist; expected a Parquet file with user_id and item_id")
-    table = pq.read_table(truth)
-    missing = [name for name in ("user_id", "item_id") if name not in table.column_names]
-    if missing:
-        raise InputError(f"truth: {truth} has no column {', '.join(missing)}; it has {', '.join(table.column_names)}")
-    users, items = events.user_indices(table["user_id"]), events.item_indices(table["item_id"])
+    table = read_columns(truth, "truth", ["user_id", "item_id"])
+    what = f"truth: {truth}"
+    users = events.user_indices(ids_as(table, "user_id", events.users["user_id"].type, what, "the users of the log"))
+    items = events.item_indices(ids_as(table, "item_id", events.items.item_ids.type, what, "the items of the log"))
     if (users < 0).all():
         raise InputError(f"truth: none of the {len(users):,} users of {truth} is in the log {events.path}")
     users, items = users[users >= 0], items[users >= 0]

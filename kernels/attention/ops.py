@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
 import torch
 from torch import Tensor
@@ -33,15 +33,46 @@ from alure.kernels.operators import operator
 _DTYPES = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 
 
+class AttentionOptions(TypedDict, total=False):
+    """The keywords of `jagged_attention` but return_lse, which decides what it returns, for type checkers."""
+
+    q_timestamps: Tensor | None
+    k_timestamps: Tensor | None
+    time_bias: TimeBias | None
+    position_bias: PositionBias | None
+    causal: bool
+    window_size: Window | Sequence[Window | None] | None
+    num_targets: Tensor | None
+    num_contexts: Tensor | None
+    groups: Tensor | None
+    plan: AttentionPlan | None
+    softmax_scale: float | None
+    backend: str
+
+
 @overload
 def jagged_attention(
-    q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor | None, return_lse: Literal[False] = False, **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor | None = None,
+    k_offsets: Tensor | None = None,
+    *,
+    return_lse: Literal[False] = False,
+    **options: Unpack[AttentionOptions],
 ) -> Tensor: ...
 @overload
 def jagged_attention(
-    q: Tensor, k: Tensor, v: Tensor, *offsets: Tensor | None, return_lse: Literal[True], **options: Any
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    q_offsets: Tensor | None = None,
+    k_offsets: Tensor | None = None,
+    *,
+    return_lse: Literal[True],
+    **options: Unpack[AttentionOptions],
 ) -> tuple[Tensor, Tensor]: ...
-def jagged_attention(  # type: ignore[misc]  # `options` are those named here
+def jagged_attention(
     q: Tensor,
     k: Tensor,
     v: Tensor,

@@ -16,7 +16,7 @@ import torch
 from support.command_line import CommandLine
 from support.graph import add_generation
 
-from alure.engine.config import Config, GraphConfig, ModelConfig
+from alure.engine.config import Config, GraphConfig, ModelConfig, read_yaml
 from alure.engine.doctor import backends
 from alure.engine.options import override
 from alure.engine.signals import stop_flag
@@ -202,6 +202,11 @@ def test_configuration_errors_name_the_key(alure: CommandLine, tmp_path: Path) -
     assert "training.steps" in outcome.err
     config.write_text("output: [")
     assert alure("run", config).code == 2
+    config.write_text("training: {steps: 5}\nmodel: {width: 64}\ntraining: {batch_users: 8}\n")  # lost the steps
+    assert "the key training is given twice" in alure("run", config).err
+    defaults = "x: &x {a: 1}\ny: {k: &y {<<: *x, a: 2}}\nz: {<<: *y, a: 3}\n"
+    config.write_text(defaults)  # what a key of << is overridden by is no second one
+    assert read_yaml(config)["z"] == {"a": 3}
     config.write_text("output: out\n")
     assert "events.inputs" in alure("run", config).err
 
@@ -323,6 +328,15 @@ def test_an_option_implies_what_the_file_does_not_say() -> None:
 
 def test_schema_is_json(alure: CommandLine) -> None:
     assert "properties" in json.loads(alure("run", "--schema").out)
+    assert "properties" in alure("run", "--schema", "--json").json  # its last line
+
+
+@pytest.mark.parametrize(("words", "code"), [("run --schema", 0), ("run none.yaml", 2)])
+def test_a_signal_after_the_result_does_not_change_the_exit_code(words: str, code: int) -> None:
+    """The interpreter takes tenths of a second to end, and died of a SIGTERM or a Ctrl-C then."""
+    late = "import atexit, os, signal, sys; atexit.register(lambda: [os.kill(os.getpid(), s) for s in (2, 15)])"
+    script = f"{late}; from alure.engine.cli import main; sys.argv = ['alure', *{words.split()}]; main()"
+    assert subprocess.run([sys.executable, "-P", "-c", script], check=False, capture_output=True).returncode == code
 
 
 def test_help_does_not_import_torch() -> None:

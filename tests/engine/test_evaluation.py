@@ -354,7 +354,7 @@ def test_bad_truth_files_are_named(store: EmbeddingStore, tmp_path: Path) -> Non
         evaluate(store, tmp_path / "nowhere.parquet", EvaluationConfig())
     broken = tmp_path / "broken.parquet"
     broken.write_bytes(b"PAR1 not really")
-    with pytest.raises(InputError, match="not a Parquet file"):
+    with pytest.raises(InputError, match="cannot be read as Parquet or Delta"):
         evaluate(store, broken, EvaluationConfig())
     strings = tmp_path / "strings.parquet"
     pq.write_table(pa.table({"user_id": ["a"], "item_id": [1]}), strings)
@@ -368,6 +368,37 @@ def test_timestamps_of_any_arrow_type(tmp_path: Path) -> None:
     pq.write_table(pa.table({"user_id": [1, 2], "item_id": [1, 2], "timestamp": times}), path)
     found = read_truth(path, AS_OF, None)
     assert found.table["timestamp"].to_pylist() == [AS_OF + 1]
+
+
+@pytest.mark.parametrize(
+    ("times", "message"),
+    [
+        (pa.array(["2026-01-01"] * 3), "expected unix seconds or a timestamp, got string"),
+        (pa.array([1.5] * 3), "column timestamp: .* truncated"),
+        (pa.array([20_000] * 3, pa.date32()), "expected unix seconds or a timestamp, got date32"),
+        (pa.array([1_790_000_000_000] * 2 + [None]), "expected unix seconds, got .*; milliseconds"),
+    ],
+)
+def test_times_of_the_truth_that_are_no_seconds(tmp_path: Path, times: pa.Array, message: str) -> None:
+    """Milliseconds would all be after the snapshot, those before it too."""
+    pq.write_table(pa.table({"user_id": [1, 2, 3], "item_id": [1, 2, 3], "timestamp": times}), tmp_path / "t.parquet")
+    with pytest.raises(InputError, match=message):
+        read_truth(tmp_path / "t.parquet", AS_OF, None)
+
+
+def test_a_truth_in_parts(tmp_path: Path) -> None:
+    """Numbers too large for int64, and columns that only the folders' names or some files have."""
+    for source in ("ad_click", "comment"):
+        (tmp_path / f"source={source}").mkdir()
+    ids = pa.array([1, 2**63 + 1, 3], pa.uint64())
+    times = pa.array([AS_OF - 1, AS_OF + 1, 2**64 - 1], pa.uint64())
+    table = pa.table({"user_id": ids, "item_id": ids, "timestamp": times})
+    pq.write_table(table, tmp_path / "source=ad_click" / "b.parquet")
+    pq.write_table(table.drop(["timestamp"]), tmp_path / "source=comment" / "a.parquet")
+    found = read_truth(tmp_path, AS_OF, ["ad_click"])
+    assert found.table["user_id"].to_pylist() == [3]
+    assert found.table["timestamp"].to_pylist() == [None]
+    assert found.counts == {"rows": 6, "null_id": 2, "not_after_as_of": 1, "not_an_ad_source": 2}
 
 
 def test_rows_of_other_sources_are_counted_and_left_out(tmp_path: Path) -> None:

@@ -274,8 +274,15 @@ def test_a_checkpoint_ranks_a_truth(events: Events, tmp_path: Path) -> None:
     found = rank_truth(tmp_path / "model", events, truth, [1, 12], max_events=None)
     assert (found.users, found.unknown_items, found.items) == (3, 1, 12)
     assert found.hit_rate["12"]["value"] == pytest.approx(2 / 3)
-    pq.write_table(pa.table({"user_id": [0]}), truth)
-    with pytest.raises(InputError, match="no column item_id"):
+    for table, message in (
+        ({"user_id": [0]}, "expected a column item_id, got user_id"),
+        ({"user_id": ["0"], "item_id": [1]}, "column user_id: expected ids of type int64 as the users of the log"),
+    ):
+        pq.write_table(pa.table(table), truth)
+        with pytest.raises(InputError, match=message):
+            rank_truth(tmp_path / "model", events, truth, [1], max_events=None)
+    truth.write_text("user_id,item_id")
+    with pytest.raises(InputError, match="cannot be read as Parquet"):
         rank_truth(tmp_path / "model", events, truth, [1], max_events=None)
     with pytest.raises(InputError, match="does not exist"):
         rank_truth(tmp_path / "model", events, tmp_path / "none.parquet", [1], max_events=None)

@@ -186,6 +186,16 @@ def test_times_at_the_ends_of_int64_are_bad_rows(tmp_path: Path, unit: str, zone
     assert kept[3].startswith("1969-12-31 23:59:59.999")
 
 
+@pytest.mark.parametrize("unit", ["s", "ms"])
+def test_milliseconds_that_microseconds_cannot_hold_are_told(tmp_path: Path, unit: str) -> None:
+    """NumPy's NaT as a number, say: DuckDB cannot read the column at all, and the file was called damaged."""
+    far = {"s": 400_000 * 365 * 86_400, "ms": -(2**63)}[unit]
+    times = pa.array([far, 0], pa.int64()).cast(pa.timestamp(unit))
+    table = pa.table({"user_id": [1, 2], "timestamp": times, "item_id": [1, 2]})
+    with pytest.raises(InputError, match="column timestamp: a time in milliseconds lies beyond the years"):
+        run(tmp_path, table)
+
+
 def test_the_future_begins_now_by_default(tmp_path: Path) -> None:
     _, report = run(tmp_path, [row(), row(timestamp=9 * 10**9)], latest=None)
     assert report.quarantine == {"future_timestamp": 1}
@@ -410,6 +420,18 @@ def test_delta_partitions_that_only_the_log_knows_are_refused(tmp_path: Path, fo
     commit.write_text(commit.read_text().replace('"path":"country=DE', f'"path":"{folder}'))
     with pytest.raises(InputError, match="expected a folder country=DE, as the Delta table's log has it"):
         ingest(EventsConfig(inputs=[path]), tmp_path / "log")
+
+
+def test_a_delta_table_within_a_folder_is_read_by_its_log(tmp_path: Path) -> None:
+    """Its folder still has the files of deleted rows, which came back."""
+    table = random_table(num_events=20)
+    (tmp_path / "logs" / "old").mkdir(parents=True)
+    write_deltalake(tmp_path / "logs" / "day" / "table", table.slice(0, 12))
+    write_deltalake(tmp_path / "logs" / "day" / "table", table.slice(0, 5), mode="overwrite")
+    pq.write_table(table.slice(12), tmp_path / "logs" / "old" / "a.parquet")
+    write_deltalake(tmp_path / "alone" / "table", table.slice(0, 5))
+    for folder, rows in (("logs", 5 + 8), ("alone", 5)):
+        assert ingest(EventsConfig(inputs=[tmp_path / folder], latest=2 * START), tmp_path / "log").rows == rows
 
 
 def test_delta_features_that_hide_rows_are_refused(tmp_path: Path) -> None:

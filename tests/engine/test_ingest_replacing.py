@@ -142,7 +142,7 @@ def test_two_at_once(tmp_path: Path) -> None:
     handle = os.open(busy, os.O_RDONLY)
     fcntl.flock(handle, fcntl.LOCK_EX)
     try:
-        with pytest.raises(AlureError, match="another ingest is writing"):
+        with pytest.raises(AlureError, match="another process is writing"):
             ingest(EventsConfig(inputs=[file]), tmp_path / "log")
         assert busy.exists()
     finally:
@@ -161,6 +161,19 @@ def test_killed_between_the_two_renames(tmp_path: Path) -> None:
     (tmp_path / ".log.replaced-8").mkdir()  # killed after both renames, before the old one was removed
     assert ingest(EventsConfig(inputs=[file]), tmp_path / "log").unchanged
     assert names(tmp_path) == ["a.parquet", "log"]
+
+
+def test_a_log_behind_a_link_is_replaced_where_it_lies(tmp_path: Path) -> None:
+    """The link itself was moved, and the second ingest failed after all its work."""
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "log").symlink_to(tmp_path / "disk" / "log")
+    for events in (50, 70):
+        file = write_rows(tmp_path / "a.parquet", random_table(num_events=events))
+        ingest(EventsConfig(inputs=[file]), tmp_path / "log")
+        assert Events.open(tmp_path / "log").manifest.num_events == events
+    assert names(tmp_path) == ["a.parquet", "disk", "log"]
+    assert names(tmp_path / "disk") == ["log"]
+    assert (tmp_path / "log").is_symlink()
 
 
 def test_opening_what_is_no_log(tmp_path: Path) -> None:

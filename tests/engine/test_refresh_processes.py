@@ -1,6 +1,7 @@
 """The refresh shared among several processes."""
 
 import os
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -88,6 +89,31 @@ def test_leases(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="without /proc it is not known when a process began")
+def test_a_straggler_leaves_no_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It claims on after another process has published, and took the leases; or while that one takes them."""
+    folder = tmp_path / "leases" / "g"
+    straggler, other = FileLeases(folder), FileLeases(folder)
+    other.mine = folder / "holder of another"
+    other._appear()
+    shutil.rmtree(folder)
+    assert straggler.claim("0-16")
+    straggler.release("0-16")
+    other._appear()
+    straggler.close()
+    assert [path.name for path in folder.iterdir()] == ["holder of another"]  # who is there keeps it
+    other.close()
+    assert not folder.exists()
+    write, taken = Path.write_text, []
+
+    def write_too_late(path: Path, text: str) -> int:
+        if not taken:
+            taken.append(shutil.rmtree(folder))
+        return write(path, text)
+
+    monkeypatch.setattr(Path, "write_text", write_too_late)
+    assert FileLeases(folder).claim("0-16")
+
+
 def test_a_process_that_has_the_id_of_a_dead_holder_holds_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

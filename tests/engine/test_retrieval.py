@@ -18,10 +18,11 @@ from alure.engine.config import RetrievalConfig
 from alure.engine.errors import InputError, Interrupted
 from alure.engine.events import Events
 from alure.engine.retrieval import CandidateRetriever, retrieve
+from alure.engine.retrieval.eligibility import read_eligibility
 from alure.engine.retrieval.engagements import Engaged, expand
 from alure.engine.retrieval.neighbors import read_neighbors
 from alure.engine.store import EmbeddingStore, Generation
-from alure.kernels import Candidates, NeighborLists, join_candidates
+from alure.kernels import Candidates, Engagements, NeighborLists, join_candidates
 
 AS_OF = START + 30 * DAY
 TYPES = ["click", "conversion", "view"]
@@ -285,7 +286,7 @@ def test_cold_ads_come_in_through_their_account(tmp_path: Path) -> None:
         (4, np.float32(0.25), "account", "alure"),
     ]
     assert report.cold_candidates == 1
-    assert report.eligible == {"rows": 5, "unknown_items": 1, "items": 4}
+    assert report.eligible == {"rows": 5, "unknown_items": 1, "unknown_countries": 0, "items": 4}
     assert store.read_popularity()["item_ids"].to_pylist() == [[3], [1]]
     write_inventory = pa.table({"item_id": [5]})
     pq.write_table(write_inventory, case.settings.eligible)
@@ -295,11 +296,38 @@ def test_cold_ads_come_in_through_their_account(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("eligible", "given"),  # of each join: users, their engagements
+    [
+        ([(0, None), (3, None)], [(2, 3)]),  # the same everywhere: users 1 and 2
+        ([(0, None), (3, "AR")], [(2, 3), (0, 0)]),  # in BR nobody has a neighbour
+        ([(0, None), (3, "DE")], [(2, 2)]),  # where nobody is
+    ],
+)
+def test_countries_that_may_be_shown_the_same_share_a_join(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, eligible: list[tuple[int, str | None]], given: list[Any]
+) -> None:
+    """And a join is given the engagements of its neighbours alone: with thousands of countries all took hours."""
+    store, events = write(Case(SIMPLE.rows, SIMPLE.graphs, SIMPLE.accounts, eligible=eligible), tmp_path)
+    settings = SIMPLE.settings.model_copy(update={"eligible": tmp_path / "eligible.parquet", "account_weight": 0.0})
+    found = []
+
+    def join(near: NeighborLists, engagements: Engagements, *args: Any, **kwargs: Any) -> Candidates:
+        found.append((len(engagements.offsets) - 1, len(engagements.items)))
+        return join_candidates(near, engagements, *args, **kwargs)
+
+    monkeypatch.setattr("alure.engine.retrieval.retriever.join_candidates", join)
+    retrieve(store, events, settings, graphs=["alure"])
+    assert found == given
+
+
+@pytest.mark.parametrize(
     ("table", "message"),
     [
         ({"item": [1]}, "expected a column item_id, got item; the nearest is 'item', rename it"),
         ({"item_id": ["1"]}, "expected ids of type int64 as the items of the log, got string"),
         ({"item_id": [77, 78]}, "none of its 2 items is among the 6 of the log"),
+        ({"item_id": [1, 2], "country": ["ar", "br"]}, "none of ar, br, … is a country of the log, which has AR, BR"),
+        ({"item_id": [1], "country": [["AR", "BR"]]}, "column country: expected text or whole numbers, got list"),
     ],
 )
 def test_an_inventory_that_cannot_be(
@@ -311,6 +339,27 @@ def test_an_inventory_that_cannot_be(
     pq.write_table(pa.table(table), path)
     with pytest.raises(InputError, match=message):
         CandidateRetriever(*simple, RetrievalConfig(eligible=path))
+
+
+def test_an_inventory_in_parts(simple: tuple[EmbeddingStore, Events], tmp_path: Path) -> None:
+    """Countries that only the folders' names tell, or only some of the files; an id that fits no int64."""
+    folders, files = tmp_path / "folders", tmp_path / "files"
+    for country, items in (("AR", [1, 2]), ("BR", [3]), ("__HIVE_DEFAULT_PARTITION__", [4])):
+        (folders / f"country={country}").mkdir(parents=True)
+        pq.write_table(pa.table({"item_id": items}), folders / f"country={country}" / "part.parquet")
+    files.mkdir()
+    pq.write_table(pa.table({"item_id": pa.array([4, 2**63 + 4], pa.uint64())}), files / "a.parquet")
+    table = {"item_id": [1, 2, 3], "country": pa.array(["AR", "AR", "BR"]).dictionary_encode()}
+    pq.write_table(pa.table(table), files / "b.parquet")
+    for path in (folders, files):
+        eligibility = read_eligibility(path, simple[1])
+        assert np.flatnonzero(eligibility.mask("AR")).tolist() == [1, 2, 4]
+        assert np.flatnonzero(eligibility.mask("BR")).tolist() == [3, 4]
+    assert eligibility.counts == {"rows": 5, "unknown_items": 1, "unknown_countries": 0, "items": 4}
+    pq.write_table(pa.table({"item_id": [1, 2, 3], "country": ["AR", "", "DE"]}), tmp_path / "file.parquet")
+    eligibility = read_eligibility(tmp_path / "file.parquet", simple[1])
+    assert np.flatnonzero(eligibility.mask("AR")).tolist() == [1, 2]  # an empty country is none, as in ingest
+    assert eligibility.counts["unknown_countries"] == 1
 
 
 def test_quotas_keep_a_place_for_every_graph(simple: tuple[EmbeddingStore, Events]) -> None:

@@ -1,9 +1,10 @@
 """What jagged_attention promises beyond its values: refusals, isolation, registration, memory, determinism."""
 
 import gc
+import inspect
 import re
 from dataclasses import replace
-from typing import Any
+from typing import Any, Literal, Unpack, get_overloads
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from support.attention import DAY, NOW, TARGETS, Problem, random_problem, requir
 
 from alure.kernels import AttentionPlan, PositionBias, TimeBias, jagged_attention, time_thresholds
 from alure.kernels.attention.arguments import UNLIMITED
+from alure.kernels.attention.ops import AttentionOptions
 
 X = torch.zeros(4, 2, 8)
 OFFSETS = torch.tensor([0, 1, 4])
@@ -506,3 +508,18 @@ def test_log_sum_exp_and_its_gradient(backend: str, device: str) -> None:
     assert (found[0][0][:, 6:] == -torch.inf).all()
     for got, want in zip(*found[::-1], strict=True):
         torch.testing.assert_close(got.double().cpu(), want, rtol=1e-4, atol=1e-5)
+
+
+def test_type_checkers_see_the_keywords_of_the_signature() -> None:
+    """Overloads that took any keyword let misspelt ones through."""
+    parameters = inspect.signature(jagged_attention).parameters
+    keywords = {name: p for name, p in parameters.items() if p.kind is p.KEYWORD_ONLY}
+    returned = keywords.pop("return_lse")
+    assert AttentionOptions.__annotations__ == {name: p.annotation for name, p in keywords.items()}
+    positional = [p for p in parameters.values() if p.kind is not p.KEYWORD_ONLY]
+    for overload, value in zip(get_overloads(jagged_attention), (False, True), strict=True):
+        *given, lse, options = inspect.signature(overload).parameters.values()
+        assert given == positional
+        assert (lse.name, lse.annotation, options.annotation) == (
+            returned.name, Literal[value], Unpack[AttentionOptions]
+        )  # fmt: skip
