@@ -27,11 +27,11 @@ public:
     PairProducts(const AttentionInputs& in, Arena& arena)
         : in_(in),
           cyclic_(in.head_dim, in.num_cyclic),
-          depth_(round_up(cyclic_.end(), 32)),
-          value_channels_(round_up(in.head_dim, 32)),
+          depth_(round_up(cyclic_.end(), kDepthStep)),
+          value_channels_(round_up(in.head_dim, kRowStep)),
           block_(streams() ? 1024 : kChunk),
           has_scale_(in.scale > 1e-30f || in.scale < -1e-30f),
-          packed_keys_(arena.array<Bfloat16>(block_ * depth_)),
+          packed_keys_(arena.array<Bfloat16>(block_ * depth_ + block_ / kSlice * kBehind)),
           key_cyclic_(arena.array<Bfloat16>(block_ * 3 * in.num_cyclic)),
           packed_values_(arena.array<Bfloat16>(block_ * value_channels_)),
           scores_(arena.array<float>(kChunk * kWidth)),
@@ -57,7 +57,8 @@ public:
                     square[i] = reinterpret_cast<Floats>(
                         first + i < known ? channels_of(x + (first + i) * in_.q.row_stride, channel) : Ints{});
                 transpose(square);
-                for (int i = 0; i < 16; ++i) store(packed + (channel / 2 + i) * kWidth + first, square[i]);
+                for (int i = 0; i < smaller<std::int64_t>(16, (depth_ - channel) / 2); ++i)
+                    store(packed + (channel / 2 + i) * kWidth + first, square[i]);
             }
         const float* cyclic = in_.q_cyclic + (row * in_.heads + head) * in_.num_cyclic;
         auto* to = reinterpret_cast<Bfloat16*>(packed);
@@ -84,7 +85,7 @@ public:
     }
     // What is multiplied from here on: the keys and values of the i-th head that is packed.
     void use_head(std::int64_t i) {
-        keys_ = packed_keys_ + i * padded_ * depth_;
+        keys_ = packed_keys_ + i * (padded_ * depth_ + kBehind);
         values_ = packed_values_ + i * padded_ * value_channels_;
     }
 
@@ -145,6 +146,8 @@ public:
     static void end_thread() { end_squares(); }
 
 private:
+    static constexpr std::int64_t kBehind = 32;  // room behind a head's keys, which are written in whole vectors
+
     // A product with the values that is not finished: channels from `channel` on are to do.
     struct Pending {
         const std::int32_t* weights;
@@ -204,7 +207,8 @@ private:
                 square[i] = reinterpret_cast<Floats>(odd ? join_upper_halves(a, b) : (a & 0xffff) | b << 16);
             }
             transpose(square);
-            for (int i = 0; i < 16; ++i) store_pairs(to + (2 * i + odd) * kSlice, reinterpret_cast<Ints>(square[i]));
+            for (int i = 0; i < smaller<std::int64_t>(16, (value_channels_ - channel) / 2); ++i)
+                store_pairs(to + (2 * i + odd) * kSlice, reinterpret_cast<Ints>(square[i]));
         }
     }
 

@@ -8,6 +8,8 @@ namespace {
 
 #if !ALURE_TILES
 
+constexpr std::int64_t kDepthStep = 2, kRowStep = 8;  // channels to sum over, and rows of the left, are padded to these
+
 inline void begin_squares() {}
 inline void end_squares() {}
 
@@ -45,6 +47,8 @@ inline void multiply_square_rows(std::int64_t first, std::int64_t pairs, Left le
 
 #else
 
+constexpr std::int64_t kDepthStep = 32, kRowStep = 32;
+
 // A thread needs these around its products.
 inline void begin_squares() { begin_tiles(); }
 inline void end_squares() { end_tiles(); }
@@ -52,8 +56,8 @@ inline void end_squares() { end_tiles(); }
 #endif
 
 // sums [rows, 32] (+)= Σ left(s) [rows, 32] · right(s) [32, 32], where the rows of the right lie in pairs: `pairs` of them
-// in all, 16 for each s. There is room for 32 rows and whole right(s), with zeros in the place of pairs that are not
-// there; rows that are not have any sums. Strides of left and right are in bytes.
+// in all, 16 for each s. Rows are padded to kRowStep, with any values, and pairs to kDepthStep / 2, with zeros. Strides of
+// left and right are in bytes.
 template <bool kAdd, class Left, class Right>
 inline void multiply_square(std::int64_t rows, std::int64_t pairs, Left left, std::int64_t left_stride, Right right,
                             std::int64_t right_stride, float* sums, std::int64_t stride) {
