@@ -1,10 +1,12 @@
-// The five products of attention's backward in bfloat16, each of 32 × 32 sums at a time. As in products_bfloat16.h, Sᵀ = K·Qᵀ has queries in its columns, and a cyclic channel, which is float32, is three channels.
+// The five products of attention's backward in bfloat16, each of 32 × 32 sums at a time. As in
+// products_bfloat16.h, Sᵀ = K·Qᵀ has queries in its columns.
 //
 // dQᵀ = Kᵀ·dSᵀ sums over the keys of a block. dV = Pᵀ·dO and dK = dSᵀ·Q sum over queries, so they wait for all tiles of
 // a part. In a row of Pᵀ and of dSᵀ query i is followed by query i + 16: then it takes no shuffle to write.
 #pragma once
 
 #include "attention_kernels.h"
+#include "cyclic_pairs.h"
 #include "scratch.h"
 #include "squares_bfloat16.h"
 #include "time_buckets.h"
@@ -24,7 +26,8 @@ public:
 
     PairGradients(const AttentionInputs& in, Arena& arena)
         : in_(in),
-          depth_(round_up(in.head_dim + 3 * in.num_cyclic, 32)),
+          cyclic_(in.head_dim, in.num_cyclic),
+          depth_(round_up(cyclic_.end(), 32)),
           value_depth_(round_up(in.head_dim, 32)),
           has_scale_(in.scale > 1e-30f || in.scale < -1e-30f),
           rows_(arena.array<Bfloat16>(kWidth * depth_)),
@@ -49,11 +52,8 @@ public:
         copy_rows(in_.q, row, has_scale_ ? rows : 0, head, kWidth, rows_, depth_);
         const float* cyclic = in_.q_cyclic + (row * in_.heads + head) * in_.num_cyclic;
         for (std::int64_t i = 0; i < rows; ++i)
-            for (std::int64_t c = 0; c < in_.num_cyclic; ++c) {
-                const float channel = cyclic[i * in_.heads * in_.num_cyclic + c];
-                const Split split(has_scale_ ? channel / in_.scale : channel);
-                put_channels(rows_ + i * depth_ + in_.head_dim + 3 * c, split.high, split.high, split.low);
-            }
+            cyclic_.of_query(cyclic + i * in_.heads * in_.num_cyclic, has_scale_ ? 1.0f / in_.scale : 1.0f,
+                             [&](std::int64_t channel, Bfloat16 x) { rows_[i * depth_ + channel] = x; });
         pair_channels(rows_, depth_, to.queries);
         pair_queries(rows_, depth_, to.query_pairs);
         copy_rows(grad_out, row, rows, head, kWidth, rows_, value_depth_);
@@ -71,10 +71,8 @@ public:
     void pack_keys(std::int64_t row, std::int64_t rows, std::int64_t head) const {
         copy_rows(in_.k, row, rows, head, num_keys_, keys_, depth_);
         for (std::int64_t r = 0; r < rows; ++r)
-            for (std::int64_t c = 0; c < in_.num_cyclic; ++c) {
-                const Split split(in_.k_cyclic[(row + r) * in_.num_cyclic + c]);
-                put_channels(keys_ + r * depth_ + in_.head_dim + 3 * c, split.high, split.low, split.high);
-            }
+            cyclic_.of_key(in_.k_cyclic + (row + r) * in_.num_cyclic,
+                           [&](std::int64_t channel, Bfloat16 x) { keys_[r * depth_ + channel] = x; });
         for (std::int64_t key = 0; key < num_keys_; key += 32)
             for (std::int64_t channel = 0; channel < depth_; channel += 16) transpose_keys(key, channel);
         copy_rows(in_.v, row, rows, head, num_keys_, values_, value_depth_);
@@ -88,12 +86,13 @@ public:
     // Scores and gradients of the weights of the slices of keys [begin, end), [keys, kWidth].
     void multiply(std::int64_t begin, std::int64_t end) const {
         for (std::int64_t key = begin / kSlice * kSlice; key < end; key += kSlice) {
+            const std::int64_t rows = smaller(kSlice, end - key);
             multiply_square<false>(
-                depth_ / 32, [&](std::int64_t s) { return keys_ + key * depth_ + s * 32; }, depth_ * 2,
-                [&](std::int64_t s) { return packed_.queries + s * 16 * kWidth; }, kWidth * 4, scores_ + key * kWidth,
-                kWidth);
+                rows, (cyclic_.end() + 1) / 2, [&](std::int64_t s) { return keys_ + key * depth_ + s * 32; },
+                depth_ * 2, [&](std::int64_t s) { return packed_.queries + s * 16 * kWidth; }, kWidth * 4,
+                scores_ + key * kWidth, kWidth);
             multiply_square<false>(
-                value_depth_ / 32, [&](std::int64_t s) { return values_ + key * value_depth_ + s * 32; },
+                rows, (in_.head_dim + 1) / 2, [&](std::int64_t s) { return values_ + key * value_depth_ + s * 32; },
                 value_depth_ * 2, [&](std::int64_t s) { return packed_.grad_out + s * 16 * kWidth; }, kWidth * 4,
                 d_weights_ + key * kWidth, kWidth);
         }
@@ -125,8 +124,9 @@ public:
         if (round_up(end, 2) < last) clear(round_up(end, 2), last);
         for (std::int64_t channel = 0; channel < depth_; channel += 32)
             multiply_square<true>(
-                (last - first) / 32, [&](std::int64_t s) { return channels_ + channel * kBlock + first + s * 32; },
-                kBlock * 2, [&](std::int64_t s) { return d_logit_pairs_ + (first / 2 + s * 16) * kWidth; }, kWidth * 4,
+                smaller<std::int64_t>(32, cyclic_.end() - channel), (end - first + 1) / 2,
+                [&](std::int64_t s) { return channels_ + channel * kBlock + first + s * 32; }, kBlock * 2,
+                [&](std::int64_t s) { return d_logit_pairs_ + (first / 2 + s * 16) * kWidth; }, kWidth * 4,
                 d_queries + channel * kWidth, kWidth);
     }
 
@@ -141,7 +141,7 @@ public:
             const auto add = [&](const std::int32_t* left, const float* right, float* sums, std::int64_t depth) {
                 for (std::int64_t channel = 0; channel < depth; channel += 32)
                     multiply_square<true>(
-                        count, [&](std::int64_t s) { return left + (tiles[s] * kBlock + key) * 16; }, 64,
+                        kSlice, count * 16, [&](std::int64_t s) { return left + (tiles[s] * kBlock + key) * 16; }, 64,
                         [&](std::int64_t s) { return right + tiles[s] * stride + channel; }, depth * 4,
                         sums + key * depth + channel, depth);
             };
@@ -153,11 +153,11 @@ public:
     [[nodiscard]] const float* d_key(std::int64_t key) const { return d_keys_ + key * depth_; }
     [[nodiscard]] const float* d_value(std::int64_t key) const { return d_values_ + key * value_depth_; }
     [[nodiscard]] float d_key_cyclic(std::int64_t key, std::int64_t c) const {
-        const float* sums = d_key(key) + in_.head_dim + 3 * c;
-        return (has_scale_ ? in_.scale : 1.0f) * (sums[0] + sums[2]);
+        const float* sums = d_key(key);
+        return (has_scale_ ? in_.scale : 1.0f) * (sums[cyclic_.pair(c)] + sums[cyclic_.rest(c)]);
     }
     [[nodiscard]] float d_query_cyclic(const float* d_queries, std::int64_t i, std::int64_t c) const {
-        const float* sums = d_queries + (in_.head_dim + 3 * c) * kWidth + i;
+        const float* sums = d_queries + cyclic_.pair(c) * kWidth + i;
         return sums[0] + sums[kWidth];
     }
 
@@ -165,13 +165,6 @@ public:
     static void end_thread() { end_squares(); }
 
 private:
-    struct Split {
-        explicit Split(float x) {
-            store(&high, x);
-            store(&low, x - to_float(high));
-        }
-        Bfloat16 high, low;
-    };
     struct Packed {
         float *queries, *grad_out;            // [pairs of channels, kWidth, 2]
         float *query_pairs, *grad_out_pairs;  // [16 pairs of queries, channels, 2]
@@ -188,11 +181,6 @@ private:
     template <class U>
     static void fill_zeros(U* p, std::int64_t count) {
         __builtin_memset(p, 0, count * sizeof(U));
-    }
-    static void put_channels(Bfloat16* to, Bfloat16 a, Bfloat16 b, Bfloat16 c) {
-        to[0] = a;
-        to[1] = b;
-        to[2] = c;
     }
     // `rows` rows as [padded, depth], zeros where there is nothing.
     void copy_rows(const Rows& from, std::int64_t row, std::int64_t rows, std::int64_t head, std::int64_t padded,
@@ -248,6 +236,7 @@ private:
     }
 
     const AttentionInputs& in_;
+    CyclicPairs cyclic_;
     std::int64_t depth_, value_depth_;
     bool has_scale_;                     // of about 0, nothing is to be divided by: then queries are zeros
     Bfloat16* rows_;                     // [kWidth, depth]

@@ -69,6 +69,16 @@ inline Floats load(const Bfloat16* p) {
 // Pairs of neighbours, the first one in the lower half of a lane.
 typedef std::int32_t UnalignedPairs __attribute__((vector_size(ALURE_VECTOR_BYTES), aligned(2), may_alias));
 inline Ints load_pairs(const Bfloat16* p) { return *reinterpret_cast<const UnalignedPairs*>(p); }
+// The first `count` < 2 · kLanes values, zeros behind them.
+inline Ints load_pairs(const Bfloat16* p, std::int64_t count) {
+#if defined(__AVX512BW__) && ALURE_VECTOR_BYTES == 64
+    return reinterpret_cast<Ints>(_mm512_maskz_loadu_epi16((std::uint32_t{1} << count) - 1, p));
+#else
+    Bfloat16 lanes[2 * kLanes] = {};
+    __builtin_memcpy(lanes, p, count * sizeof(Bfloat16));
+    return load_pairs(lanes);
+#endif
+}
 inline void store_pairs(Bfloat16* p, Ints pairs) { *reinterpret_cast<UnalignedPairs*>(p) = pairs; }
 inline float to_float(float x) { return x; }
 inline float to_float(Bfloat16 x) { return __builtin_bit_cast(float, static_cast<std::uint32_t>(x.bits) << 16); }

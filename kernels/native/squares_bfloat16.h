@@ -8,11 +8,13 @@ namespace {
 
 #if !ALURE_TILES
 
+constexpr std::int64_t kDepthStep = 2, kRowStep = 8;  // channels to sum over, and rows of the left, are padded to these
+
 inline void begin_squares() {}
 inline void end_squares() {}
 
 template <bool kAdd, int kRowCount, class Left, class Right>
-inline void multiply_square_rows(std::int64_t first, std::int64_t steps, Left left, std::int64_t left_stride,
+inline void multiply_square_rows(std::int64_t first, std::int64_t pairs, Left left, std::int64_t left_stride,
                                  Right right, std::int64_t right_stride, float* sums, std::int64_t stride) {
     Floats held[kRowCount][2];
     sums += first * stride;
@@ -20,10 +22,10 @@ inline void multiply_square_rows(std::int64_t first, std::int64_t steps, Left le
     for (int row = 0; row < kRowCount; ++row)
 #pragma GCC unroll 2
         for (int v = 0; v < 2; ++v) held[row][v] = kAdd ? load(sums + row * stride + v * kLanes) : Floats{};
-    for (std::int64_t s = 0; s < steps; ++s) {
+    for (std::int64_t s = 0; s * 16 < pairs; ++s) {
         const char* a = reinterpret_cast<const char*>(left(s)) + first * left_stride;
         const char* b = reinterpret_cast<const char*>(right(s));
-        for (int pair = 0; pair < 16; ++pair, a += 4, b += right_stride) {
+        for (std::int64_t n = smaller<std::int64_t>(16, pairs - s * 16); n > 0; --n, a += 4, b += right_stride) {
             __m512bh columns[2];
 #pragma GCC unroll 2
             for (int v = 0; v < 2; ++v) columns[v] = (__m512bh)_mm512_loadu_si512(b + v * 64);
@@ -45,22 +47,37 @@ inline void multiply_square_rows(std::int64_t first, std::int64_t steps, Left le
 
 #else
 
+constexpr std::int64_t kDepthStep = 32, kRowStep = 32;
+
 // A thread needs these around its products.
 inline void begin_squares() { begin_tiles(); }
 inline void end_squares() { end_tiles(); }
 
 #endif
 
-// sums [32, 32] (+)= Σ left(s) [32, 32] · right(s) [32, 32] for s < steps, where the rows of the right lie in pairs.
-// Strides of left and right are in bytes.
+// sums [rows, 32] (+)= Σ left(s) [rows, 32] · right(s) [32, 32], where the rows of the right lie in pairs: `pairs` of them
+// in all, 16 for each s. Rows are padded to kRowStep, with any values, and pairs to kDepthStep / 2, with zeros. Strides of
+// left and right are in bytes.
 template <bool kAdd, class Left, class Right>
-inline void multiply_square(std::int64_t steps, Left left, std::int64_t left_stride, Right right,
+inline void multiply_square(std::int64_t rows, std::int64_t pairs, Left left, std::int64_t left_stride, Right right,
                             std::int64_t right_stride, float* sums, std::int64_t stride) {
 #if !ALURE_TILES
     // 22 sums, two rows of the right and a pair of the left fill the registers
-    multiply_square_rows<kAdd, 11>(0, steps, left, left_stride, right, right_stride, sums, stride);
-    multiply_square_rows<kAdd, 11>(11, steps, left, left_stride, right, right_stride, sums, stride);
-    multiply_square_rows<kAdd, 10>(22, steps, left, left_stride, right, right_stride, sums, stride);
+    const auto multiply = [&]<int kRowCount>(std::int64_t first) ALURE_INLINE {
+        multiply_square_rows<kAdd, kRowCount>(first, pairs, left, left_stride, right, right_stride, sums, stride);
+    };
+    if (rows > 28) {
+        multiply.template operator()<11>(0);
+        multiply.template operator()<11>(11);
+        multiply.template operator()<10>(22);
+    } else {
+        std::int64_t first = 0;
+        for (; first + 8 <= rows; first += 8) multiply.template operator()<8>(first);
+        if (first + 4 < rows)
+            multiply.template operator()<8>(first);
+        else if (first < rows)
+            multiply.template operator()<4>(first);
+    }
 #else
     if constexpr (kAdd) {
         load_tile<0>(sums, stride * 4);
@@ -73,7 +90,7 @@ inline void multiply_square(std::int64_t steps, Left left, std::int64_t left_str
         zero_tile<2>();
         zero_tile<3>();
     }
-    for (std::int64_t s = 0; s < steps; ++s) {
+    for (std::int64_t s = 0; s * 16 < pairs; ++s) {
         const auto* a = reinterpret_cast<const char*>(left(s));
         const auto* b = reinterpret_cast<const char*>(right(s));
         load_tile<4>(a, left_stride);
