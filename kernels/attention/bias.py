@@ -90,16 +90,18 @@ def _first_of_float(number: int) -> int:
 class Cycles(NamedTuple):
     """Where in each period the times of a batch lie; heads and layers share it."""
 
-    q_cos: Tensor  # [total_q, P]
-    q_sin: Tensor  # [total_q, P]
+    q_cyclic: Tensor  # [total_q, 2P]: cosines, then sines
+    q_turned: Tensor  # [total_q, 2P], a quarter of each period before: sines, then −cosines
     k_cyclic: Tensor  # [total_k, 2P], the keys' channels: cosines, then sines
 
 
 def cycles(periods: Tensor, q_timestamps: Tensor, k_timestamps: Tensor, dtype: torch.dtype) -> Cycles:
     """Times are reduced modulo the period as int64: seconds of this decade in float32 round by up to 64 s."""
-    k_cos, k_sin = _cos_sin(periods, k_timestamps, dtype)
-    q_cos, q_sin = (k_cos, k_sin) if q_timestamps is k_timestamps else _cos_sin(periods, q_timestamps, dtype)
-    return Cycles(q_cos, q_sin, torch.cat([k_cos, k_sin], dim=-1))
+    cos, sin = _cos_sin(periods, q_timestamps, dtype)
+    q_cyclic, q_turned = torch.cat([cos, sin], dim=-1), torch.cat([sin, -cos], dim=-1)
+    if q_timestamps is k_timestamps:
+        return Cycles(q_cyclic, q_turned, q_cyclic)
+    return Cycles(q_cyclic, q_turned, torch.cat(_cos_sin(periods, k_timestamps, dtype), dim=-1))
 
 
 def _cos_sin(periods: Tensor, timestamps: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -117,11 +119,11 @@ def cyclic_queries(bias: TimeBias, found: Cycles, q_groups: Tensor | None) -> Te
     """
     assert bias.cosine is not None
     assert bias.sine is not None
-    cosine, sine = bias.cosine.to(found.q_cos.dtype), bias.sine.to(found.q_cos.dtype)
+    dtype = found.q_cyclic.dtype
+    cosine, sine = (torch.cat([x, x], dim=-1).to(dtype) for x in (bias.cosine, bias.sine))
     if q_groups is not None:
         cosine, sine = (embedding(q_groups, x.flatten(1)).unflatten(1, x.shape[1:]) for x in (cosine, sine))
-    q_cos, q_sin = found.q_cos[:, None], found.q_sin[:, None]
-    return torch.cat([cosine * q_cos + sine * q_sin, cosine * q_sin - sine * q_cos], dim=-1)
+    return torch.addcmul(cosine * found.q_cyclic[:, None], sine, found.q_turned[:, None])
 
 
 def check_periods(periods: Tensor) -> None:
