@@ -431,6 +431,17 @@ def test_one_user_of_20_000_events_beside_many_of_5() -> None:
     assert alone.run("native").isfinite().all()
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_both_passes_of_a_user_of_50_000_events(dtype: torch.dtype) -> None:
+    """A matrix of pairs would take 5 to 10 GB."""
+    problem = random_problem([50_000], num_heads=1, head_dim=64, dtype=dtype)
+    with measured_memory() as peak:
+        gradients = with_gradients(problem.run("native"), problem.leaves(), torch.ones_like(problem.q))
+    assert all(x.isfinite().all() for x in gradients)
+    assert peak.extra < 256 * 2**20, f"{peak.extra / 2**20:.0f} MiB"
+
+
 def test_no_rows_at_all(poisoned: None) -> None:
     for lengths, key_lengths in (([], []), ([0, 0], [0, 0]), ([2], [0]), ([0], [3])):
         problem = random_problem(lengths, key_lengths, num_heads=2, head_dim=4)
