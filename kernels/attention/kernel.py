@@ -30,7 +30,7 @@ from alure.kernels.attention.kernel_configs import (
 )
 from alure.kernels.attention.kernel_forward import forward_kernel
 from alure.kernels.attention.kernel_plan import Plan, Sizes, Tiling, make_plan
-from alure.kernels.attention.kernel_tiles import CELLS, cell_values_kernel
+from alure.kernels.attention.kernel_tiles import CELLS, CHUNK, cell_values_kernel, crossings_kernel
 from alure.kernels.backend import capability, on_device, triton_interprets
 
 __all__ = ["AHEAD_OF_TIME", "AHEAD_OF_TIME_SLOW", "backward", "forward", "prepare"]
@@ -119,10 +119,11 @@ def backward(
         d_q_cyclic = torch.empty(bias.q_cyclic.shape, dtype=torch.float32, device=q.device)
         d_k_cyclic = bias.k_cyclic.new_empty((k.shape[0], kv_heads, bias.k_cyclic.shape[1]))
     time_sums, position_sums = (
-        None if table is None else table.new_empty((len(plan.q_tiles), *table.shape[1:]))
+        None if table is None else table.new_empty((len(plan.q_tiles), num_heads, 2, table.shape[2]))
         for table in (bias.time_table, bias.position_table)
     )
     biases = _biases(plan, bias, q)
+    crossings = None if bias.time_table is None else _crossings(plan, bias.time_table.shape[2])
     with on_device(q):
         if len(plan.q_tiles):
             backward_q_kernel[(len(plan.q_tiles) * num_heads,)](
@@ -133,7 +134,7 @@ def backward(
                 lse,
                 deltas,
                 dq,
-                *(q if x is None else x for x in (d_q_cyclic, time_sums, position_sums)),
+                *(q if x is None else x for x in (d_q_cyclic, time_sums, position_sums, crossings)),
                 plan.q_tiles,
                 plan.q_pairs,
                 *biases,
@@ -141,8 +142,8 @@ def backward(
                 q.shape[0],
                 scale,
                 **(constants := _constants("dq", q, k, bias, plan, batch.rules is not None)),
-                BLOCK_T=block(constants["TIME_BUCKETS"], 16),
-                BLOCK_P=block(constants["POSITION_BUCKETS"], 16),
+                BLOCK_T=block(constants["TIME_BUCKETS"], CHUNK.value),
+                BLOCK_P=block(constants["POSITION_BUCKETS"], CHUNK.value),
                 BLOCK_M=sizes.dq_m,
                 BLOCK_N=sizes.dq_n,
                 **q_config.launch_options(),
@@ -202,8 +203,29 @@ def _rows(x: Tensor) -> Tensor:
     return x if x.stride(2) == 1 else x.contiguous()
 
 
+def _crossings(plan: Plan, buckets: int) -> Tensor:
+    """int32 [Tq, buckets and padding]: how many keys of its sequence a query finds in each bucket or one above it."""
+    width = block(buckets, CHUNK.value)
+    crossings = torch.empty((len(plan.q_time), width), dtype=torch.int32, device=plan.q_time.device)
+    if len(plan.q_tiles):
+        with on_device(crossings):
+            crossings_kernel[(len(plan.q_tiles), width // CHUNK.value)](
+                crossings,
+                plan.q_tiles,
+                plan.q_time,
+                plan.k_time,
+                plan.time_thresholds,
+                BUCKETS=buckets,
+                BLOCK=width,
+                BLOCK_M=Sizes(*plan.sizes.shape).dq_m,
+            )
+    return crossings
+
+
 def _by_group(sums: Tensor, plan: Plan, table: Tensor) -> Tensor:
-    """[tiles, H, buckets] added up to the table's [G, H, buckets], in the order of the tiles."""
+    """[tiles, H, 2, buckets] as the kernel has them to the table's [G, H, buckets], in the order of the tiles."""
+    sums, rest = sums.unbind(2)
+    sums = torch.cat([sums[..., :-1] - rest[..., 1:], sums[..., -1:]], dim=-1)
     groups = plan.q_tiles[:, 9, None, None]
     parts = [torch.where(groups == group, sums, 0.0).sum(0, dtype=torch.float64) for group in range(table.shape[0])]
     return torch.stack(parts).to(table.dtype)

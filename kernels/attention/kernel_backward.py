@@ -2,8 +2,8 @@
 
 `backward_q_kernel` makes dq, d_q_cyclic and the tables' sums of tiles of queries, `backward_kv_kernel` dk, dv and
 d_k_cyclic of tiles of keys, from turned logits, [keys, queries]: so each product finds its left side in registers.
-Shapes and dtypes as in kernel.py; p_time_sums, p_position_sums float32 [tiles, H, buckets]; p_d_k_cyclic float32
-[Tk, Hk, C]; p_lse in units of log 2, +inf for queries that see no key.
+Shapes and dtypes as in kernel.py; p_time_sums, p_position_sums float32 [tiles, H, 2, buckets] and p_crossings int32
+[Tq, BLOCK_T] as in kernel_tiles.py; p_d_k_cyclic float32 [Tk, Hk, C]; p_lse by log 2, +inf where no key is seen.
 """
 
 import triton
@@ -11,6 +11,7 @@ import triton.language as tl
 
 from alure.kernels.attention.kernel_tiles import (
     CELLS,
+    CHUNK,
     ENDS,
     FEW,
     GENERAL,
@@ -28,6 +29,7 @@ from alure.kernels.attention.kernel_tiles import (
     read_pair,
     step_bias,
     store_rows,
+    store_sums,
     visible_keys,
     visible_queries,
 )
@@ -45,6 +47,7 @@ def backward_q_kernel(
     p_d_q_cyclic,
     p_time_sums,
     p_position_sums,
+    p_crossings,
     p_tiles,
     p_pairs,
     p_q_time,
@@ -118,7 +121,7 @@ def backward_q_kernel(
         q_time = tl.load(p_q_time + first + o_row, mask=m_row, other=0)
     i = row + o_row + n_k - n_q
 
-    queries = (b_q, b_do, b_qc, lse, delta, q_time, i)
+    queries = (b_q, b_do, b_qc, lse, delta, q_time, i, p_crossings + first * BLOCK_T, m_row)
     keys = (
         p_k + k_begin * stride_k + i_kv * stride_kh,
         p_v + k_begin * stride_v + i_kv * stride_vh,
@@ -135,7 +138,9 @@ def backward_q_kernel(
 
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     d_qc = tl.zeros([BLOCK_M, BLOCK_C], tl.float32)
-    state = (dq, d_qc, tl.zeros([BLOCK_T], tl.float32), tl.zeros([BLOCK_P], tl.float32))
+    no_time = tl.zeros([BLOCK_T // CHUNK, CHUNK], tl.float32)
+    no_position = tl.zeros([BLOCK_P // CHUNK, CHUNK], tl.float32)
+    state = (dq, d_qc, (no_time, no_time), (no_position, no_position))
     state = attend_keys(  # loop: uniform
         state,
         problem,
@@ -228,13 +233,11 @@ def backward_q_kernel(
     if CHANNELS > 0:
         p_qc = p_d_q_cyclic + (first * HEADS + i_head) * CHANNELS
         store_rows(p_qc, d_qc, o_row, m_row, HEADS * CHANNELS, CHANNELS, BLOCK_C)
-    o_sums = i_tile * HEADS + i_head
+    o_sums = (i_tile * HEADS + i_head) * 2
     if TIME_BUCKETS > 0:
-        o_b = tl.arange(0, BLOCK_T)
-        tl.store(p_time_sums + o_sums * TIME_BUCKETS + o_b, time_sums, mask=o_b < TIME_BUCKETS)
+        store_sums(p_time_sums + o_sums * TIME_BUCKETS, time_sums, TIME_BUCKETS, BLOCK_T)
     if POSITION_BUCKETS > 0:
-        o_b = tl.arange(0, BLOCK_P)
-        tl.store(p_position_sums + o_sums * POSITION_BUCKETS + o_b, position_sums, mask=o_b < POSITION_BUCKETS)
+        store_sums(p_position_sums + o_sums * POSITION_BUCKETS, position_sums, POSITION_BUCKETS, BLOCK_P)
 
 
 @triton.jit
@@ -262,7 +265,7 @@ def attend_keys(
     """(dq, d_q_cyclic, sums of the time table, of the position table) with the pairs of one class."""
     queries, keys, time, position, rules, p_pairs, p_ends, scale = problem
     dq, d_qc, time_sums, position_sums = state
-    b_q, b_do, b_qc, lse, delta, q_time, i = queries
+    b_q, b_do, b_qc, lse, delta, q_time, i, p_crossings, m_row = queries
     p_k, p_v, p_k_time, p_kc, stride_k, stride_v = keys
     history, n_k = rules[3], rules[4]
     TIME: tl.constexpr = TIME_BUCKETS > 0
@@ -326,21 +329,22 @@ def attend_keys(
                 weights = tl.where(visible, weights, 0.0)
         d_weights = tl.dot(b_do, tl.trans(b_v), input_precision=PRECISION)
         d_logits = weights * (d_weights - delta[:, None])
+        rounded = d_logits.to(DOT)
         if BIASED:
             sum_all = tl.sum(d_logits)
             if TIME_BUCKETS > 0:
                 time_sums = add_sums(
-                    time_sums, sum_all, d_logits, q_time[:, None], k_time[None, :], time, tl.load(p_pair + 1),
-                    tl.load(p_pair + 2), T_COUNT, BLOCK_T, KIND
+                    time_sums, sum_all, d_logits, rounded, q_time[:, None], k_time[None, :], time, p_pair + 1,
+                    p_crossings, m_row, start, history, T_COUNT, BLOCK_T, KIND, True, MASK and RULES, PRECISION
                 )  # fmt: skip
             if POSITION_BUCKETS > 0:
                 position_sums = add_sums(
-                    position_sums, sum_all, d_logits, q_place[:, None], k_place[None, :], position,
-                    tl.load(p_pair + 3), tl.load(p_pair + 4), P_COUNT, BLOCK_P, KIND
+                    position_sums, sum_all, d_logits, rounded, q_place[:, None], k_place[None, :], position, p_pair + 3,
+                    p_crossings, m_row, start, history, P_COUNT, BLOCK_P, KIND, False, MASK and RULES, PRECISION
                 )  # fmt: skip
         if CHANNELS > 0:
-            d_qc = tl.dot(d_logits.to(DOT), b_kc.to(DOT), d_qc, input_precision=PRECISION)
-        dq = tl.dot(d_logits.to(DOT), b_k, dq, input_precision=PRECISION)
+            d_qc = tl.dot(rounded, b_kc.to(DOT), d_qc, input_precision=PRECISION)
+        dq = tl.dot(rounded, b_k, dq, input_precision=PRECISION)
     return dq, d_qc, time_sums, position_sums
 
 

@@ -10,7 +10,7 @@ import triton.language as tl
 
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
 from alure.kernels.attention.kernel_forward import forward_kernel
-from alure.kernels.attention.kernel_tiles import FEW, GENERAL, MANY, SEVERAL, UNIFORM
+from alure.kernels.attention.kernel_tiles import CHUNK, FEW, GENERAL, MANY, SEVERAL, UNIFORM, crossings_kernel
 from alure.kernels.attention.tuned import Config, Configs, tuned
 from alure.kernels.backend import HOPPER, capability, triton_interprets
 
@@ -40,7 +40,7 @@ AMPERE_CONFIGS = {
 FLOAT_CONFIGS = {
     16: (Config(32, 32, 4, 1, 255), Config(32, 16, 4, 1, 255), Config(16, 32, 4, 1, 255)),
     32: (Config(32, 32, 4, 1, 255), Config(32, 16, 8, 1), Config(16, 32, 4, 1, 255)),
-    64: (Config(32, 32, 8, 1, 255), Config(16, 32, 4, 1, 255), Config(16, 16, 4, 1, 255)),
+    64: (Config(32, 32, 8, 1, 255), Config(32, 32, 8, 1, 255), Config(16, 16, 4, 1, 255)),
     128: (Config(16, 16, 8, 1, 255), Config(16, 16, 8, 1), Config(16, 16, 8, 1, 255)),
     256: (Config(16, 16, 8, 2, 255), Config(32, 16, 8, 1), Config(16, 16, 8, 1)),
 }
@@ -79,9 +79,11 @@ def whole_classes(kernel: str, dtype: torch.dtype, head_dim: int, time: bool, po
     elif kernel == "forward":
         last = UNIFORM if both else FEW
     elif not narrow:
-        last = UNIFORM
-    elif kernel == "dq":  # which adds up what each bucket's logits get
+        last = SEVERAL if kernel == "dq" and head_dim == 128 and dtype != torch.float32 and major == HOPPER else UNIFORM
+    elif kernel == "dq" and (major <= HOPPER or head_dim < 64):  # which adds up what each bucket's logits get
         last = UNIFORM if both else SEVERAL if time or position else GENERAL
+    elif kernel == "dq":  # of 128 × 32, not × 64
+        last = GENERAL
     else:
         last = FEW if both else GENERAL
     return int(last.value)
@@ -119,13 +121,13 @@ def _case(name: str, dtype: str, head_dim: int, bias: str, config: Config, archi
             position_buckets > 0,
             max(architectures) // 10,
         ),
-        "BLOCK_T": block(time_buckets, 16),
-        "BLOCK_P": block(position_buckets, 16),
+        "BLOCK_T": block(time_buckets, CHUNK.value),
+        "BLOCK_P": block(position_buckets, CHUNK.value),
     }
     constexprs = {argument: value for argument, value in constexprs.items() if argument in kernel.arg_names}
     kinds = dict.fromkeys(("p_q", "p_k", "p_v", "p_out", "p_grad_out", "p_dq", "p_dk", "p_dv"), f"*{dtype}:16")
     kinds |= dict.fromkeys(("p_tiles", "p_time_cells", "p_position_cells"), "*i64:16")
-    kinds |= dict.fromkeys(("p_pairs", "p_position_thresholds"), "*i32:16")
+    kinds |= dict.fromkeys(("p_pairs", "p_position_thresholds", "p_crossings"), "*i32:16")
     kinds |= {"scale": "fp32", "total_q": "i32"}
     signature = {
         argument: kinds.get(argument, "*fp32:16" if argument.startswith("p_") else "i32:16")
@@ -161,8 +163,20 @@ def _cases(dtype: str, head_dim: int, biases: tuple[str, ...], kernels: tuple[st
     ]
 
 
+_CROSSINGS = (
+    crossings_kernel,
+    {
+        "p_crossings": "*i32:16",
+        "p_tiles": "*i64:16",
+        **dict.fromkeys(("p_q_time", "p_k_time", "p_thresholds"), "*fp32:16"),
+    },
+    {"BUCKETS": 107, "BLOCK": 128, "BLOCK_M": 128},
+    {},
+    {"name": "crossings"},
+)
 _FULL = "time position cyclic"
 AHEAD_OF_TIME = [
+    _CROSSINGS,
     *_cases("bf16", 64, ("", "time")),
     *_cases("bf16", 64, (_FULL,), ("forward",)),
     *_cases("bf16", 128, ("", "time"), ("forward",)),

@@ -26,6 +26,7 @@ PAIR = tl.constexpr(5)  # start of the other tile, first and last bucket of time
 UNLIMITED = tl.constexpr(1 << 30)
 CELL_SHIFT = tl.constexpr(20)  # bits of a float32 that do not tell cells apart: 8 cells an octave
 CELLS = tl.constexpr(4096)
+CHUNK = tl.constexpr(16)  # buckets whose sums are made at a time
 
 
 @triton.jit
@@ -211,27 +212,118 @@ def pair_bias(
 
 
 @triton.jit
-def add_sums(
-    sums, total, d_logits, query, key, bias, first, last, COUNT: tl.constexpr, BLOCK: tl.constexpr, KIND: tl.constexpr
+def crossings_kernel(
+    p_crossings,
+    p_tiles,
+    p_q_time,
+    p_k_time,
+    p_thresholds,
+    BUCKETS: tl.constexpr,
+    BLOCK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
 ):
-    """sums [BLOCK] + the sum of d_logits in each bucket first … last of the tile; total is the sum of all."""
+    """crossings int32 [Tq, BLOCK]: of the keys of its sequence a query finds so many in a bucket or one above it; they
+    are the first ones. Grid: (tiles, BLOCK / CHUNK).
+    """
+    p_tile = p_tiles + tl.program_id(0) * TILE
+    row, n_k = tl.load(p_tile + 4), tl.load(p_tile + 3).to(tl.int32)
+    first = tl.load(p_tile) + row
+    o_row = tl.arange(0, BLOCK_M)[:, None]
+    m_row = row + o_row < tl.load(p_tile + 1)
+    bucket = tl.program_id(1) * CHUNK + tl.arange(0, CHUNK)[None, :]
+    q_time = tl.load(p_q_time + first + o_row, mask=m_row, other=0)
+    threshold = tl.load(p_thresholds + bucket - 1, mask=(bucket > 0) & (bucket < BUCKETS), other=0)
+    p_key = p_k_time + tl.load(p_tile + 2)
+    number = tl.zeros([BLOCK_M, CHUNK], tl.int32)
+    rest = n_k  # that may be among them
+    while rest > 1:
+        half = rest // 2
+        number += tl.where(is_above(q_time, tl.load(p_key + number + (half - 1)), threshold), half, 0)
+        rest -= half
+    m_number = number < n_k
+    more = is_above(q_time, tl.load(p_key + number, mask=m_number, other=0), threshold)
+    number += tl.where(m_number & more, 1, 0)
+    number = tl.where(bucket > 0, number, n_k)
+    p_row = p_crossings + (first + o_row) * BLOCK + bucket
+    tl.store(p_row, number, mask=m_row)
+
+
+@triton.jit
+def add_sums(
+    state,
+    total,
+    d_logits,
+    rounded,
+    query,
+    key,
+    bias,
+    p_first,
+    p_crossings,
+    m_row,
+    start,
+    history,
+    COUNT: tl.constexpr,
+    BLOCK: tl.constexpr,
+    KIND: tl.constexpr,
+    TIME: tl.constexpr,
+    TARGETS: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """(sums, rest) [BLOCK / CHUNK, CHUNK] with the sums of d_logits over the buckets from each bucket of the tile up;
+    `rest` without that of the tile's first bucket, so a bucket gets sums[bucket] − rest[bucket + 1], 0 where none is in
+    it. total is the sum of all; rounded is d_logits as the products take it.
+
+    Where more than COUNT thresholds are crossed, the keys from a bucket up are a query's first ones in the tile: so
+    many as `crossings_kernel` found. Sums of first keys are a product, and of each one is picked.
+    """
+    sums, rest = state
     p_thresholds = bias[0]
-    o_b = tl.arange(0, BLOCK)
-    rest = total  # of the buckets from `bucket` up
+    ROWS: tl.constexpr = d_logits.shape[0]
+    WIDTH: tl.constexpr = d_logits.shape[1]
+    o_part = tl.arange(0, BLOCK // CHUNK)[:, None]
+    o_bucket = tl.arange(0, CHUNK)
+    first = tl.load(p_first)
     if KIND >= MANY:
-        delta = query - key
-        for bucket in range(first, last):
-            above = tl.sum(tl.where(delta >= tl.load(p_thresholds + bucket), d_logits, 0.0))
-            sums += tl.where(o_b == bucket, rest - above, 0.0)
-            rest = above
-        sums += tl.where(o_b == last, rest, 0.0)
+        last = tl.load(p_first + 1)
+        if PRECISION == "ieee":
+            firsts = tl.cumsum(d_logits, 1)
+        else:
+            o_n = tl.arange(0, WIDTH)
+            ones = (o_n[:, None] <= o_n[None, :]).to(rounded.dtype)
+            firsts = tl.dot(rounded, ones, input_precision=PRECISION)
+        for part in range(first // CHUNK, last // CHUNK + 1):
+            bucket = part * CHUNK + o_bucket
+            if TIME:
+                o_row = tl.arange(0, ROWS)
+                p_number = p_crossings + (o_row[:, None] * BLOCK + bucket[None, :])
+                number = tl.load(p_number, mask=m_row[:, None], other=0) - start
+            else:
+                threshold = tl.load(p_thresholds + bucket - 1, mask=(bucket > 0) & (bucket <= last), other=-UNLIMITED)
+                number = query - threshold[None, :] + 1
+                if TARGETS:
+                    number = tl.where(number > history, WIDTH, number - start)
+            found = tl.gather(firsts, tl.minimum(tl.maximum(number - 1, 0), WIDTH - 1), 1)
+            found = tl.sum(tl.where(number > 0, found, 0.0), axis=0)
+            found = tl.where((bucket >= first) & (bucket <= last), found, 0.0)
+            sums += tl.where(o_part == part, found[None, :], 0.0)
+            rest += tl.where(o_part == part, tl.where(bucket > first, found, 0.0)[None, :], 0.0)
     else:
+        bucket = o_part * CHUNK + o_bucket[None, :]
+        sums += tl.where(bucket == first, total, 0.0)
         for step in tl.static_range(COUNT):
-            above = tl.sum(tl.where(is_above(query, key, tl.load(p_thresholds + first + step)), d_logits, 0.0))
-            sums += tl.where(o_b == first + step, rest - above, 0.0)
-            rest = above
-        sums += tl.where(o_b == first + COUNT, rest, 0.0)
-    return sums
+            found = tl.sum(tl.where(is_above(query, key, tl.load(p_thresholds + first + step)), d_logits, 0.0))
+            sums += tl.where(bucket == first + step + 1, found, 0.0)
+            rest += tl.where(bucket == first + step + 1, found, 0.0)
+    return sums, rest
+
+
+@triton.jit
+def store_sums(p_sums, state, BUCKETS: tl.constexpr, BLOCK: tl.constexpr):
+    """sums and rest of `add_sums`, [2, BUCKETS]."""
+    sums, rest = state
+    bucket = tl.arange(0, BLOCK // CHUNK)[:, None] * CHUNK + tl.arange(0, CHUNK)[None, :]
+    tl.store(p_sums + bucket, sums, mask=bucket < BUCKETS)
+    tl.store(p_sums + BUCKETS + bucket, rest, mask=bucket < BUCKETS)
 
 
 @triton.jit

@@ -2,11 +2,14 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from alure.bench.__main__ import MOST_TIMES, SPARE_S
 
 
 def bench(*words: str) -> subprocess.CompletedProcess[str]:
@@ -54,3 +57,12 @@ def test_mistakes_are_told(words: tuple[str, ...], message: str) -> None:
     done = bench(*words)
     assert done.returncode == 2
     assert message in done.stdout + done.stderr
+
+
+def test_the_limits_of_make_bench_gpu_keep_what_its_help_says() -> None:
+    rule = re.search(r"^bench-gpu:.*at most (\d+) minutes.*(?:\n\t.*)+", Path("Makefile").read_text(), re.MULTILINE)
+    assert rule is not None
+    limits = [sum(map(float, found)) for found in re.findall(r"timeout (?:-s INT )?-k (\d+) (\d+)", rule[0])]
+    (minutes,) = re.findall(r"bench all --minutes ([\d.]+)", rule[0])
+    assert len(limits) == 2
+    assert sum(limits) + MOST_TIMES * 60 * float(minutes) + SPARE_S <= 60 * int(rule[1])

@@ -1,6 +1,7 @@
 """The tiles of the Triton kernels: every pair of tiles once and in the right class, look-ups, any order of a batch."""
 
 from dataclasses import replace
+from itertools import pairwise
 
 import pytest
 import torch
@@ -259,3 +260,45 @@ def test_a_scale_that_is_not_positive(scale: float) -> None:
     ]
     for x, y in zip(*results, strict=True):
         torch.testing.assert_close(x, y, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("span", [2**20, 2**24, 2**30, 2**40])
+def test_crossings_are_the_keys_from_a_bucket_up(monkeypatch: pytest.MonkeyPatch, span: int) -> None:
+    """Also where times are as int32 and int64, queries are not the keys, and sequences have none of one of them."""
+    require("triton", "cpu")
+    small_tiles(monkeypatch)
+    from alure.kernels.attention.kernel import _crossings, prepare
+
+    problem = random_problem([40, 3, 0, 17], [25, 0, 9, 64], num_heads=1, dtype=torch.float32, span=span + 7)
+    thresholds = torch.tensor([-(2**34), -5, 0, *(3**step for step in range(20))])
+    batch = replace(problem, time_thresholds=thresholds).plan().batch
+    plan = Plan(*prepare(torch.float32, 16, problem.q.device, batch, thresholds, None, gradients=True))
+    found = _crossings(plan, len(thresholds) + 1)
+    for s in range(4):
+        rows, columns = (slice(int(o[s]), int(o[s + 1])) for o in (problem.q_offsets, problem.k_offsets))
+        elapsed = problem.q_timestamps[rows, None] - problem.k_timestamps[columns]
+        buckets = torch.bucketize(elapsed, thresholds, right=True)
+        for bucket in range(len(thresholds) + 1):
+            assert torch.equal(found[rows, bucket].long(), (buckets >= bucket).sum(1))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_buckets_without_pairs_have_no_gradient(monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype) -> None:
+    """Not even what sums are rounded by, which Adam would make steps of; those of masked pairs neither."""
+    require("triton", "cpu")
+    small_tiles(monkeypatch)
+    problem = replace(random_problem([70, 33], num_heads=1, dtype=dtype), causal=True)
+    bounds, grad_out = problem.q_offsets.tolist(), torch.randn(problem.q.shape, dtype=dtype)
+    _, _, _, _, d_time, _, _, d_position = with_gradients(problem.run("triton"), problem.leaves(), grad_out)
+    for gradient, thresholds, values in (
+        (d_time, problem.time_thresholds, problem.q_timestamps),
+        (d_position, problem.position_thresholds, torch.cat([torch.arange(n) for n in (70, 33)])),
+    ):
+        distances = [
+            (values[begin:end, None] - values[begin:end])[torch.ones(end - begin, end - begin).tril().bool()]
+            for begin, end in pairwise(bounds)
+        ]
+        occurs = torch.bucketize(torch.cat(distances), thresholds, right=True).bincount(minlength=len(thresholds) + 1)
+        assert (occurs == 0).sum() > 5
+        assert not gradient[:, occurs == 0].any()
+        assert gradient[:, occurs > 1].any(0).all()

@@ -22,7 +22,8 @@ MODULES = [
     "alure.kernels.neighbors.kernel_nominate",
 ]
 KERNELS = {
-    "cell_values_kernel", "forward_kernel", "backward_q_kernel", "backward_kv_kernel", "encode_events_kernel",
+    "cell_values_kernel", "forward_kernel", "crossings_kernel", "backward_q_kernel", "backward_kv_kernel",
+    "encode_events_kernel",
     "time_features_kernel", "weight_gradient_kernel", "sum_runs_kernel", "join_runs_kernel", "dot_linear_kernel",
     "activate_kernel", "normalize_kernel", "grouped_topk_kernel", "nominate_kernel", "quantize_level_kernel",
 }  # fmt: skip

@@ -147,7 +147,13 @@ class _Kernel:
 
 
 KERNELS = {
-    "attention.kernel": ("cell_values_kernel", "forward_kernel", "backward_q_kernel", "backward_kv_kernel"),
+    "attention.kernel": (
+        "cell_values_kernel",
+        "forward_kernel",
+        "crossings_kernel",
+        "backward_q_kernel",
+        "backward_kv_kernel",
+    ),
     "encoding.kernel": ("encode_events_kernel",),
     "compression.kernel": ("dot_linear_kernel", "activate_kernel", "normalize_kernel"),
 }
