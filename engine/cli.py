@@ -5,6 +5,7 @@ With --json the last line on stdout is one JSON object with what the command did
 """
 
 import atexit
+import errno
 import json
 import re
 import subprocess
@@ -35,6 +36,7 @@ from alure.engine.progress import say
 from alure.engine.signals import ignore_signals, interruptible
 
 EXIT_FAILED, EXIT_INPUT, EXIT_INTERRUPTED = 1, 2, 75
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 TYPER_INTERRUPTED = 130  # what typer makes of a KeyboardInterrupt, such as a second Ctrl-C
 UsageError: Any = typer.BadParameter.__base__  # click's, which typer keeps under a private name
 
@@ -688,7 +690,12 @@ def main() -> None:
         fail(f"{error.filename or error}: there is a file where a folder is expected; name another path", EXIT_INPUT)
     except IsADirectoryError as error:
         fail(f"{error.filename or error}: there is a folder where a file is expected; name another path", EXIT_INPUT)
-    except (AlureError, OSError) as error:
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            fail(str(error), EXIT_FAILED)
+        reason = f"{error.filename or 'an output'}: cannot be written ({error.strerror})"
+        fail(f"{reason}; make room, then run the same command again", EXIT_FAILED)
+    except AlureError as error:
         fail(str(error), EXIT_FAILED)
     finally:
         atexit.register(ignore_signals)  # a signal in the last tenths of a second must not change the exit code

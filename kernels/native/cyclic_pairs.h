@@ -1,7 +1,7 @@
 // A float32 channel as three of bfloat16: x = high + low, and of the four products of two such sums the three largest.
 //
-// Of `count` channels a query has count × (high, high) and then count × low, a key count × (high, low) and count × high.
-// They begin at an even channel, so that a pair is in one lane.
+// Of `count` channels a query has pairs (high, high) and then rests, low; a key pairs (high, low) and rests, high. They
+// begin at an even channel, so that a pair is in one lane.
 #pragma once
 
 #include "simd.h"
@@ -16,12 +16,12 @@ public:
 
     [[nodiscard]] std::int64_t first() const { return first_; }
     [[nodiscard]] std::int64_t end() const { return first_ + 3 * count_; }
-    // Where channel c and its rests begin. Σ dS · key over both of the former is the gradient of a query's channel, and
-    // Σ dS · query over the first of the former and the latter that of a key's.
+    // Channel c is a pair and a rest. The gradient of a query's is Σ dS · key over the pair, that of a key's Σ dS · query
+    // over the first of the pair and the rest.
     [[nodiscard]] std::int64_t pair(std::int64_t c) const { return first_ + 2 * c; }
     [[nodiscard]] std::int64_t rest(std::int64_t c) const { return first_ + 2 * count_ + c; }
 
-    // put(channel, value) for all of them.
+    // Calls put(channel, value) for all of them.
     template <class Put>
     void of_query(const float* x, float factor, Put put) const {
         for (std::int64_t c = 0; c < count_; ++c) {

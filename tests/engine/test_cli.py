@@ -1,5 +1,6 @@
 """The command line, as typed: every command of a chain on a small world, the exit codes, the last line of --json."""
 
+import errno
 import json
 import re
 import signal
@@ -324,6 +325,17 @@ def test_an_option_implies_what_the_file_does_not_say() -> None:
     )
     assert override(GraphConfig(nlist="auto"), nlist="400") == GraphConfig()
     assert override(GraphConfig(nprobe=20), nlist="64") == GraphConfig(nlist=64, nprobe=20)
+
+
+@pytest.mark.parametrize(("named", "name"), [(["x/part"], "x/part"), ([], "an output")])
+def test_a_full_disk(alure: CommandLine, monkeypatch: pytest.MonkeyPatch, named: list[str], name: str) -> None:
+    def examine() -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", *named)
+
+    monkeypatch.setattr("alure.engine.doctor.examine", examine)
+    done = alure("doctor")
+    assert done.code == 1
+    assert f"{name}: cannot be written (No space left on device); make room, then run the same command" in done.err
 
 
 def test_schema_is_json(alure: CommandLine) -> None:
