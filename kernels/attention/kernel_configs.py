@@ -10,7 +10,16 @@ import triton.language as tl
 
 from alure.kernels.attention.kernel_backward import backward_kv_kernel, backward_q_kernel
 from alure.kernels.attention.kernel_forward import forward_kernel
-from alure.kernels.attention.kernel_tiles import CHUNK, FEW, GENERAL, MANY, SEVERAL, UNIFORM, crossings_kernel
+from alure.kernels.attention.kernel_tiles import (
+    CHUNK,
+    FEW,
+    GENERAL,
+    MANY,
+    SEVERAL,
+    UNIFORM,
+    cell_values_kernel,
+    crossings_kernel,
+)
 from alure.kernels.attention.tuned import Config, Configs, tuned
 from alure.kernels.backend import HOPPER, capability, triton_interprets
 
@@ -174,8 +183,23 @@ _CROSSINGS = (
     {},
     {"name": "crossings"},
 )
+_CELL_VALUES = (
+    cell_values_kernel,
+    {
+        "p_time_table": "*fp32:16",
+        "p_time_cells": "*i64:16",
+        "p_time_values": "*fp32:16",
+        "p_position_table": "*fp32:16",
+        "p_position_cells": "*i64:16",
+        "p_position_values": "*fp32:16",
+    },
+    {"TIME_BUCKETS": 107, "POSITION_BUCKETS": 55},
+    {},
+    {"name": "cell values"},
+)
 _FULL = "time position cyclic"
 AHEAD_OF_TIME = [
+    _CELL_VALUES,
     _CROSSINGS,
     *_cases("bf16", 64, ("", "time")),
     *_cases("bf16", 64, (_FULL,), ("forward",)),
