@@ -50,6 +50,9 @@ struct AttentionInputs {
 
 // The kernels count logits in units of log 2.
 constexpr float kLog2E = 1.44269504f;
+// A cell is the int32 whose floats have the same sign, exponent and first three bits: 8 an octave. Those are upper bits.
+constexpr int kCellShift = 20;
+constexpr std::int64_t kCells = 4096;
 constexpr std::int64_t kTablePadding = 64;  // floats behind every row of a table, which wide look-ups read
 
 // What is made of the biases once a call.
@@ -59,7 +62,7 @@ struct BiasTables {
     const float* position;  // [groups, heads, position_stride], times log2 e
     std::int64_t position_stride;
     const std::int32_t* thresholds;  // of times, saturated: exact for differences that fit int32
-    const std::int32_t* cells;       // [1024] bucket of the least int32 whose float begins with these 10 bits
+    const std::int32_t* cells;       // [kCells and padding] bucket of the least int32 of each cell
     std::int64_t most_in_cell;       // thresholds beyond it within one cell
 };
 

@@ -24,9 +24,8 @@ std::vector<float> pad(const BucketTable& table, std::int64_t rows, std::int64_t
     return padded;
 }
 
-// Bits 22 to 31 of a number as float: its sign, exponent and first binary digit.
 std::uint32_t cell_of(std::int64_t x) {
-    return std::bit_cast<std::uint32_t>(static_cast<float>(static_cast<std::int32_t>(x))) >> 22;
+    return std::bit_cast<std::uint32_t>(static_cast<float>(static_cast<std::int32_t>(x))) >> kCellShift;
 }
 
 struct Cell {
@@ -37,7 +36,8 @@ struct Cell {
 // Cells in increasing order. A float is rounded, so an end is found by bisection, not from the bits.
 std::vector<Cell> all_cells() {
     constexpr std::int64_t kLeast = std::numeric_limits<std::int32_t>::min(), kMost = kNever;
-    const auto order = [](std::uint32_t bits) { return bits < 512 ? std::int64_t{bits} : 511 - std::int64_t{bits}; };
+    constexpr std::int64_t kHalf = kCells / 2;  // of negative numbers
+    const auto order = [](std::int64_t bits) { return bits < kHalf ? bits : kHalf - 1 - bits; };
     std::vector<Cell> cells;
     for (std::int64_t first = kLeast; first <= kMost;) {
         const std::uint32_t bits = cell_of(first);
@@ -75,13 +75,15 @@ void TableStorage::find_cells(const BucketTable& time) {
         thresholds_.push_back(static_cast<std::int32_t>(
             std::clamp<std::int64_t>(time.thresholds[i], std::numeric_limits<std::int32_t>::min(), kNever)));
     static const std::vector<Cell> all = all_cells();
-    cells_.assign(1024, 0);
-    const auto begin = thresholds_.begin();
+    cells_.assign(kCells + kTablePadding, 0);
+    std::size_t bucket = 0;  // of what is passed
+    const auto pass = [&](std::int32_t x) {
+        while (bucket < thresholds_.size() && thresholds_[bucket] <= x) ++bucket;
+        return static_cast<std::int32_t>(bucket);
+    };
     for (const Cell& cell : all) {
-        const auto bucket = std::upper_bound(begin, thresholds_.end(), cell.first) - begin;
-        const auto last = std::upper_bound(begin, thresholds_.end(), cell.last) - begin;
-        cells_[cell.bits] = static_cast<std::int32_t>(bucket);
-        most_in_cell_ = std::max<std::int64_t>(most_in_cell_, last - bucket);
+        const std::int32_t first = cells_[cell.bits] = pass(cell.first);
+        most_in_cell_ = std::max<std::int64_t>(most_in_cell_, pass(std::min(cell.last, kNever - 1)) - first);
     }
     thresholds_.insert(thresholds_.end(), most_in_cell_ + 1, kNever);
 }

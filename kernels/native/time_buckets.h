@@ -145,13 +145,47 @@ private:
         look_all({LookUp::kGather});
     }
 
+    // Buckets of differences from one to another, where these lie in few cells, none of which a threshold splits.
+    struct CellWindow {
+        std::int32_t base;  // the first cell
+        bool fits;
+        Floats low{}, high{};  // buckets, of kLanes cells each
+
+        CellWindow(const BiasTables& tables, std::int32_t least, std::int32_t most, std::int32_t least_bucket,
+                   std::int32_t most_bucket)
+            : base(smaller(cell_of(least), cell_of(most))),
+              fits(tables.most_in_cell == 0 && larger(cell_of(least), cell_of(most)) - base < 2 * kLanes) {
+            if (!fits) return;
+            const auto buckets = [&](std::int64_t first) {  // of times out of order they stay in bounds
+                return reinterpret_cast<Floats>(clamp(load_ints(tables.cells + first), least_bucket, most_bucket));
+            };
+            low = buckets(base);
+            high = buckets(base + kLanes);
+        }
+        [[nodiscard]] Ints buckets_of(Ints differences) const {
+            const Ints cells = cells_of(differences) - base;
+            return reinterpret_cast<Ints>(permute_two(low, high, cells & (2 * kLanes - 1)));
+        }
+    };
+
+    static std::int32_t cell_of(std::int32_t difference) {
+        return static_cast<std::int32_t>(__builtin_bit_cast(std::uint32_t, static_cast<float>(difference)) >>
+                                         kCellShift);
+    }
+    static Ints cells_of(Ints differences) {
+        const Floats floats = __builtin_convertvector(differences, Floats);
+        return reinterpret_cast<Ints>(reinterpret_cast<Unsigneds>(floats) >> kCellShift);
+    }
+
     static Floats permute_two(const float* window, Ints index) {
+        return permute_two(load(window), load(window + kLanes), index);
+    }
+    static Floats permute_two(Floats low, Floats high, Ints index) {
 #if defined(__AVX512F__) && ALURE_VECTOR_BYTES == 64
-        return _mm512_permutex2var_ps(load(window), reinterpret_cast<__m512i>(index), load(window + kLanes));
+        return _mm512_permutex2var_ps(low, reinterpret_cast<__m512i>(index), high);
 #else
-        const Floats low = permute(load(window), index & (kLanes - 1));
-        const Floats high = permute(load(window + kLanes), index & (kLanes - 1));
-        return index < kLanes ? low : high;
+        const Floats a = permute(low, index & (kLanes - 1)), b = permute(high, index & (kLanes - 1));
+        return index < kLanes ? a : b;
 #endif
     }
 
@@ -191,11 +225,22 @@ private:
             strip.vectors[v] = look(least, most);
             if (strip.tile.look_up == LookUp::kCompare) continue;
             const Ints queries = load_ints(lanes);
-            for (std::int64_t key = begin; key < begin + kStrip; ++key) {
-                const Ints buckets = buckets_of(alure::minus(queries, splat(key_times_[key])), least, most);
-                store_indices(index_ + (tile * keys_ + key) * kWidth + v * kLanes, buckets - low);
-                first_[(tile * keys_ + key) * 2 + v] = low;
+            const auto write = [&](auto buckets_of) ALURE_INLINE {
+                for (std::int64_t key = begin; key < begin + kStrip; ++key) {
+                    const Ints buckets = buckets_of(alure::minus(queries, splat(key_times_[key])));
+                    store_indices(index_ + (tile * keys_ + key) * kWidth + v * kLanes, buckets - low);
+                    first_[(tile * keys_ + key) * 2 + v] = low;
+                }
+            };
+            if (most - least > 2) {
+                const CellWindow window(*tables_, minus(lanes[0], key_times_[begin + kStrip - 1]),
+                                        minus(lanes[kLanes - 1], key_times_[begin]), least, most);
+                if (window.fits) {
+                    write([&](Ints differences) ALURE_INLINE { return window.buckets_of(differences); });
+                    continue;
+                }
             }
+            write([&](Ints differences) ALURE_INLINE { return buckets_of(differences, least, most); });
         }
         return strip;
     }
@@ -229,8 +274,7 @@ private:
     [[nodiscard]] Ints buckets_of(Ints differences) const {
         const Ints largest = splat(std::int32_t{INT32_MAX - 1});
         differences = differences < largest ? differences : largest;
-        const Ints bits = reinterpret_cast<Ints>(__builtin_convertvector(differences, Floats));
-        Ints buckets = gather(tables_->cells, bits >> 22 & 1023);
+        Ints buckets = gather(tables_->cells, cells_of(differences));
         for (std::int64_t i = 0; i < tables_->most_in_cell; ++i)
             buckets -= differences >= gather(tables_->thresholds, buckets);
         return buckets;

@@ -285,11 +285,13 @@ def bias_of_bursts() -> list[Tensor]:
         torch.tensor([-(2**61)] * 3 + [0] * 394 + [2**61] * 3),
         (NOW + sessions * 10**6 + torch.randint(0, 30, (400,), generator=generator)).sort().values,
         NOW + torch.arange(400),  # in 2026, one second apart: float32 could not tell
+        NOW - (2 ** torch.linspace(30.9, 0, 400, dtype=torch.float64)).long(),  # every difference there is, to 2^31
     ]
 
 
 THRESHOLDS = {
     "half octaves": time_thresholds(),
+    "eighths of octaves": time_thresholds(8, 2**31 - 1),
     "none": torch.zeros(0, dtype=torch.int64),
     "one": torch.tensor([0]),
     "64": time_thresholds(1, 2**30)[-64:],
@@ -298,7 +300,7 @@ THRESHOLDS = {
 }
 
 
-@pytest.mark.parametrize("case", range(5))
+@pytest.mark.parametrize("case", range(6))
 @pytest.mark.parametrize("thresholds", THRESHOLDS.values(), ids=THRESHOLDS.keys())
 def test_buckets_are_exact_for_any_times(case: int, thresholds: Tensor, instruction_set: str) -> None:
     """v picks single keys and the table is the only logit, so a wrong bucket anywhere changes an output visibly."""
