@@ -93,6 +93,18 @@ def killed(world: World) -> str:
     return url
 
 
+@pytest.fixture(scope="module")
+def resumed(world: World, killed: str) -> str:
+    """The same store, once the same command has been given again."""
+    store = EmbeddingStore(killed)
+    assert store.generations() == []
+    assert store.written_units(world.generation, ["0-12", "12-24"]) == {"0-12"}
+    run = world.lab.run(world.folder, world.refresh(killed))
+    assert run.code == 0, run.error
+    assert json.loads(run.error.splitlines()[-1])["units_reused"] == 1
+    return killed
+
+
 @pytest.fixture
 def url(request: pytest.FixtureRequest) -> str:
     return f"s3://{BUCKET}/stores/{request.node.name}"
@@ -113,15 +125,9 @@ def files(store: str) -> list[str]:
     return [file.path for file in found if file.type == fs.FileType.File]
 
 
-def test_a_killed_refresh_goes_on(world: World, killed: str) -> None:
-    store = EmbeddingStore(killed)
-    assert store.generations() == []
-    assert store.written_units(world.generation, ["0-12", "12-24"]) == {"0-12"}
-    resumed = world.lab.run(world.folder, world.refresh(killed))
-    assert resumed.code == 0, resumed.error
-    assert json.loads(resumed.error.splitlines()[-1])["units_reused"] == 1
-    world.check(killed)
-    assert not [file for file in files(killed) if file.startswith(("leases/", "exclusive-"))]
+def test_a_killed_refresh_goes_on(world: World, resumed: str) -> None:
+    world.check(resumed)
+    assert not [file for file in files(resumed) if file.startswith(("leases/", "exclusive-"))]
 
 
 def test_two_processes_share_a_refresh(world: World, url: str) -> None:
@@ -130,10 +136,12 @@ def test_two_processes_share_a_refresh(world: World, url: str) -> None:
     world.check(url)
 
 
-def test_every_stage_does_what_it_does_on_a_disk(world: World, killed: str, alure: CommandLine, tmp_path: Path) -> None:
+def test_every_stage_does_what_it_does_on_a_disk(
+    world: World, resumed: str, alure: CommandLine, tmp_path: Path
+) -> None:
     events, truth = world.folder / "events", tmp_path / "truth.parquet"
     pq.write_table(pa.table({"user_id": np.arange(24), "item_id": np.arange(24)}), truth)
-    stories, stores = [], [EmbeddingStore(killed), EmbeddingStore(world.local)]
+    stories, stores = [], [EmbeddingStore(resumed), EmbeddingStore(world.local)]
     for store in stores:
         for words in (["graph", store.path, "-k", 4], ["retrieve", store.path, events]):
             done = alure(*words)
@@ -149,12 +157,12 @@ def test_every_stage_does_what_it_does_on_a_disk(world: World, killed: str, alur
         assert pages[0].equals(pages[1]), table
     reports = [evaluate(store, truth, EvaluationConfig(k=[5])) for store in stores]
     assert reports[0] == reports[1]
-    assert "give --out, a folder for the report" in alure("evaluate", killed, "--truth", truth).err
+    assert "give --out, a folder for the report" in alure("evaluate", resumed, "--truth", truth).err
     log = Events.open(events)
     as_of = log.manifest.last_timestamp + DAY
     answers = [OnlineRetriever(CandidateRetriever(store, log)).retrieve(4, as_of) for store in stores]
     assert answers[0].equals(answers[1])
-    assert alure("export", killed, "--to", "npy", "--out", tmp_path / "npy").code == 0
+    assert alure("export", resumed, "--to", "npy", "--out", tmp_path / "npy").code == 0
     assert np.load(tmp_path / "npy" / "embeddings.npy").tobytes() == expected.tobytes()
 
 
