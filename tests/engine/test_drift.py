@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from support.command_line import CommandLine
@@ -19,7 +19,7 @@ from alure.engine.events import Events
 from alure.engine.model import model_digest
 from alure.engine.refresh import RefreshJob, RefreshReport
 from alure.engine.refresh.align import align
-from alure.engine.refresh.drift import check_drift, neighbor_overlap
+from alure.engine.refresh.drift import TIE, check_drift, neighbor_overlap
 from alure.engine.store import EmbeddingStore
 
 SMALL = RefreshConfig(unit_users=16, token_budget=150, precision="float32")
@@ -176,7 +176,10 @@ def test_overlap_is_that_of_sorted_lists(seed: int, n: int, k: int, moved: int) 
     for x in (before, after):
         products = x @ x.T
         np.fill_diagonal(products, -np.inf)
-        near.append(np.argsort(-products, axis=1)[:, :k_found])
+        order = np.argsort(-products, axis=1)
+        near.append(order[:, :k_found])
+        last, next_ = np.take_along_axis(products, order[:, k_found - 1 : k_found + 1], 1).T
+        assume((last - next_ > 2 * TIE).all())
     expected = np.mean([len(np.intersect1d(*pair)) / k_found for pair in zip(*near)])
     assert neighbor_overlap(before, after, k) == pytest.approx(expected, abs=1e-9)
     rotation, _ = np.linalg.qr(generator.standard_normal((6, 6)))

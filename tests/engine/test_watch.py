@@ -429,7 +429,7 @@ def test_a_profile_has_ranges_in_the_trace_and_a_roofline(world: Path, tmp_path:
     operators = {row["name"]: row for row in found["operators"]}
     assert sum(row["share"] for row in operators.values()) <= 1 + 1e-9
     assert operators["aten::mm"]["gflop"] > 0
-    assert operators["aten::mul"]["limit"] == "copy rate"
+    assert operators["alure::rms_norm"]["limit"] == "copy rate"
     assert all(row["share_of_limit"] > 0 for row in operators.values() if row["gbyte"])
     limits = found["measured_matrix_tflops"] * 1e12, found["measured_copy_gbytes_per_second"] * 1e9
     assert min(limits) > 0
