@@ -1,6 +1,5 @@
 """What users did after the snapshot, read from a file and matched with the users of a generation."""
 
-import difflib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pyarrow.compute as pc
 
 from alure.engine.errors import InputError
 from alure.engine.events.staging import LAST_SECOND
-from alure.engine.tables import open_dataset, readable, texts_as, within_int64
+from alure.engine.tables import read_columns, readable, texts_as, within_int64
 
 OPTIONAL = ("timestamp", "source", "event_type")
 NO_ENGAGEMENT = ("view",)  # event types that do not count as engagement unless they are named
@@ -55,7 +54,7 @@ def read_truth(path: Path, as_of: int, ad_sources: list[str] | None) -> TruthRow
     Needs user_id and item_id; timestamp, source and event_type are optional. Rows with null ids, rows not after
     `as_of` (they would be a leak) and rows of other sources are left out and counted.
     """
-    table = _read(path)
+    table = read_columns(path, "truth", ("user_id", "item_id"), OPTIONAL)
     counts = {"rows": len(table)}
     columns = {name: within_int64(table[name]) for name in ("user_id", "item_id")}
     for name in OPTIONAL:
@@ -127,18 +126,6 @@ def indices(wanted: pa.ChunkedArray | pa.Array, known: pa.ChunkedArray | pa.Arra
         wanted = wanted.cast(known.type)
     found = pc.fill_null(pc.index_in(wanted, value_set=known), -1)
     return found.to_numpy(zero_copy_only=False).astype(np.int64) if len(found) else np.empty(0, np.int64)
-
-
-def _read(path: Path) -> pa.Table:
-    data = open_dataset(path, "truth", "user_id and item_id")
-    names = data.schema.names
-    for name in ("user_id", "item_id"):
-        if name not in names:
-            near = difflib.get_close_matches(name, names, 1)
-            hint = f" (did you mean {near[0]!r}?)" if near else ""
-            raise InputError(f"truth: {path} has no column {name!r}{hint}; it has {', '.join(names) or 'no columns'}")
-    with readable(path, "truth"):
-        return data.to_table(columns=["user_id", "item_id", *(name for name in OPTIONAL if name in names)])
 
 
 def _seconds(column: pa.ChunkedArray, path: Path) -> pa.ChunkedArray:

@@ -50,7 +50,7 @@ struct AttentionInputs {
 
 // The kernels count logits in units of log 2.
 constexpr float kLog2E = 1.44269504f;
-// A cell is the int32 whose floats have the same sign, exponent and first three bits: 8 an octave. Those are upper bits.
+// A cell is the int32 whose floats have the same upper bits: sign, exponent and three more, so 8 cells an octave.
 constexpr int kCellShift = 20;
 constexpr std::int64_t kCells = 4096;
 constexpr std::int64_t kTablePadding = 64;  // floats behind every row of a table, which wide look-ups read

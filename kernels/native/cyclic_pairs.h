@@ -16,8 +16,8 @@ public:
 
     [[nodiscard]] std::int64_t first() const { return first_; }
     [[nodiscard]] std::int64_t end() const { return first_ + 3 * count_; }
-    // Channel c is a pair and a rest. The gradient of a query's is Σ dS · key over the pair, that of a key's Σ dS · query
-    // over the first of the pair and the rest.
+    // Channel c is a pair and a rest. The gradient of a query's is Σ dS · key over the pair, that of a key's
+    // Σ dS · query over the first of the pair and the rest.
     [[nodiscard]] std::int64_t pair(std::int64_t c) const { return first_ + 2 * c; }
     [[nodiscard]] std::int64_t rest(std::int64_t c) const { return first_ + 2 * count_ + c; }
 

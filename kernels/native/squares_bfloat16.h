@@ -55,9 +55,9 @@ inline void end_squares() { end_tiles(); }
 
 #endif
 
-// sums [rows, 32] (+)= Σ left(s) [rows, 32] · right(s) [32, 32], where the rows of the right lie in pairs: `pairs` of them
-// in all, 16 for each s. Rows are padded to kRowStep, with any values, and pairs to kDepthStep / 2, with zeros. Strides of
-// left and right are in bytes.
+// sums [rows, 32] (+)= Σ left(s) [rows, 32] · right(s) [32, 32], where the rows of the right lie in pairs: `pairs` of
+// them in all, 16 for each s. Rows are padded to kRowStep, with any values, and pairs to kDepthStep / 2, with zeros.
+// Strides of left and right are in bytes.
 template <bool kAdd, class Left, class Right>
 inline void multiply_square(std::int64_t rows, std::int64_t pairs, Left left, std::int64_t left_stride, Right right,
                             std::int64_t right_stride, float* sums, std::int64_t stride) {
@@ -71,12 +71,11 @@ inline void multiply_square(std::int64_t rows, std::int64_t pairs, Left left, st
         multiply.template operator()<11>(11);
         multiply.template operator()<10>(22);
     } else {
-        std::int64_t first = 0;
-        for (; first + 8 <= rows; first += 8) multiply.template operator()<8>(first);
-        if (first + 4 < rows)
-            multiply.template operator()<8>(first);
-        else if (first < rows)
-            multiply.template operator()<4>(first);
+        for (std::int64_t first = 0; first < rows; first += 8)
+            if (rows - first > 4)
+                multiply.template operator()<8>(first);
+            else
+                multiply.template operator()<4>(first);
     }
 #else
     if constexpr (kAdd) {

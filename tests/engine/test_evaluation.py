@@ -348,7 +348,7 @@ def test_truth_types_choose_what_counts(store: EmbeddingStore, tmp_path: Path) -
 
 def test_bad_truth_files_are_named(store: EmbeddingStore, tmp_path: Path) -> None:
     missing = write_truth(tmp_path / "m.parquet", [(1, 10)], ("user_id", "item"))
-    with pytest.raises(InputError, match=r"no column 'item_id' \(did you mean 'item'\?\)"):
+    with pytest.raises(InputError, match=r"expected a column item_id, got .*; the nearest is 'item', rename it"):
         evaluate(store, missing, EvaluationConfig())
     with pytest.raises(InputError, match="does not exist"):
         evaluate(store, tmp_path / "nowhere.parquet", EvaluationConfig())
