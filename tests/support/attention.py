@@ -232,7 +232,8 @@ def assert_as_exact_as_plain(
     Gradients are what is left of the same terms, grad_out·v, after they cancel (to nothing, where a query sees one
     key), so the largest gradient is the scale of the rounding of all. Those of keys, values and tables sum over all
     queries, whose grad_out is about 1, and what each term was rounded by adds up like a random walk. Terms of tables
-    and cycles are rounded to `dtype`; where all pairs share a bucket or a time they cancel, in the plain computation to the last bit.
+    and cycles are rounded to `dtype`; where all pairs share a bucket or a time they cancel, in the plain computation
+    to the last bit.
     """
     names = ("out", "dq", "dk", "dv", "d_time_table", "d_cosine", "d_sine", "d_position_table")
     largest = [want.abs().max() if want.numel() else want.new_zeros(()) for want in exact]
