@@ -9,7 +9,7 @@ SOURCES := pyproject.toml CMakeLists.txt constraints.txt $(shell find kernels en
 BIN     := $(VENV)/bin
 PIP     := $(BIN)/pip --disable-pip-version-check
 
-.PHONY: demo test test-slow test-clusters crash test-gpu kernels lint browser figures tables bench-gpu sanitize clean help
+.PHONY: demo test test-draws test-slow test-clusters crash test-gpu kernels lint browser figures tables bench-gpu sanitize clean help
 
 help:  ## what can be made
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 14
@@ -19,6 +19,9 @@ demo: $(VENV)/.alure  ## the whole chain on a synthetic ads world: writes demo/r
 
 test: $(VENV)/.alure-dev lint  ## ruff, mypy and the default test suite
 	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(nproc) --dist worksteal -q -rs
+
+test-draws: $(VENV)/.alure-dev  ## the default tests on draws that hypothesis has not made before
+	CUDA_VISIBLE_DEVICES= OMP_NUM_THREADS=1 $(BIN)/pytest -n $$(nproc) --dist worksteal -q --hypothesis-profile anew
 
 test-slow: $(VENV)/.alure-dev  ## the long tests
 	$(BIN)/pytest -m slow -q

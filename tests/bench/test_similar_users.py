@@ -6,7 +6,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from alure.bench.quality import similar_users
@@ -25,7 +25,6 @@ def visits_from(events: list[tuple[int, int, int]]) -> Visits:
 
 
 @given(EVENTS)
-@settings(deadline=None)
 def test_similarities_are_those_of_a_loop(events: list[tuple[int, int, int]]) -> None:
     visits = visits_from(events)
     had = [{item for user, item, _ in events if user == u} for u in range(5)]
@@ -44,7 +43,6 @@ def test_similarities_are_those_of_a_loop(events: list[tuple[int, int, int]]) ->
 
 
 @given(EVENTS, st.integers(0, 9), st.integers(1, 5), st.booleans(), st.booleans())
-@settings(deadline=None)
 def test_ranks_are_those_of_a_loop(
     events: list[tuple[int, int, int]], seed: int, k: int, popular: bool, fades: bool
 ) -> None:
@@ -86,7 +84,6 @@ def test_ranks_are_those_of_a_loop(
 
 
 @given(EVENTS)
-@settings(deadline=None)
 def test_what_is_wanted_is_new_and_nothing_from_then_on_is_known(events: list[tuple[int, int, int]]) -> None:
     whole = visits_from(events)
     rows = similar_users.last_new(whole)

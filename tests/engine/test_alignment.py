@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.command_line import CommandLine
 from support.model import DAY, START, planted_log, tiny_model
@@ -47,7 +47,6 @@ def units(n: int, k: int, d: int, generator: torch.Generator, rank: int | None =
     return torch.nn.functional.normalize(x, dim=-1)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(1, 40), st.integers(1, 3), st.integers(1, 12))
 def test_matrices_are_orthogonal_and_bring_no_pair_farther_apart(seed: int, n: int, k: int, d: int) -> None:
     """Also where the users are fewer than the dimensions."""
@@ -65,7 +64,6 @@ def test_matrices_are_orthogonal_and_bring_no_pair_farther_apart(seed: int, n: i
     )
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(1, 3), st.integers(2, 12))
 def test_planted_matrices_are_found(seed: int, k: int, d: int) -> None:
     generator = torch.Generator().manual_seed(seed)
@@ -73,7 +71,6 @@ def test_planted_matrices_are_found(seed: int, k: int, d: int) -> None:
     torch.testing.assert_close(procrustes(turn(old, planted.mT), old), planted, atol=1e-8, rtol=0)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(1, 3))
 def test_of_few_directions_those_are_turned_onto_each_other(seed: int, rank: int) -> None:
     """All users lie in a subspace: the rest of the matrix is free, and it is orthogonal."""

@@ -37,7 +37,7 @@ def add(store: EmbeddingStore, name: str, ids: Any, values: np.ndarray, as_of: i
     return store.publish(Generation(name, "embeddings", "", len(ids), as_of, "m", {"k": K, "d": D, **properties}))
 
 
-@settings(deadline=None, max_examples=8)
+@settings(max_examples=8)
 @given(st.integers(0, 2**32 - 1), st.integers(1, 5))
 def test_it_is_the_direction_of_the_mean(tmp_path_factory: pytest.TempPathFactory, seed: int, count: int) -> None:
     """Users come and go, and about half of them are carried forward each night, which counts once."""

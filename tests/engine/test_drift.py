@@ -5,7 +5,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import assume, given, settings
+from hypothesis import assume, given
 from hypothesis import strategies as st
 from pydantic import ValidationError
 from support.command_line import CommandLine
@@ -162,7 +162,6 @@ def test_shapes_and_users_that_do_not_compare(world: Path, tmp_path: Path, capfd
         check_drift(store, new, [1, 2, 3, 4, 5, 6], GATE)
 
 
-@settings(deadline=None)
 @given(st.integers(0, 2**32 - 1), st.integers(2, 40), st.integers(1, 12), st.integers(0, 10))
 def test_overlap_is_that_of_sorted_lists(seed: int, n: int, k: int, moved: int) -> None:
     """Distinct cosines; and turning all rows changes nothing."""

@@ -39,7 +39,7 @@ def brute_force(lists: list[list[int]], relevant: list[set[int]], k: int) -> dic
     return {"recall": np.array(recalls), "hit_rate": np.array(hits), "ndcg": np.array(ndcgs)}
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     st.lists(
         st.tuples(st.lists(st.integers(0, 12), max_size=9), st.sets(st.integers(0, 12), min_size=1, max_size=6)),
@@ -113,7 +113,7 @@ def test_bootstrap_is_paired_across_columns() -> None:
 # ---- the parts of NE
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=8),
     st.lists(st.tuples(st.integers(0, 2), st.integers(0, 9)), max_size=8),

@@ -55,7 +55,7 @@ def check_batch(events: Events, users: list[int], as_of: list[int], max_events: 
             assert np.array_equal(tensor.numpy(), column[flat])
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_batches_equal_a_loop(events: Events, data: st.DataObject) -> None:
     users = data.draw(st.lists(st.integers(0, events.num_users - 1), max_size=12))

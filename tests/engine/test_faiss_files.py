@@ -176,7 +176,7 @@ def test_a_file_of_more_lists_than_it_holds(tmp_path: Path) -> None:
         read_clusters_of_files(tmp_path / "BR.faiss", 8, 2)
 
 
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 @given(st.binary(max_size=80), st.integers(0, 300))
 def test_any_bytes_are_clusters_or_refused(tmp_path_factory: pytest.TempPathFactory, junk: bytes, place: int) -> None:
     folder = tmp_path_factory.mktemp("index")

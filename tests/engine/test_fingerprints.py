@@ -83,7 +83,7 @@ def test_content_of_items_and_of_events_counts(tmp_path: Path, table: pa.Table, 
     assert [user for user in then if now[user] != then[user]] == [rows[7]["user_id"]]
 
 
-@settings(max_examples=10, deadline=None)
+@settings(max_examples=10)
 @given(seed=st.integers(0, 1_000), block=st.sampled_from([1, 3, 1 << 20]))
 def test_those_of_a_part_are_those_of_a_log_that_ends_there(
     tmp_path_factory: pytest.TempPathFactory, seed: int, block: int

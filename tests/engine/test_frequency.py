@@ -48,7 +48,7 @@ def test_it_follows_a_change() -> None:
     draws=st.lists(st.lists(st.integers(0, 9), max_size=12), max_size=12),
     buckets=st.integers(1, 40),
 )
-@settings(max_examples=50, deadline=None)
+@settings(max_examples=50)
 def test_batches_are_the_paper_s_updates_one_draw_after_another(draws: list[list[int]], buckets: int) -> None:
     whole, single = StreamingFrequency(10, buckets), StreamingFrequency(10, buckets)
     for batch in draws:

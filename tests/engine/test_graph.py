@@ -94,7 +94,7 @@ def test_grouped_finds_what_faiss_finds() -> None:
     assert mine_report[0].recall_sample == 1000
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(st.integers(0, 99), st.sampled_from([0.05, 0.3, 2.0]), st.sampled_from([0.5, 0.8, 0.95, 1.0]))
 def test_auto_takes_the_fewest_clusters_that_reach_the_recall(seed: int, spread: float, target: float) -> None:
     """Fewer than 1,000 users, so that the sample is everybody and the recall is exact."""
@@ -128,7 +128,7 @@ def test_auto_chooses_by_country() -> None:
     assert [report.nprobe for report in build_similarity_graph(x, labels, config)[1]] == nprobe
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(data=st.data())
 def test_small_populations(data: st.DataObject) -> None:
     n, d, k = data.draw(st.integers(0, 25)), data.draw(st.integers(1, 4)), data.draw(st.integers(1, 30))
@@ -382,7 +382,7 @@ def random_follows(n: int, edges: int, seed: int = 0) -> Any:
     return follows_of(generator.integers(0, n, edges), generator.integers(0, n, edges), n)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(st.integers(1, 15), st.integers(0, 60), st.integers(1, 20), st.integers(0, 50))
 def test_social_similarity_is_as_documented(n: int, edges: int, k: int, seed: int) -> None:
     follows = random_follows(n, edges, seed)

@@ -45,7 +45,7 @@ def changes(draw: st.DrawFn) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.nda
     return ids, values, all_ids[order], all_values[order]
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(change=changes(), k=st.integers(1, 6), nprobe=st.integers(1, 3), search=st.sampled_from(["grouped", "exact"]))
 def test_an_update_is_a_search_of_everybody(change: Any, k: int, nprobe: int, search: str) -> None:
     then_ids, then, ids, now = change

@@ -159,7 +159,7 @@ def test_round_trip_equals_a_model_in_plain_python(kind: str) -> None:
          ("value", pa.float64()), ("utc_offset", pa.int32())]
     )  # fmt: skip
 
-    @settings(max_examples=10, deadline=None, suppress_health_check=list(HealthCheck))
+    @settings(max_examples=10, suppress_health_check=list(HealthCheck))
     @given(rows_of(ids))
     def check(rows: list[dict[str, Any]]) -> None:
         some = {"user_id": ids, "item_id": ids}

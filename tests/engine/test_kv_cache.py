@@ -136,7 +136,7 @@ def test_a_fingerprint_is_of_the_first_events_alone(events: Events) -> None:
 
 
 @given(st.data())
-@settings(deadline=None, max_examples=60)
+@settings(max_examples=60)
 def test_a_fingerprint_sees_every_change(events: Events, data: st.DataObject) -> None:
     sequence = events.batch(range(60), events.manifest.last_timestamp).sequences["click"]
     extras = {"utc_offsets": torch.zeros_like(sequence.items), "dense": torch.rand(sequence.total, 3)}

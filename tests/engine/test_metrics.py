@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 import sklearn.metrics
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 from support.model import DAY, START, LogParts, SourceRows, write_log
 from support.store import unit
@@ -28,7 +28,6 @@ def both_classes(generator: np.random.Generator, n: int) -> np.ndarray:
     return generator.permutation(labels)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(2, 200))
 def test_entropy_and_its_normalisation(seed: int, n: int) -> None:
     generator = np.random.default_rng(seed)
@@ -39,7 +38,6 @@ def test_entropy_and_its_normalisation(seed: int, n: int) -> None:
     assert metrics.normalized_entropy(labels, p) == pytest.approx(loss / base, rel=1e-12)
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(2, 200), st.sampled_from([1, 2, 5, None]))
 def test_auc_with_and_without_ties(seed: int, n: int, levels: int | None) -> None:
     generator = np.random.default_rng(seed)
@@ -65,7 +63,6 @@ def test_auc_of_one_class_is_refused(labels: list[int]) -> None:
         metrics.auc(np.array(labels), np.ones(len(labels)))
 
 
-@settings(deadline=None)
 @given(seeds, st.integers(1, 8), st.integers(2, 30), st.integers(1, 40))
 def test_full_rankings(seed: int, users: int, items: int, k: int) -> None:
     """Every item is ranked for every user. Recall of sets, NDCG, and the hit rate of one held-out item a user."""

@@ -209,7 +209,7 @@ def test_related_ads_are_as_many_whether_the_ad_itself_is_among_the_best_or_not(
     assert found.weights[found.offsets[1] :].tolist() == [0.5, 0.25, 0.25] * 2
 
 
-@settings(max_examples=25, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@settings(max_examples=25, suppress_health_check=[HealthCheck.too_slow])
 @given(cases())
 def test_it_is_the_model(tmp_path_factory: pytest.TempPathFactory, case: Case) -> None:
     store, events = write(case, tmp_path_factory.mktemp("case"))

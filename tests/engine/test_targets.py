@@ -30,7 +30,7 @@ def columns(events: list[tuple[int, int, int]]) -> list[np.ndarray]:
 
 
 @given(st.lists(EVENT, max_size=12), st.lists(EVENT, max_size=12))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_delays_are_those_of_a_loop(shown: list, positive: list) -> None:
     found = delays(columns(shown), columns(positive), num_items=4)
     for (user, item, time), delay in zip(shown, found, strict=True):
@@ -39,7 +39,7 @@ def test_delays_are_those_of_a_loop(shown: list, positive: list) -> None:
 
 
 @given(st.lists(st.tuples(st.integers(0, 4), st.integers(-5, 9)), max_size=15), st.integers(-9, 13))
-@settings(deadline=None, max_examples=200)
+@settings(max_examples=200)
 def test_timeline_finds_what_a_loop_finds(events: list, asked: int) -> None:
     events = sorted(events)
     users, times = columns([(u, 0, t) for u, t in events])[::2]

@@ -168,20 +168,20 @@ def problems(draw: st.DrawFn, longest_batch: int = 5, least_head_dim: int = 1) -
     return replace(problem, **changes)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems())
 def test_any_batch_reference(problem: Problem) -> None:
     compare(problem, "reference", "cpu", torch.float32)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems())
 def test_any_batch_native(problem: Problem) -> None:
     require("native", "cpu")
     compare(problem, "native", "cpu", torch.float32)
 
 
-@settings(max_examples=5, deadline=None, database=None, phases=[Phase.generate])  # interpreted: no time to shrink
+@settings(max_examples=5, database=None, phases=[Phase.generate])  # interpreted: no time to shrink
 @given(problem=problems(longest_batch=2))
 def test_any_batch_triton(problem: Problem) -> None:
     require("triton", "cpu")
@@ -189,7 +189,7 @@ def test_any_batch_triton(problem: Problem) -> None:
 
 
 @pytest.mark.gpu
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(problem=problems(least_head_dim=12))  # each head_dim would be compiled, three kernels of 2 s
 def test_any_batch_gpu(problem: Problem) -> None:
     require("triton", "cuda")

@@ -58,7 +58,7 @@ def test_buckets_at_every_edge(backend: str, device: str) -> None:
 
 
 @pytest.mark.parametrize("backend", ["reference", "native"])
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     thresholds=st.lists(st.integers(-(2**60), 2**60), min_size=1, max_size=12, unique=True),
     elapsed=st.lists(st.integers(-(2**60), 2**60), min_size=1, max_size=12),

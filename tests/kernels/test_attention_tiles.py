@@ -45,7 +45,7 @@ def visible(i: int, j: int, n_k: int, rules: list[int]) -> bool:
     return j < contexts or (j < history and 0 <= i < contexts) or in_window or (j == i >= history)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     batch=batches(),
     seconds=st.lists(st.integers(-(10**6), 10**6), min_size=1, max_size=12, unique=True).map(sorted),
@@ -128,7 +128,7 @@ def looked_up(plan: Plan, delta: torch.Tensor) -> torch.Tensor:
     return bucket
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     thresholds=st.lists(st.integers(-(2**30), 2**30), min_size=1, max_size=40, unique=True).map(sorted),
     near=st.integers(-(2**29), 2**29),

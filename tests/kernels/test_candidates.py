@@ -107,7 +107,7 @@ def problems(draw):
     return rows, lists, draw(st.integers(1, 15)), num_items, rules
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems())
 def test_both_backends_are_the_definition(problem):
     rows, lists, cap, num_items, given = problem
@@ -138,7 +138,7 @@ def join_arrays(xp, neighbors, engagements, cap, num_items=2**31, rules=None) ->
     return Candidates(*map(torch.from_numpy, arrays.join_candidates(xp, *inputs, rules.group_cap, cap, num_items)))
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(problems(), st.sampled_from([1, 7, arrays.PAIRS_PER_CHUNK]))
 def test_array_operations_are_the_definition(problem, pairs_per_chunk):
     """What CuPy runs, by NumPy: the same calls, and chunks of one row to all."""

@@ -162,7 +162,7 @@ def test_no_user_sees_another(dtype: torch.dtype, backend: str, device: str) -> 
     assert not torch.isclose(x[of_a], y[of_a]).all(1).any()
 
 
-@settings(max_examples=8, deadline=None)
+@settings(max_examples=8)
 @given(lengths=st.lists(st.integers(0, 40), min_size=1, max_size=4), seed=st.integers(0, 5))
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_user_alone_is_the_user_in_a_batch(backend: str, lengths: list[int], seed: int) -> None:
@@ -190,7 +190,7 @@ def test_the_backward_is_deterministic(dtype: torch.dtype, backend: str, device:
         assert torch.equal(first[name], second[name]), name
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     index=st.lists(st.integers(-1, 4), min_size=1, max_size=40),
     chunk=st.integers(1, 4),

@@ -82,7 +82,7 @@ def test_cross_attention(option: str, instruction_set: str, poisoned: None) -> N
     assert_exact(replace(problem, **(TARGETS if option == "targets" else OPTIONS[option])))
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 150), st.integers(0, 300)), min_size=1, max_size=4),
     head_dim=st.integers(1, 40),
@@ -150,7 +150,7 @@ def assert_gradients_exact_in_bfloat16(problem: Problem) -> None:
     )
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     lengths=st.lists(st.tuples(st.integers(0, 90), st.integers(0, 180)), min_size=1, max_size=3),
     shape=st.tuples(st.integers(1, 2), st.integers(1, 2), st.integers(1, 70)),

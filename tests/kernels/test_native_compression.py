@@ -104,7 +104,7 @@ def test_blocks_and_vectors(shape: str, dtype: torch.dtype, instruction_set: str
     assert_exact(x.to(dtype), to(c, dtype))
 
 
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     users=st.integers(0, 60),
     n=st.integers(1, 80),

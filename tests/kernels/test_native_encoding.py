@@ -60,7 +60,7 @@ def test_blocks_and_units(shape: str, dtype: torch.dtype, instruction_set: str) 
     assert_exact(random_problem([1, 95, 0, 97, 192, 1, 200], rows=300, **SHAPES[shape]).to(dtype), dtype)
 
 
-@settings(max_examples=20, deadline=None)
+@settings(max_examples=20)
 @given(
     lengths=st.lists(st.integers(0, 120), max_size=4),
     attributes=st.integers(0, 4),
@@ -171,7 +171,7 @@ def encode(encoder: EventEncoder, times: list[int], snapshots: list[int]) -> lis
     return encode_events(ids, table, *columns, encoder, backend="native")[:, 0].tolist()
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(
     times=st.lists(st.one_of(st.integers(-FAR, FAR), st.integers(-(1 << 51), 1 << 51)), min_size=1, max_size=9),
     period=st.one_of(st.integers(1, 1_000_000), st.integers(1, FAR)),

@@ -116,7 +116,7 @@ def test_equals_brute_force(
     check(found, brute_force(queries, database, offsets, probes, k, metric, ids, exclude))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_equals_brute_force_on_anything(data: st.DataObject) -> None:
     nq, nb = data.draw(st.integers(0, 12)), data.draw(st.integers(0, 30))
@@ -402,7 +402,7 @@ def test_native_equals_the_reference(
 
 
 @needs_native
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(data=st.data())
 def test_native_equals_brute_force_on_anything(data: st.DataObject) -> None:
     nq, nb = data.draw(st.integers(0, 40)), data.draw(st.integers(0, 90))

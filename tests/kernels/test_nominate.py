@@ -110,7 +110,7 @@ def cut(x: Tensor, nearest: bool) -> Tensor:
     return ((bits + 0x1000 if nearest else bits) & ~0x1FFF).view(torch.float32)
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=40)
 @given(
     seed=st.integers(0, 2**31),
     width=st.sampled_from([1, 2, 3, 16, 64, 200]),

@@ -76,7 +76,7 @@ def problems(draw: st.DrawFn) -> tuple[int, list[Edge], float]:
     return n, draw(st.lists(st.tuples(node, node, weight), max_size=25)), draw(st.sampled_from([0.05, 0.15, 0.5, 0.9]))
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(problems(), st.booleans())
 def test_exact_scores_are_those_of_networkx(problem: tuple[int, list[Edge], float], weighted: bool) -> None:
     n, edges, alpha = problem

@@ -61,7 +61,7 @@ def test_every_code_is_the_nearest(shape: str, backend: str, device: str, dtype:
     torch.testing.assert_close(residual.double(), left, **tolerance)
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=25)
 @given(
     points=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=6),
     book=st.lists(st.tuples(st.integers(-3, 3), st.integers(-3, 3)), min_size=1, max_size=20),

@@ -66,7 +66,7 @@ def test_as_exact_as_plain(shape: tuple[int, int], dtype: torch.dtype, instructi
 
 
 @dtypes
-@settings(max_examples=30, deadline=None)
+@settings(max_examples=30)
 @given(
     rows=st.integers(1, 300),
     columns=st.integers(1, 70),
