@@ -4,6 +4,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch.autograd import forward_ad
 
 _LIBRARY = torch.library.Library("alure", "FRAGMENT")
 
@@ -15,6 +16,7 @@ class operator:
     torch._dynamo on its first call, 2 s of every command. The schema comes from the function's annotations. It must
     change none of its arguments and return none of them. Until `register_autograd`, a derivative of it raises; torch
     alone would warn once and take it for 0, as in the second derivative of an operator whose backward is another one.
+    So does a forward-mode derivative, which torch takes for 0 without a word.
     """
 
     def __init__(self, name: str) -> None:
@@ -42,6 +44,8 @@ class RegisteredOperator:
         )
 
     def __call__(self, *arguments: Any) -> Any:
+        if forward_ad._current_level >= 0 and any(map(_has_tangent, arguments)):
+            raise RuntimeError(f"{self._qualified_name}: it has no forward-mode derivative; use torch.autograd.grad")
         if torch._C._is_any_autocast_enabled():
             with torch._C._DisableAutocast():
                 return self.overload(*arguments)
@@ -63,3 +67,7 @@ class RegisteredOperator:
         raise RuntimeError(
             f"{differentiated}: it has no second derivative; leave out create_graph=True, or detach its gradients"
         )
+
+
+def _has_tangent(argument: Any) -> bool:
+    return isinstance(argument, torch.Tensor) and forward_ad.unpack_dual(argument).tangent is not None

@@ -145,16 +145,19 @@ def encode_events(table: Tensor, events: EventColumns, encoder: EventEncoder) ->
 def _tiles(d_e: int, d_dense: int, width: int, dtype: torch.dtype, major: int) -> dict:
     """Tile sizes, and what matrix products read: the interpreter's bfloat16 products are wrong, so float32 there.
 
-    Hopper multiplies 64 rows at a time, with half of the instructions a value or less; elsewhere so many spill.
+    Hopper multiplies 64 rows at a time, with half of the instructions a value or less; elsewhere so many spill, and on
+    Hopper where rows are not read by whole vectors, or words: every value has an address then.
     """
     native = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
     block_d, longest = _block(width, MAX_BLOCK_D), MAX_BLOCK_K[dtype.itemsize]
-    few_warps = block_d <= 64 or (major == HOPPER and dtype.itemsize == 2)
+    vectors = width * dtype.itemsize % 16 == 0 and d_e * dtype.itemsize % 4 == d_dense * dtype.itemsize % 4 == 0
+    hopper = major == HOPPER and vectors
+    few_warps = (block_d <= 64 and vectors) or (hopper and dtype.itemsize == 2)
     return {
         "D_E": d_e,
         "D_DENSE": d_dense,
         "D": width,
-        "BLOCK_T": 64 if major == HOPPER else 32,
+        "BLOCK_T": 64 if hopper else 32,
         "BLOCK_E": _block(d_e, longest),
         "BLOCK_K": _block(d_dense, longest),
         "BLOCK_D": block_d,
@@ -200,6 +203,7 @@ _SHAPES = (
     (4, 64, 192, 384, torch.bfloat16),
     (8, 128, 512, 768, torch.bfloat16),
     (8, 100, 100, 50, torch.float32),
+    (2, 70, 150, 100, torch.bfloat16),
 )
 AHEAD_OF_TIME = [
     *(_case(*shape, architectures) for shape in _SHAPES for architectures in ((90,), (80, 100))),

@@ -5,6 +5,7 @@ from collections.abc import Callable
 import pytest
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 from alure.kernels import (
     DotLinearCompression,
@@ -61,7 +62,7 @@ def _compress(x: Tensor) -> Tensor:
     return compress(x.view(2, 6, 16), DotLinearCompression.initialize(6, 16, 2, 4, 32, generator))
 
 
-@pytest.mark.parametrize(
+DIFFERENTIABLE = pytest.mark.parametrize(
     ("name", "operator"),
     [
         ("jagged_attention", _attention),
@@ -71,6 +72,19 @@ def _compress(x: Tensor) -> Tensor:
         ("swiglu", swiglu),
     ],
 )
+
+
+@DIFFERENTIABLE
+def test_a_forward_mode_derivative_is_refused(name: str, operator: Callable[[Tensor], Tensor]) -> None:
+    """Torch gave zeros."""
+    x = torch.randn(12, 16)
+    with pytest.raises(RuntimeError, match=f"alure::{name}: it has no forward-mode derivative"):
+        torch.func.jvp(operator, (x,), (x,))
+    with forward_ad.dual_level():
+        assert torch.equal(operator(x), operator(x.clone()))  # of constants it has one
+
+
+@DIFFERENTIABLE
 def test_a_second_derivative_is_refused(name: str, operator: Callable[[Tensor], Tensor]) -> None:
     """Torch's fallback gave zeros, and one warning a process."""
     torch.manual_seed(0)
