@@ -145,12 +145,13 @@ def encode_events(table: Tensor, events: EventColumns, encoder: EventEncoder) ->
 def _tiles(d_e: int, d_dense: int, width: int, dtype: torch.dtype, major: int) -> dict:
     """Tile sizes, and what matrix products read: the interpreter's bfloat16 products are wrong, so float32 there.
 
-    Hopper multiplies 64 rows at a time, with half of the instructions a value or less; elsewhere so many spill, and on
-    Hopper where rows are not read by whole vectors, or words: every value has an address then.
+    Hopper multiplies 64 rows at a time, with half of the instructions a value or less; elsewhere so many spill. They do
+    on Hopper, too, where rows of weights are not read by whole vectors, or those of the table by whole words: then each
+    value has an address, and twice as many warps share them.
     """
     native = {torch.float16: tl.float16, torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}[dtype]
     block_d, longest = _block(width, MAX_BLOCK_D), MAX_BLOCK_K[dtype.itemsize]
-    vectors = width * dtype.itemsize % 16 == 0 and d_e * dtype.itemsize % 4 == d_dense * dtype.itemsize % 4 == 0
+    vectors = width * dtype.itemsize % 16 == 0 and all(size * dtype.itemsize % 4 == 0 for size in (d_e, d_dense))
     hopper = major == HOPPER and vectors
     few_warps = (block_d <= 64 and vectors) or (hopper and dtype.itemsize == 2)
     return {

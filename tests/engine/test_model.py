@@ -280,7 +280,6 @@ def test_gathered_rows_give_the_same_numbers_and_gradient(events: Events) -> Non
 
 
 def test_context_queries_see_only_their_own_user(events: Events) -> None:
-    torch.manual_seed(0)
     model = AlureModel(tiny_model(), EventSchema.of(events.manifest), ("ctr", "cvr")).requires_grad_(False)
     catalog = model.user.catalog(events)
     batch = events.batch(range(4), events.manifest.last_timestamp)

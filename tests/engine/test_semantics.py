@@ -116,7 +116,6 @@ def test_rare_codes_are_what_the_reset_is_for(items: Path, tmp_path: Path, monke
 
 def test_the_losses_and_where_their_gradients_go() -> None:
     """Against the formulas, in float64: commitment moves the encoder only, the codebook loss the codebooks only."""
-    torch.manual_seed(0)
     shape = QuantizerShape(method="rqvae", width=6, levels=3, codebook=5, hidden=(7,), latent=4)
     quantizer = Quantizer(shape).double()
     torch.nn.init.normal_(quantizer.codebooks)

@@ -22,7 +22,6 @@ from alure.kernels import (
 
 @pytest.mark.parametrize("backend", ["auto", "reference"])
 def test_under_autocast_an_operator_computes_in_the_dtypes_it_is_given(backend: str) -> None:
-    torch.manual_seed(0)
     q, k, v = torch.randn(3, 12, 2, 16).unbind(0)
     offsets, times = torch.tensor([0, 5, 12]), torch.arange(12) * 50
     bias = TimeBias(torch.tensor([60, 200]), torch.randn(2, 3))
@@ -87,7 +86,6 @@ def test_a_forward_mode_derivative_is_refused(name: str, operator: Callable[[Ten
 @DIFFERENTIABLE
 def test_a_second_derivative_is_refused(name: str, operator: Callable[[Tensor], Tensor]) -> None:
     """Torch's fallback gave zeros, and one warning a process."""
-    torch.manual_seed(0)
     x = torch.randn(12, 16, requires_grad=True)
     (once,) = torch.autograd.grad(operator(x).square().sum(), x)
     (kept,) = torch.autograd.grad(operator(x).square().sum(), x, create_graph=True)

@@ -5,8 +5,8 @@ order passes there and fails on a GPU. With `sanitized()` every launch raises Sa
 
     a program reads or writes outside of the tensors that the kernel was given (memcheck);
     one program writes what another one reads or writes, unless both do it by atomics (racecheck);
-    a program reads what it has written itself, or writes what it has read or written by a tile of another shape, and
-        no tl.debug_barrier() lies between: the threads that do the one do not wait for those that do the other;
+    a program reads what it has written itself, writes what it has read, or writes what it has written by a tile of
+        another shape, and no tl.debug_barrier() lies between: other threads do that, and neither wait for the other;
     one store has several values for one place.
 """
 
@@ -76,8 +76,7 @@ class Launch:
     def _find(self, kind: int, addresses: NDArray[np.int64], itemsize: int) -> NDArray[np.int64]:
         """For each address the number of the span around it."""
         spans = np.searchsorted(self.starts, addresses, "right") - 1
-        outside = addresses + itemsize > self.ends[spans]  # spans[0] is -1 before all: its end is the last one's
-        outside |= spans < 0
+        outside = (spans < 0) | (addresses + itemsize > self.ends[spans])
         if outside.any():
             behind = int(spans[outside][0])
             where = f"{addresses[outside][0] - self.ends[behind]} bytes behind {self.names[behind]}"
