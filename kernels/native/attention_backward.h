@@ -153,8 +153,8 @@ private:
             Floats sum{};
             const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(strip.tile.bucket) : 0.0f;
             const WholeBias<kLookUp, kPosition> biases[2] = {
-                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 0, strip.tile),
-                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 1, strip.tile)};
+                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 0),
+                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 1)};
             weigh(
                 t, begin, end, splat(base),
                 [&](std::int64_t key, int v) ALURE_INLINE { return biases[v].of(key - begin); },
@@ -163,6 +163,7 @@ private:
                     bias_gradients_.template add_whole<kLookUp, kPosition>(strip, tile, key, v, x);
                 });
             if constexpr (kLookUp == LookUp::kOne) bias_gradients_.add_strip(strip.tile.bucket, sum);
+            if constexpr (kLookUp == LookUp::kRows) bias_gradients_.finish_rows(strip, tile, begin / kStrip);
         });
     }
 

@@ -214,8 +214,8 @@ private:
             const float factor = products_.factor();
             const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(look.bucket) : 0.0f;
             const WholeBias<kLookUp, kPosition> biases[2] = {
-                bias_.template whole<kLookUp, kPosition>(tile, strip, 0, look),
-                bias_.template whole<kLookUp, kPosition>(tile, strip, 1, look)};
+                bias_.template whole<kLookUp, kPosition>(tile, strip, 0),
+                bias_.template whole<kLookUp, kPosition>(tile, strip, 1)};
             const std::int64_t begin = strip * kStrip;
             weigh_rows(s, begin, end, [&](std::int64_t key, int v) ALURE_INLINE {
                 Floats bias = biases[v].of(key - begin);

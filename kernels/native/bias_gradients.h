@@ -13,7 +13,10 @@ class BiasGradients {
 public:
     BiasGradients(const AttentionInputs& in, const TileBias& bias, std::int64_t tiles, std::int64_t keys, Arena& arena)
         : in_(in), bias_(bias), block_strips_((keys + kStrip - 1) / kStrip) {
-        if (in.time.table) of_time_ = arena.array<float>(time_floats());
+        if (in.time.table) {
+            of_time_ = arena.array<float>(time_floats());
+            of_rows_ = arena.array<float>(row_floats());
+        }
         if (in.position.table) {
             stride_ = round_up(tiles * kWidth + (block_strips_ + 2) * kStrip, kStrip);
             of_position_ = arena.array<float>(kStrip * stride_);
@@ -21,7 +24,10 @@ public:
     }
 
     void start_part() const {
-        if (in_.time.table) fill(of_time_, {0, time_floats()}, Floats{});
+        if (in_.time.table) {
+            fill(of_time_, {0, time_floats()}, Floats{});
+            fill(of_rows_, {0, row_floats()}, Floats{});
+        }
         if (in_.position.table) fill(of_position_, {0, kStrip * stride_}, Floats{});
     }
 
@@ -36,23 +42,40 @@ public:
         if (in_.time.table) add(of_time_ + bucket * kSums * kLanes, sum);
     }
 
-    // Gradients of vector `v` of a tile's queries and one key of a whole strip, without those of kOne.
+    // Gradients of vector `v` of a tile's queries and one key of a whole strip, without those of kOne. Those of kRows
+    // are summed by row until finish_rows.
     template <LookUp kLookUp, bool kPosition>
-    void add_whole(Strip strip, std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
-        if constexpr (kLookUp != LookUp::kOne) add_time<kLookUp>(strip, tile, key, v, d_logits);
+    void add_whole(const Strip& strip, std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
+        if constexpr (kLookUp == LookUp::kRows)
+            add(sums_of_row(bias_.times().rows(tile, key / kStrip, v).of_key[key % kStrip], key, v), d_logits);
+        else if constexpr (kLookUp == LookUp::kPermute)
+            add_buckets(bias_.times().indices(tile, key, v), strip.widest, key, v, d_logits);
+        else if constexpr (kLookUp != LookUp::kOne)
+            add_pairs(tile, key, v, d_logits);
         if constexpr (kPosition) add(diagonals(tile, key, v), d_logits);
+    }
+
+    void finish_rows(const Strip& strip, std::int64_t tile, std::int64_t strip_number) const {
+        for (int v = 0; v < 2; ++v) {
+            const BucketRows& rows = bias_.times().rows(tile, strip_number, v);
+            for (int row = 0; row < kMostRows; ++row)
+                for (std::int64_t odd = 0; odd < 2; ++odd) {
+                    float* sums = sums_of_row(row, odd, v);
+                    add_buckets({strip.vectors[v].bucket, load_indices(rows.index[row])}, strip.widest, odd, v,
+                                load(sums));
+                    store(sums, Floats{});
+                }
+        }
     }
 
     // The same of any strip, with those of kOne. Hidden pairs have gradients of 0.
     void add_masked(std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
         if (in_.time.table) {
-            const Strip strip = bias_.strip(tile, key / kStrip);
-            if (strip.tile.look_up == LookUp::kOne)
-                add_strip(strip.tile.bucket, d_logits);
-            else if (strip.tile.look_up == LookUp::kCompare)
-                add_time<LookUp::kCompare>(strip, tile, key, v, d_logits);
+            const Look look = bias_.strip(tile, key / kStrip).tile;
+            if (look.look_up == LookUp::kOne)
+                add_strip(look.bucket, d_logits);
             else
-                add_time<LookUp::kGather>(strip, tile, key, v, d_logits);
+                add_pairs(tile, key, v, d_logits);
         }
         if (in_.position.table) add_position(tile, key, v, d_logits);
     }
@@ -87,27 +110,24 @@ private:
     [[nodiscard]] std::int64_t time_floats() const {
         return (in_.time.num_thresholds + 1 + kLanes) * kSums * kLanes;  // the widest index may be of another key
     }
+    static std::int64_t row_floats() { return kMostRows * kSums * kLanes; }
     static void add(float* sums, Floats x) { store(sums, load(sums) + x); }
 
-    template <LookUp kLookUp>
-    void add_time(Strip strip, std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
-        const TimeBuckets& times = bias_.times();
-        if constexpr (kLookUp == LookUp::kCompare) {
-            float* both = of_time_ + (strip.tile.bucket * kSums + key % 2 * 2 + v) * kLanes;
-            const Ints is_upper = times.comparison(tile, v, strip.tile.bucket).is_upper(key);
-            add(both, is_upper ? Floats{} : d_logits);
-            add(both + kSums * kLanes, is_upper ? d_logits : Floats{});
-            return;
-        }
-        float* sums = of_time_ + (*times.first(tile, key, v) * kSums + key % 2 * 2 + v) * kLanes;
-        const std::uint16_t* index = times.index(tile, key, v);
-        if constexpr (kLookUp == LookUp::kPermute) {
-            const Ints lanes = load_indices(index);
-            for (std::int32_t b = 0; b <= strip.widest; ++b)
-                add(sums + b * kSums * kLanes, lanes == b ? d_logits : Floats{});
-        } else {
-            for (int lane = 0; lane < kLanes; ++lane) sums[index[lane] * kSums * kLanes + lane] += d_logits[lane];
-        }
+    void add_buckets(TimeBuckets::Indices buckets, std::int32_t widest, std::int64_t key, int v, Floats x) const {
+        float* sums = sums_of_bucket(buckets.first, key, v);
+        for (std::int32_t b = 0; b <= widest; ++b) add(sums + b * kSums * kLanes, buckets.index == b ? x : Floats{});
+    }
+    void add_pairs(std::int64_t tile, std::int64_t key, int v, Floats x) const {
+        const auto [first, index] = bias_.times().indices(tile, key, v);
+        float* sums = sums_of_bucket(first, key, v);
+        for (int lane = 0; lane < kLanes; ++lane) sums[index[lane] * kSums * kLanes + lane] += x[lane];
+    }
+
+    [[nodiscard]] float* sums_of_bucket(std::int64_t bucket, std::int64_t key, int v) const {
+        return of_time_ + (bucket * kSums + key % 2 * 2 + v) * kLanes;
+    }
+    [[nodiscard]] float* sums_of_row(int row, std::int64_t key, int v) const {
+        return of_rows_ + (row * kSums + key % 2 * 2 + v) * kLanes;
     }
 
     // Targets all stand right after the history, and see one another not at all.
@@ -135,6 +155,7 @@ private:
     const std::int64_t block_strips_;
     std::int64_t stride_ = 0;
     float* of_time_ = nullptr;      // [buckets + kLanes, kSums, kLanes]
+    float* of_rows_ = nullptr;      // [kMostRows, kSums, kLanes] of the strip at hand
     float* of_position_ = nullptr;  // [kStrip, stride]
     double *d_time_ = nullptr, *d_position_ = nullptr;
 };

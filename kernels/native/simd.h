@@ -44,6 +44,16 @@ struct Bfloat16 {
 };
 
 inline Ints load_ints(const std::int32_t* p) { return *reinterpret_cast<const UnalignedInts*>(p); }
+inline void store_ints(std::int32_t* p, Ints x) { *reinterpret_cast<UnalignedInts*>(p) = x; }
+inline bool differ(Ints a, Ints b) {
+#if defined(__AVX512F__) && ALURE_VECTOR_BYTES == 64
+    return _mm512_cmpneq_epi32_mask(reinterpret_cast<__m512i>(a), reinterpret_cast<__m512i>(b)) != 0;
+#elif defined(__AVX2__) && ALURE_VECTOR_BYTES == 32
+    return _mm256_movemask_epi8(reinterpret_cast<__m256i>(a == b)) != -1;
+#else
+    return __builtin_memcmp(&a, &b, sizeof(a)) != 0;
+#endif
+}
 inline Ints load_indices(const std::uint16_t* p) {
 #if defined(__AVX512F__) && ALURE_VECTOR_BYTES == 64
     return reinterpret_cast<Ints>(_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i_u*>(p))));

@@ -1,8 +1,9 @@
 // The time buckets of a part's queries against one block of keys: found once, looked up by every head.
 //
 // Times are sorted, so the corners of a rectangle of queries × keys bound its differences, and its buckets are an
-// interval. Most rectangles lie in one bucket or two; the others keep an index a pair, counted from their least bucket
-// where they have few, elsewhere from the least of a vector of queries and a key.
+// interval. Most rectangles lie in one bucket. The others keep an index a pair, counted from their least bucket where
+// they have few, elsewhere from the least of a vector of queries and a key. Along the keys these vectors of indices
+// repeat: most rectangles have no more than four of them.
 #pragma once
 
 #include "attention_kernels.h"
@@ -15,10 +16,12 @@ namespace {
 constexpr int kWidth = 2 * kLanes;   // queries of a tile, in two vectors
 constexpr std::int64_t kStrip = 16;  // keys of a rectangle
 
-// How a strip of keys × a tile of queries finds its biases: one value, one of two by a comparison, a permutation of a
-// vector that is the same for all keys, a permutation of 2 or 4 vectors, a gather.
+// How a strip of keys × a tile of queries finds its biases: one value, one of few vectors, a permutation of a vector
+// that is the same for all keys, a permutation of 2 or 4 vectors, a gather. What an earlier one finds, a later one does.
 // With AVX2 four are still faster than the gather: 14 % of a forward of 64 events with 16 channels.
-enum class LookUp : std::uint8_t { kOne, kCompare, kPermute, kPermuteTwo, kPermuteFour, kGather };
+enum class LookUp : std::uint8_t { kOne, kRows, kPermute, kPermuteTwo, kPermuteFour, kGather };
+
+constexpr int kMostRows = 4;  // different vectors of indices of a strip with kRows
 
 struct Buckets {
     std::int32_t least, most;
@@ -26,12 +29,18 @@ struct Buckets {
 
 struct Look {
     LookUp look_up = LookUp::kOne;
-    std::int32_t bucket = 0;  // of kOne; the lower one of kCompare
+    std::int32_t bucket = 0;  // the least; of kOne the only one
 };
 
 struct Strip {
     Look tile, vectors[2];    // those of one vector of queries may be simpler
     std::int32_t widest = 0;  // the most that an index is
+};
+
+// The vectors of indices of a strip × a vector of queries that has few of them, in the order of its keys.
+struct BucketRows {
+    std::uint16_t index[kMostRows][kLanes];  // behind the last one, it again
+    std::uint8_t of_key[kStrip];             // which one is a key's
 };
 
 inline std::int64_t elapsed(std::int64_t query, std::int64_t key) {
@@ -60,8 +69,10 @@ public:
         if (!in.time.table) return;
         query_times_ = arena.array<std::int32_t>(tiles * kWidth);
         key_times_ = arena.array<std::int32_t>(keys);
-        first_ = arena.array<std::int32_t>(tiles * keys * 2);
-        index_ = arena.array<std::uint16_t>(tiles * keys * kWidth);
+        strip_ends_ = arena.array<std::int32_t>(2 * ends_of(keys));
+        first_ = arena.array<std::int32_t>(2 * tiles * keys);
+        index_ = arena.array<std::uint16_t>(tiles * kWidth * keys);
+        rows_of_ = arena.array<BucketRows>(2 * tiles * (keys / kStrip));
     }
 
     void start_part(std::int64_t q_row, std::int64_t rows) {
@@ -79,6 +90,11 @@ public:
         times_ = in_.k_times + k_row;
         for (std::int64_t j = 0; j < round_up(num_keys, kStrip); ++j)
             key_times_[j] = static_cast<std::int32_t>(times_[smaller(j, num_keys - 1)]);
+        for (std::int64_t i = 0; i < ends_of(num_keys); ++i) {
+            const std::int64_t strip = smaller(i, (num_keys - 1) / kStrip);
+            strip_ends_[i] = key_times_[strip * kStrip];
+            strip_ends_[ends_of(keys_) + i] = key_times_[strip * kStrip + kStrip - 1];
+        }
     }
 
     void find(std::int64_t tile) {
@@ -90,27 +106,31 @@ public:
     [[nodiscard]] Buckets buckets() const { return buckets_; }
 
     // Of vector `v` of a tile's queries and one key of a strip that is not kOne: buckets, counted from `first`.
+    struct Indices {
+        std::int32_t first;
+        Ints index;
+    };
+    [[nodiscard]] Indices indices(std::int64_t tile, std::int64_t key, int v) const {
+        const Strip& strip = strips(tile)[key / kStrip];
+        if (strip.tile.look_up != LookUp::kRows)
+            return {*first(tile, key, v), load_indices(index(tile, key, v))};
+        const BucketRows& rows = this->rows(tile, key / kStrip, v);
+        return {strip.vectors[v].bucket, load_indices(rows.index[rows.of_key[key % kStrip]])};
+    }
+    // Those of a strip with kRows.
+    [[nodiscard]] const BucketRows& rows(std::int64_t tile, std::int64_t strip, int v) const {
+        return rows_of_[(tile * 2 + v) * (keys_ / kStrip) + strip];
+    }
+    // Those of other strips, of the keys from one on: [keys], and [keys, kLanes].
     [[nodiscard]] const std::int32_t* first(std::int64_t tile, std::int64_t key, int v) const {
-        return first_ + (tile * keys_ + key) * 2 + v;
+        return first_ + row_of(tile, key, v);
     }
     [[nodiscard]] const std::uint16_t* index(std::int64_t tile, std::int64_t key, int v) const {
-        return index_ + (tile * keys_ + key) * kWidth + v * kLanes;
+        return index_ + row_of(tile, key, v) * kLanes;
     }
 
     [[nodiscard]] const Strip* strips(std::int64_t tile) const {
         return strips_ + tile * (keys_ / kStrip);
-    }
-
-    // Which lanes of vector `v` of a tile's queries are in the upper one of the two buckets of a strip with kCompare.
-    struct Comparison {
-        Ints queries, threshold;
-        const std::int32_t* keys;  // of the block
-        [[nodiscard]] Ints is_upper(std::int64_t key) const {
-            return alure::minus(queries, splat(keys[key])) >= threshold;
-        }
-    };
-    [[nodiscard]] Comparison comparison(std::int64_t tile, int v, std::int32_t bucket) const {
-        return {load_ints(query_times_ + tile * kWidth + v * kLanes), splat(tables_->thresholds[bucket]), key_times_};
     }
 
     // Lane i is window[index[i]].
@@ -126,7 +146,13 @@ public:
     }
 
 private:
-    static constexpr std::int64_t kStretch = 128;  // keys whose buckets are found together
+    static constexpr std::int64_t kStretch = 256;  // keys whose buckets are found together
+
+    [[nodiscard]] std::int64_t row_of(std::int64_t tile, std::int64_t key, int v) const {
+        return (tile * 2 + v) * keys_ + key;
+    }
+    // Strips of so many keys, in whole vectors.
+    static std::int64_t ends_of(std::int64_t keys) { return round_up((keys + kStrip - 1) / kStrip, kLanes); }
 
     void find(std::int64_t tile, std::int64_t begin, std::int64_t end) {
         Strip* strips = strips_ + tile * (keys_ / kStrip);
@@ -140,7 +166,7 @@ private:
         const std::int32_t high = bucket_of(in_.time, most), low = bucket_of(in_.time, least);
         buckets_ = {smaller(buckets_.least, low), larger(buckets_.most, high)};
         if (low == high) return look_all({LookUp::kOne, low});
-        if (most < INT32_MAX && least > INT32_MIN) return find_strips(tile, begin, end, high, strips);
+        if (most < INT32_MAX && least > INT32_MIN) return find_strips(tile, begin, end, strips);
         find_far_apart(tile, begin, end);
         look_all({LookUp::kGather});
     }
@@ -189,79 +215,125 @@ private:
 #endif
     }
 
-    // The first bucket at or below `bucket` that a difference falls into.
-    [[nodiscard]] std::int32_t fall(std::int32_t bucket, std::int32_t difference) const {
-        while (bucket > 0 && tables_->thresholds[bucket - 1] > difference) --bucket;
-        return bucket;
-    }
-
-    // All differences fit int32, so those of times cut to int32 are right. Along the keys they only fall.
-    void find_strips(std::int64_t tile, std::int64_t begin, std::int64_t end, std::int32_t high, Strip* strips) {
-        const std::int32_t* queries = query_times_ + tile * kWidth;
-        std::int32_t low = high;
-        for (std::int64_t key = begin; key < end; key += kStrip) {
-            high = fall(high, minus(queries[kWidth - 1], key_times_[key]));
-            low = fall(low, minus(queries[0], key_times_[key + kStrip - 1]));
-            Strip& strip = strips[key / kStrip];
-            if (low == high)
-                strip = {{LookUp::kOne, low}, {{LookUp::kOne, low}, {LookUp::kOne, low}}};
-            else if (high - low < kLanes)
-                strip = find_few(tile, key, low, high);
-            else
-                strip = find_rows(tile, key);
-        }
-    }
-
-    // A strip whose buckets, low to high, are few.
-    Strip find_few(std::int64_t tile, std::int64_t begin, std::int32_t low, std::int32_t high) {
-        const auto look = [](std::int32_t least, std::int32_t most) {
-            return Look{most == least ? LookUp::kOne : most == least + 1 ? LookUp::kCompare : LookUp::kPermute, least};
-        };
-        Strip strip{look(low, high), {}, high - low};
-        for (int v = 0; v < 2; ++v) {
-            const std::int32_t* lanes = query_times_ + tile * kWidth + v * kLanes;
-            const std::int32_t most = fall(high, minus(lanes[kLanes - 1], key_times_[begin]));
-            const std::int32_t least = fall(most, minus(lanes[0], key_times_[begin + kStrip - 1]));
-            strip.vectors[v] = look(least, most);
-            if (strip.tile.look_up == LookUp::kCompare) continue;
-            const Ints queries = load_ints(lanes);
-            const auto write = [&](auto buckets_of) ALURE_INLINE {
-                for (std::int64_t key = begin; key < begin + kStrip; ++key) {
-                    const Ints buckets = buckets_of(alure::minus(queries, splat(key_times_[key])));
-                    store_indices(index_ + (tile * keys_ + key) * kWidth + v * kLanes, buckets - low);
-                    first_[(tile * keys_ + key) * 2 + v] = low;
-                }
-            };
-            if (most - least > 2) {
-                const CellWindow window(*tables_, minus(lanes[0], key_times_[begin + kStrip - 1]),
-                                        minus(lanes[kLanes - 1], key_times_[begin]), least, most);
-                if (window.fits) {
-                    write([&](Ints differences) ALURE_INLINE { return window.buckets_of(differences); });
-                    continue;
-                }
-            }
-            write([&](Ints differences) ALURE_INLINE { return buckets_of(differences, least, most); });
-        }
-        return strip;
-    }
-
-    Strip find_rows(std::int64_t tile, std::int64_t begin) {
-        std::int32_t widest = 0;
-        for (std::int64_t key = begin; key < begin + kStrip; ++key) {
-            const std::int64_t row = tile * keys_ + key;
+    // All differences fit int32, so those of times cut to int32 are right.
+    void find_strips(std::int64_t tile, std::int64_t begin, std::int64_t end, Strip* strips) {
+        const std::int32_t *queries = query_times_ + tile * kWidth, *last_keys = strip_ends_ + ends_of(keys_);
+        for (std::int64_t first = begin / kStrip; first * kStrip < end; first += kLanes) {
+            std::int32_t low[2][kLanes], high[2][kLanes];  // of strips, a vector of queries each
             for (int v = 0; v < 2; ++v) {
-                const Ints queries = load_ints(query_times_ + tile * kWidth + v * kLanes);
-                const Ints buckets = buckets_of(alure::minus(queries, splat(key_times_[key])));
-                const std::int32_t low = buckets[0], high = larger(low, std::int32_t{buckets[kLanes - 1]});
-                first_[row * 2 + v] = low;
-                store_indices(index_ + row * kWidth + v * kLanes, clamp(buckets, low, high) - low);
-                widest = larger(widest, high - low);
+                const std::int32_t* lanes = queries + v * kLanes;
+                const Ints least = buckets_of(alure::minus(splat(lanes[0]), load_ints(last_keys + first)));
+                const Ints most = buckets_of(alure::minus(splat(lanes[kLanes - 1]), load_ints(strip_ends_ + first)));
+                store_ints(low[v], least);
+                store_ints(high[v], most < least ? least : most);
             }
+            for (int i = 0; i < kLanes && (first + i) * kStrip < end; ++i)
+                strips[first + i] = find_strip(tile, first + i, {low[0][i], high[0][i]}, {low[1][i], high[1][i]});
         }
-        const Look look{widest < 2 * kLanes   ? LookUp::kPermuteTwo
-                        : widest < 4 * kLanes ? LookUp::kPermuteFour
-                                              : LookUp::kGather};
-        return {look, {look, look}, widest};
+    }
+
+    // A strip whose buckets are at most these, of each vector of queries.
+    Strip find_strip(std::int64_t tile, std::int64_t strip, Buckets a, Buckets b) {
+        if (a.least == b.most) return {{LookUp::kOne, a.least}, {{LookUp::kOne, a.least}, {LookUp::kOne, a.least}}, 0};
+        Strip found;
+        found.vectors[0] = find_vector(tile, strip, 0, a, found.widest);
+        found.vectors[1] = find_vector(tile, strip, 1, b, found.widest);
+        const LookUp both = larger(found.vectors[0].look_up, found.vectors[1].look_up);
+        found.tile = {larger(LookUp::kRows, both), a.least};
+        if (both > LookUp::kRows)
+            for (int v = 0; v < 2; ++v)
+                if (found.vectors[v].look_up <= LookUp::kRows) write_rows(tile, strip, v, found.vectors[v].bucket);
+        return found;
+    }
+
+    Look find_vector(std::int64_t tile, std::int64_t strip, int v, Buckets buckets, std::int32_t& widest) {
+        const auto [low, high] = buckets;
+        BucketRows& rows = rows_of_[row_of(tile, strip * kStrip, v) / kStrip];
+        if (low == high) {
+            rows = {};
+            return {LookUp::kOne, low};
+        }
+        if (high - low >= kLanes) return {find_many(tile, strip, v, widest), low};
+        widest = larger(widest, high - low);
+        Ints indices[kStrip];
+        const std::uint32_t changes =
+            find_few(query_times_ + tile * kWidth + v * kLanes, key_times_ + strip * kStrip, buckets, indices);
+        if (__builtin_popcount(changes) < kMostRows) {
+            keep_rows(indices, changes, rows);
+            return {LookUp::kRows, low};
+        }
+        write(tile, strip, v, low, [&](std::int64_t i) ALURE_INLINE { return indices[i]; });
+        return {LookUp::kPermute, low};
+    }
+
+    // Indices of a strip whose buckets are few, counted from the least. Returns at which keys they change.
+    std::uint32_t find_few(const std::int32_t* lanes, const std::int32_t* keys, Buckets buckets,
+                           Ints (&indices)[kStrip]) const {
+        const auto [low, high] = buckets;
+        const Ints queries = load_ints(lanes);
+        const auto find = [&](auto index_of) ALURE_INLINE {
+            std::uint32_t changes = 0;
+            for (std::int64_t i = 0; i < kStrip; ++i) {
+                indices[i] = index_of(alure::minus(queries, splat(keys[i])));
+                if (i > 0) changes |= static_cast<std::uint32_t>(differ(indices[i], indices[i - 1])) << i;
+            }
+            return changes;
+        };
+        if (high - low == 1) {
+            const Ints threshold = splat(tables_->thresholds[low]);
+            return find([&](Ints differences) ALURE_INLINE { return -(differences >= threshold); });
+        }
+        if (high - low > 2) {
+            const CellWindow window(*tables_, minus(lanes[0], keys[kStrip - 1]), minus(lanes[kLanes - 1], keys[0]), low,
+                                    high);
+            if (window.fits)
+                return find([&](Ints differences) ALURE_INLINE { return window.buckets_of(differences) - low; });
+        }
+        return find([&](Ints differences) ALURE_INLINE { return buckets_of(differences, low, high) - low; });
+    }
+
+    // Of keys whose indices change at `changes`, fewer than kMostRows.
+    static void keep_rows(const Ints (&indices)[kStrip], std::uint32_t changes, BucketRows& rows) {
+        std::uint8_t of_key[kStrip] = {};
+        store_indices(rows.index[0], indices[0]);
+        for (int row = 1; row < kMostRows; ++row, changes &= changes - 1) {
+            const int key = changes ? __builtin_ctz(changes) : kStrip;
+            store_indices(rows.index[row], indices[smaller<int>(key, kStrip - 1)]);
+            for (int i = 0; i < kStrip; ++i) of_key[i] += i >= key;
+        }
+        __builtin_memcpy(rows.of_key, of_key, sizeof(of_key));
+    }
+
+    // Rows as an index a pair.
+    void write_rows(std::int64_t tile, std::int64_t strip, int v, std::int32_t bucket) {
+        const BucketRows& rows = this->rows(tile, strip, v);
+        write(tile, strip, v, bucket,
+              [&](std::int64_t i) ALURE_INLINE { return load_indices(rows.index[rows.of_key[i]]); });
+    }
+
+    template <class IndexOf>
+    void write(std::int64_t tile, std::int64_t strip, int v, std::int32_t bucket, IndexOf index_of) {
+        const std::int64_t row = row_of(tile, strip * kStrip, v);
+        for (std::int64_t i = 0; i < kStrip; ++i) {
+            first_[row + i] = bucket;
+            store_indices(index_ + (row + i) * kLanes, index_of(i));
+        }
+    }
+
+    // Indices of a strip, counted from the least of each key.
+    LookUp find_many(std::int64_t tile, std::int64_t strip, int v, std::int32_t& widest) {
+        const std::int64_t row = row_of(tile, strip * kStrip, v);
+        const Ints queries = load_ints(query_times_ + tile * kWidth + v * kLanes);
+        std::int32_t most = 0;
+        for (std::int64_t i = 0; i < kStrip; ++i) {
+            const Ints buckets = buckets_of(alure::minus(queries, splat(key_times_[strip * kStrip + i])));
+            const std::int32_t low = buckets[0], high = larger(low, std::int32_t{buckets[kLanes - 1]});
+            first_[row + i] = low;
+            store_indices(index_ + (row + i) * kLanes, clamp(buckets, low, high) - low);
+            most = larger(most, high - low);
+        }
+        widest = larger(widest, most);
+        return most < 2 * kLanes ? LookUp::kPermuteTwo : most < 4 * kLanes ? LookUp::kPermuteFour : LookUp::kGather;
     }
 
     // Of differences from bucket `low` to bucket `high`.
@@ -288,11 +360,12 @@ private:
     void find_far_apart(std::int64_t tile, std::int64_t begin, std::int64_t end) {
         for (std::int64_t key = begin; key < round_up(end, kStrip); ++key) {
             const std::int64_t time = times_[smaller(key, num_keys_ - 1)];
-            const std::int64_t row = tile * keys_ + key;
-            first_[row * 2] = first_[row * 2 + 1] = 0;
             for (std::int64_t i = 0; i < kWidth; ++i) {
+                const std::int64_t row = row_of(tile, key, static_cast<int>(i / kLanes));
                 const std::int64_t query = queries_[smaller(tile * kWidth + i, rows_ - 1)];
-                index_[row * kWidth + i] = static_cast<std::uint16_t>(bucket_of(in_.time, elapsed(query, time)));
+                first_[row] = 0;
+                index_[row * kLanes + i % kLanes] =
+                    static_cast<std::uint16_t>(bucket_of(in_.time, elapsed(query, time)));
             }
         }
     }
@@ -307,8 +380,10 @@ private:
     Strip* strips_;                        // [tiles, strips of a block]
     std::int32_t* query_times_ = nullptr;  // cut to int32; behind the last query, its time again
     std::int32_t* key_times_ = nullptr;    // behind the last key, up to a whole strip, its time again
-    std::int32_t* first_ = nullptr;        // [tiles, keys, 2]
-    std::uint16_t* index_ = nullptr;       // [tiles, keys, kWidth]
+    std::int32_t* strip_ends_ = nullptr;   // times of the first key of each strip, then of the last; whole vectors
+    std::int32_t* first_ = nullptr;        // [tiles, 2, keys]
+    std::uint16_t* index_ = nullptr;       // [tiles, 2, keys, kLanes]
+    BucketRows* rows_of_ = nullptr;        // [tiles, 2, strips of a block]
     const std::int64_t* queries_ = nullptr;
     const std::int64_t* times_ = nullptr;
     std::int64_t rows_ = 0, num_keys_ = 0;
