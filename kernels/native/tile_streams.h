@@ -31,15 +31,15 @@ public:
 
     // Stores all sums. Whoever uses the tile registers or packs other keys calls it before.
     void finish() {
-        if (!held_.stream) return;
+        if (!held_) return;
         with_shape([&]<int kDepth, int kSums>() {
-            step<kDepth, kSums>({held_.stream, held_.strip, false});
+            step<kDepth, kSums>(*held_->stream, held_->strip, false);
             start_sums<kSums>();
-            const Tiles<kDepth, kSums> tiles{nullptr, done_.values(), weights_[1 - turn_], scores_[1 - turn_]};
+            const Tiles<kDepth, kSums> tiles{nullptr, done_->values(), weights_[1 - turn_], scores_[1 - turn_]};
             tiles.template multiply_four<4>();
             store_sums<kSums>();
         });
-        held_ = done_ = {};
+        held_ = done_ = nullptr;
         sums_ = nullptr;
     }
 
@@ -72,9 +72,9 @@ private:
         bool has_sums;
     };
     struct Slice {
-        const Stream* stream = nullptr;  // none yet
-        std::int64_t strip = 0;          // its first
-        bool is_first = false;           // of the stream
+        const Stream* stream;
+        std::int64_t strip;  // its first
+        bool is_first;       // of the stream
 
         [[nodiscard]] const Bfloat16* keys() const { return stream->keys + strip * kStrip * stream->depth; }
         [[nodiscard]] const Bfloat16* values() const {
@@ -101,7 +101,7 @@ private:
         bool is_first = true;
         for (std::int64_t strip = 0; strip < bias_.num_strips(); strip += 2) {
             if (sight(tile, strip) == Sight::kHidden && sight(tile, strip + 1) == Sight::kHidden) continue;
-            step<kDepth, kSums>({&stream, strip, is_first});
+            step<kDepth, kSums>(stream, strip, is_first);
             is_first = false;
         }
     }
@@ -110,13 +110,18 @@ private:
         return strip < bias_.num_strips() ? bias_.sight(tile, strip) : Sight::kHidden;
     }
 
-    // Weights of the slice held, beside the scores of `next` and the values of the slice before.
+    // Weights of the slice held, beside the scores of the next one and the values of the slice before.
     template <int kDepth, int kSums>
-    void step(Slice next) {
-        if (next.is_first) load_queries<kDepth>(*next.stream);
-        const Slice& before = done_.stream ? done_ : held_.stream ? held_ : next;
+    void step(const Stream& stream, std::int64_t strip, bool is_first) {
+        Slice& next = slices_[next_slice_];  // in its place: a copy would wait for it to be written, 5 % of a forward
+        next_slice_ = (next_slice_ + 1) % 3;
+        next.stream = &stream;
+        next.strip = strip;
+        next.is_first = is_first;
+        if (is_first) load_queries<kDepth>(stream);
+        const Slice& before = done_ ? *done_ : held_ ? *held_ : next;
         const Tiles<kDepth, kSums> tiles{next.keys(), before.values(), weights_[1 - turn_], scores_[1 - turn_]};
-        if (held_.stream) {
+        if (held_) {
             start_sums<kSums>();
             weigh<0>(tiles);
             weigh<1>(tiles);
@@ -126,8 +131,8 @@ private:
             tiles.template multiply_four<4>();  // stores the last scores; what it sums is nobody's
         }
         turn_ = 1 - turn_;
-        held_ = next;
-        bias_.start_head(next.stream->head);
+        held_ = &next;
+        bias_.start_head(stream.head);
     }
 
     // The products beside a slice's weights, in eight parts.
@@ -175,11 +180,11 @@ private:
     // Where the slice whose values come next is its stream's first, its sums take the place of the stream's before.
     template <int kSums>
     void start_sums() {
-        if (!done_.is_first) return;
+        if (!done_ || !done_->is_first) return;
         if (sums_) store_sums<kSums>();
-        sums_ = done_.stream->sums;
+        sums_ = done_->stream->sums;
         for_tiles<kSums>([&]<int kTile>() {
-            if (done_.stream->has_sums)
+            if (done_->stream->has_sums)
                 load_tile<kTile>(sums_ + kTile * 16 * kWidth, kWidth * 4);
             else
                 clear_tile<kTile>();
@@ -202,8 +207,8 @@ private:
     // Weights of one of the two strips of the slice held.
     template <int kHalf, int kDepth, int kSums>
     void weigh(const Tiles<kDepth, kSums>& tiles) {
-        const std::int64_t strip = held_.strip + kHalf;
-        const Stream& stream = *held_.stream;
+        const std::int64_t strip = held_->strip + kHalf;
+        const Stream& stream = *held_->stream;
         const Sight sight = this->sight(stream.tile, strip);
         if (sight == Sight::kWhole) {
             const Look look = bias_.strip(stream.tile, strip).vectors[stream.v];
@@ -222,7 +227,7 @@ private:
     template <LookUp kLookUp, bool kPosition, int kHalf, int kDepth, int kSums>
     void weigh_whole(const Tiles<kDepth, kSums>& all, std::int64_t strip, Look look) const {
         const Tiles<kDepth, kSums> tiles = all;
-        const Stream& stream = *held_.stream;
+        const Stream& stream = *held_->stream;
         float* const totals = stream.totals;
         const auto bias = bias_.template whole<kLookUp, kPosition>(stream.tile, strip, stream.v);
         const Floats base = splat(kLookUp == LookUp::kOne ? bias_.of_bucket(look.bucket) : 0.0f);
@@ -256,7 +261,7 @@ private:
     void weigh_masked(const float* scores, std::int64_t strip, std::int32_t* weights) const {
         const float factor = products_.factor();
         const std::int64_t key = strip * kStrip, rest = bias_.num_keys() - key;
-        const Stream& stream = *held_.stream;
+        const Stream& stream = *held_->stream;
         Floats total = load(stream.totals);
         const auto logit = [&](std::int64_t i) ALURE_INLINE {
             return i < rest ? load(scores + i * kLanes) * factor + bias_.masked(stream.tile, key + i, stream.v)
@@ -316,7 +321,9 @@ private:
     TileBias& bias_;
     Stream streams_[3];
     int next_stream_ = 0;
-    Slice held_, done_;        // whose weights come next, and whose values
+    Slice slices_[3];
+    int next_slice_ = 0;
+    const Slice *held_ = nullptr, *done_ = nullptr;  // whose weights come next, and whose values; none yet
     float* sums_ = nullptr;    // where those in the registers belong
     int turn_ = 0;             // which scores are of the slice held
     float* scores_[2];         // [kSlice keys, kLanes queries]
