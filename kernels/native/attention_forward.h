@@ -286,10 +286,13 @@ private:
             if (rows <= 0) return;
             const Floats total = load(s.totals + first), maximum = load(s.maxima + first);
             const Ints sees_nothing = (total == 0.0f) & ((maximum == 0.0f) | (maximum == -kInfinity));
-            const Floats lse = maximum * 0.69314718f + log_lanes(total);
-            float lanes[kLanes];
-            store(lanes, sees_nothing ? splat(-kInfinity) : lse);
-            __builtin_memcpy(outputs.lse + head * in_.total_q + row + first, lanes, rows * sizeof(float));
+            const Floats log_sum = maximum * 0.69314718f + log_lanes(total);
+            const Floats lse = sees_nothing ? splat(-kInfinity) : log_sum;
+            float* to = outputs.lse + head * in_.total_q + row + first;
+            if (rows == kLanes)  // a copy of any size took 4 % of a forward
+                store(to, lse);
+            else
+                for (std::int64_t i = 0; i < rows; ++i) to[i] = lse[i];
             write_rows(s.sums + first, sees_nothing ? Floats{} : 1.0f / total, rows,
                        static_cast<Source*>(outputs.out) + ((row + first) * in_.heads + head) * in_.head_dim);
         }

@@ -219,7 +219,7 @@ private:
         tiles.template multiply_four<4 * kHalf>();
         std::int32_t* weights = weights_[turn_] + kHalf * kStripScores / 2;
         if (sight == Sight::kHidden)
-            __builtin_memset(weights, 0, kStripScores / 2 * sizeof(std::int32_t));
+            fill(reinterpret_cast<float*>(weights), {0, kStripScores / 2}, Floats{});
         else
             weigh_masked(scores_[turn_] + kHalf * kStripScores, strip, weights);
     }
