@@ -153,8 +153,8 @@ private:
             Floats sum{};
             const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(strip.tile.bucket) : 0.0f;
             const WholeBias<kLookUp, kPosition> biases[2] = {
-                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 0),
-                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 1)};
+                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 0, strip.least(0)),
+                bias_.template whole<kLookUp, kPosition>(tile, begin / kStrip, 1, strip.least(1))};
             weigh(
                 t, begin, end, splat(base),
                 [&](std::int64_t key, int v) ALURE_INLINE { return biases[v].of(key - begin); },

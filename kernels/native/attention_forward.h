@@ -209,13 +209,13 @@ private:
 
     // Weights of a strip that is seen whole, from its scores.
     void weigh(const TileState& s, std::int64_t tile, std::int64_t strip, std::int64_t end) {
-        const Look look = bias_.strip(tile, strip).tile;
-        with_look_up(look.look_up, in_.position.table, [&]<LookUp kLookUp, bool kPosition>() {
+        const Strip& found = bias_.strip(tile, strip);
+        with_look_up(found.tile.look_up, in_.position.table, [&]<LookUp kLookUp, bool kPosition>() {
             const float factor = products_.factor();
-            const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(look.bucket) : 0.0f;
+            const float base = kLookUp == LookUp::kOne ? bias_.of_bucket(found.tile.bucket) : 0.0f;
             const WholeBias<kLookUp, kPosition> biases[2] = {
-                bias_.template whole<kLookUp, kPosition>(tile, strip, 0),
-                bias_.template whole<kLookUp, kPosition>(tile, strip, 1)};
+                bias_.template whole<kLookUp, kPosition>(tile, strip, 0, found.least(0)),
+                bias_.template whole<kLookUp, kPosition>(tile, strip, 1, found.least(1))};
             const std::int64_t begin = strip * kStrip;
             weigh_rows(s, begin, end, [&](std::int64_t key, int v) ALURE_INLINE {
                 Floats bias = biases[v].of(key - begin);

@@ -48,7 +48,7 @@ public:
     void add_whole(const Strip& strip, std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
         if constexpr (kLookUp == LookUp::kRows)
             add(sums_of_row(bias_.times().rows(tile, key / kStrip, v).of_key[key % kStrip], key, v), d_logits);
-        else if constexpr (kLookUp == LookUp::kPermute)
+        else if constexpr (kLookUp == LookUp::kCompare || kLookUp == LookUp::kPermute)
             add_buckets(bias_.times().indices(tile, key, v), strip.widest, key, v, d_logits);
         else if constexpr (kLookUp != LookUp::kOne)
             add_pairs(tile, key, v, d_logits);

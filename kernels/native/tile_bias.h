@@ -11,10 +11,12 @@ namespace {
 // Biases of a vector of a tile's queries and the keys of a strip that is seen whole. Without those of kOne.
 template <LookUp kLookUp, bool kPosition>
 struct WholeBias {
-    Floats rows[kMostRows];      // of kRows
-    const std::uint8_t* row_of;  // each key's
-    Floats window;               // of kPermute
-    const float* table;          // of times
+    TimeBuckets::Comparison comparison;  // of kCompare
+    Floats lower, upper;
+    Floats rows[kMostRows];  // of kRows
+    const std::uint8_t* row_of;
+    Floats window;       // of kPermute
+    const float* table;  // of times
     const std::int32_t* first;
     const std::uint16_t* index;
     const float* diagonal;  // of positions
@@ -22,7 +24,9 @@ struct WholeBias {
     // Of the strip's key `i`.
     [[nodiscard]] Floats of(std::int64_t i) const {
         Floats bias{};
-        if constexpr (kLookUp == LookUp::kRows)
+        if constexpr (kLookUp == LookUp::kCompare)
+            bias = comparison.is_upper(i) ? upper : lower;
+        else if constexpr (kLookUp == LookUp::kRows)
             bias = rows[row_of[i]];
         else if constexpr (kLookUp == LookUp::kPermute)
             bias = permute(window, load_indices(index + i * kLanes));
@@ -91,25 +95,27 @@ public:
     [[nodiscard]] Sight sight(std::int64_t tile, std::int64_t strip) const { return sights_[tile * strips_ + strip]; }
 
     [[nodiscard]] const Strip& strip(std::int64_t tile, std::int64_t strip) const { return times_.strips(tile)[strip]; }
-    [[nodiscard]] std::int32_t least_of(std::int64_t tile, std::int64_t strip, int v) const {
-        return this->strip(tile, strip).vectors[v].bucket;
-    }
     [[nodiscard]] float of_bucket(std::int32_t bucket) const { return in_.time.table ? time_table_[bucket] : 0.0f; }
 
     template <LookUp kLookUp, bool kPosition>
-    [[nodiscard]] WholeBias<kLookUp, kPosition> whole(std::int64_t tile, std::int64_t strip, int v) const {
+    [[nodiscard]] WholeBias<kLookUp, kPosition> whole(std::int64_t tile, std::int64_t strip, int v,
+                                                       std::int32_t bucket) const {
         const std::int64_t key = strip * kStrip;
         WholeBias<kLookUp, kPosition> bias;  // zeroing it took 9 % of a forward
-        if constexpr (kLookUp == LookUp::kRows) {
+        if constexpr (kLookUp == LookUp::kCompare) {
+            bias.comparison = times_.comparison(tile, key, v, bucket);
+            bias.lower = splat(time_table_[bucket]);
+            bias.upper = splat(time_table_[bucket + 1]);
+        } else if constexpr (kLookUp == LookUp::kRows) {
             const BucketRows& rows = times_.rows(tile, strip, v);
-            const Floats window = load(time_table_ + least_of(tile, strip, v));
+            const Floats window = load(time_table_ + bucket);
             for (int row = 0; row < kMostRows; ++row) bias.rows[row] = permute(window, load_indices(rows.index[row]));
             bias.row_of = rows.of_key;
         } else if constexpr (kLookUp != LookUp::kOne) {
             bias.table = time_table_;
             bias.first = times_.first(tile, key, v);
             bias.index = times_.index(tile, key, v);
-            if constexpr (kLookUp == LookUp::kPermute) bias.window = load(time_table_ + least_of(tile, strip, v));
+            if constexpr (kLookUp == LookUp::kPermute) bias.window = load(time_table_ + bucket);
         }
         if constexpr (kPosition) bias.diagonal = positions_.diagonal(position_of(tile, v), block_ + key);
         return bias;
@@ -189,6 +195,8 @@ inline void with_look_up(LookUp look_up, bool position, Work work) {
     switch (look_up) {
         case LookUp::kOne:
             return with_position.template operator()<LookUp::kOne>();
+        case LookUp::kCompare:
+            return with_position.template operator()<LookUp::kCompare>();
         case LookUp::kRows:
             return with_position.template operator()<LookUp::kRows>();
         case LookUp::kPermute:

@@ -229,7 +229,7 @@ private:
         const Tiles<kDepth, kSums> tiles = all;
         const Stream& stream = *held_->stream;
         float* const totals = stream.totals;
-        const auto bias = bias_.template whole<kLookUp, kPosition>(stream.tile, strip, stream.v);
+        const auto bias = bias_.template whole<kLookUp, kPosition>(stream.tile, strip, stream.v, look.bucket);
         const Floats base = splat(kLookUp == LookUp::kOne ? bias_.of_bucket(look.bucket) : 0.0f);
         const Floats factor = splat(products_.factor());
         const float* scores = scores_[turn_] + kHalf * kStripScores;

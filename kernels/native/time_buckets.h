@@ -1,9 +1,9 @@
 // The time buckets of a part's queries against one block of keys: found once, looked up by every head.
 //
 // Times are sorted, so the corners of a rectangle of queries × keys bound its differences, and its buckets are an
-// interval. Most rectangles lie in one bucket. The others keep an index a pair, counted from their least bucket where
-// they have few, elsewhere from the least of a vector of queries and a key. Along the keys these vectors of indices
-// repeat: most rectangles have no more than four of them.
+// interval. Most rectangles lie in one bucket or two, whose threshold their differences are compared with. The others
+// keep an index a pair, counted from their least bucket where they have few, elsewhere from the least of a vector of
+// queries and a key. Along the keys vectors of indices repeat: where there are no more than four, these are kept.
 #pragma once
 
 #include "attention_kernels.h"
@@ -16,10 +16,10 @@ namespace {
 constexpr int kWidth = 2 * kLanes;   // queries of a tile, in two vectors
 constexpr std::int64_t kStrip = 16;  // keys of a rectangle
 
-// How a strip of keys × a tile of queries finds its biases: one value, one of few vectors, a permutation of a vector
-// that is the same for all keys, a permutation of 2 or 4 vectors, a gather. What an earlier one finds, a later one does.
-// With AVX2 four are still faster than the gather: 14 % of a forward of 64 events with 16 channels.
-enum class LookUp : std::uint8_t { kOne, kRows, kPermute, kPermuteTwo, kPermuteFour, kGather };
+// How a strip of keys × a tile of queries finds its biases: one value, one of two by a comparison, one of few vectors, a
+// permutation of a vector that is the same for all keys, a permutation of 2 or 4 vectors, a gather. With AVX2 four are
+// still faster than the gather: 14 % of a forward of 64 events with 16 channels.
+enum class LookUp : std::uint8_t { kOne, kCompare, kRows, kPermute, kPermuteTwo, kPermuteFour, kGather };
 
 constexpr int kMostRows = 4;  // different vectors of indices of a strip with kRows
 
@@ -35,6 +35,11 @@ struct Look {
 struct Strip {
     Look tile, vectors[2];    // those of one vector of queries may be simpler
     std::int32_t widest = 0;  // the most that an index is
+
+    // What the tile's look-up counts the buckets of vector `v` from.
+    [[nodiscard]] std::int32_t least(int v) const {
+        return tile.look_up == LookUp::kCompare ? tile.bucket : vectors[v].bucket;
+    }
 };
 
 // The vectors of indices of a strip × a vector of queries that has few of them, in the order of its keys.
@@ -105,6 +110,20 @@ public:
     // Buckets of all pairs of the block and the tiles found.
     [[nodiscard]] Buckets buckets() const { return buckets_; }
 
+    // Which lanes of vector `v` of a tile's queries are in the upper one of the two buckets of a strip with kCompare.
+    struct Comparison {
+        Ints queries, threshold;
+        const std::int32_t* keys;
+        [[nodiscard]] Ints is_upper(std::int64_t i) const {
+            return alure::minus(queries, splat(keys[i])) >= threshold;
+        }
+    };
+    // Of keys from one on, and the lower bucket.
+    [[nodiscard]] Comparison comparison(std::int64_t tile, std::int64_t key, int v, std::int32_t bucket) const {
+        return {load_ints(query_times_ + tile * kWidth + v * kLanes), splat(tables_->thresholds[bucket]),
+                key_times_ + key};
+    }
+
     // Of vector `v` of a tile's queries and one key of a strip that is not kOne: buckets, counted from `first`.
     struct Indices {
         std::int32_t first;
@@ -112,6 +131,8 @@ public:
     };
     [[nodiscard]] Indices indices(std::int64_t tile, std::int64_t key, int v) const {
         const Strip& strip = strips(tile)[key / kStrip];
+        if (strip.tile.look_up == LookUp::kCompare)
+            return {strip.tile.bucket, -comparison(tile, key, v, strip.tile.bucket).is_upper(0)};
         if (strip.tile.look_up != LookUp::kRows)
             return {*first(tile, key, v), load_indices(index(tile, key, v))};
         const BucketRows& rows = this->rows(tile, key / kStrip, v);
@@ -234,18 +255,21 @@ private:
 
     // A strip whose buckets are at most these, of each vector of queries.
     Strip find_strip(std::int64_t tile, std::int64_t strip, Buckets a, Buckets b) {
-        if (a.least == b.most) return {{LookUp::kOne, a.least}, {{LookUp::kOne, a.least}, {LookUp::kOne, a.least}}, 0};
+        const auto look = [](Buckets buckets) {
+            return Look{buckets.least == buckets.most ? LookUp::kOne : LookUp::kCompare, buckets.least};
+        };
+        if (b.most - a.least <= 1) return {look({a.least, b.most}), {look(a), look(b)}, b.most - a.least};
         Strip found;
-        found.vectors[0] = find_vector(tile, strip, 0, a, found.widest);
-        found.vectors[1] = find_vector(tile, strip, 1, b, found.widest);
+        for (int v = 0; v < 2; ++v) found.vectors[v] = find_vector(tile, strip, v, v == 0 ? a : b, found.widest);
         const LookUp both = larger(found.vectors[0].look_up, found.vectors[1].look_up);
         found.tile = {larger(LookUp::kRows, both), a.least};
-        if (both > LookUp::kRows)
-            for (int v = 0; v < 2; ++v)
-                if (found.vectors[v].look_up <= LookUp::kRows) write_rows(tile, strip, v, found.vectors[v].bucket);
+        if (both <= LookUp::kRows) return found;
+        for (int v = 0; v < 2; ++v)
+            if (found.vectors[v].look_up <= LookUp::kRows) write_rows(tile, strip, v, found.vectors[v].bucket);
         return found;
     }
 
+    // Vector `v` of the queries of a strip of more than two buckets. It keeps rows even if it needs none: a tile does.
     Look find_vector(std::int64_t tile, std::int64_t strip, int v, Buckets buckets, std::int32_t& widest) {
         const auto [low, high] = buckets;
         BucketRows& rows = rows_of_[row_of(tile, strip * kStrip, v) / kStrip];
