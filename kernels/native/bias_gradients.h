@@ -48,10 +48,13 @@ public:
     void add_whole(const Strip& strip, std::int64_t tile, std::int64_t key, int v, Floats d_logits) const {
         if constexpr (kLookUp == LookUp::kRows)
             add(sums_of_row(bias_.times().rows(tile, key / kStrip, v).of_key[key % kStrip], key, v), d_logits);
-        else if constexpr (kLookUp == LookUp::kCompare || kLookUp == LookUp::kPermute)
+        else if constexpr (kLookUp == LookUp::kCompare)
+            add_compared(bias_.times().comparison(tile, key, v, strip.tile.bucket).is_upper(0), strip.tile.bucket, key, v,
+                         d_logits);
+        else if constexpr (kLookUp == LookUp::kPermute)
             add_buckets(bias_.times().indices(tile, key, v), strip.widest, key, v, d_logits);
         else if constexpr (kLookUp != LookUp::kOne)
-            add_pairs(tile, key, v, d_logits);
+            add_pairs(*bias_.times().first(tile, key, v), bias_.times().index(tile, key, v), key, v, d_logits);
         if constexpr (kPosition) add(diagonals(tile, key, v), d_logits);
     }
 
@@ -75,7 +78,7 @@ public:
             if (look.look_up == LookUp::kOne)
                 add_strip(look.bucket, d_logits);
             else
-                add_pairs(tile, key, v, d_logits);
+                add_any(bias_.times().indices(tile, key, v), key, v, d_logits);
         }
         if (in_.position.table) add_position(tile, key, v, d_logits);
     }
@@ -117,10 +120,19 @@ private:
         float* sums = sums_of_bucket(buckets.first, key, v);
         for (std::int32_t b = 0; b <= widest; ++b) add(sums + b * kSums * kLanes, buckets.index == b ? x : Floats{});
     }
-    void add_pairs(std::int64_t tile, std::int64_t key, int v, Floats x) const {
-        const auto [first, index] = bias_.times().indices(tile, key, v);
+    void add_compared(Ints is_upper, std::int32_t bucket, std::int64_t key, int v, Floats x) const {
+        float* both = sums_of_bucket(bucket, key, v);
+        add(both, is_upper ? Floats{} : x);
+        add(both + kSums * kLanes, is_upper ? x : Floats{});
+    }
+    void add_pairs(std::int32_t first, const std::uint16_t* index, std::int64_t key, int v, Floats x) const {
         float* sums = sums_of_bucket(first, key, v);
         for (int lane = 0; lane < kLanes; ++lane) sums[index[lane] * kSums * kLanes + lane] += x[lane];
+    }
+    void add_any(TimeBuckets::Indices buckets, std::int64_t key, int v, Floats x) const {
+        std::uint16_t index[kLanes];
+        store_indices(index, buckets.index);
+        add_pairs(buckets.first, index, key, v, x);
     }
 
     [[nodiscard]] float* sums_of_bucket(std::int64_t bucket, std::int64_t key, int v) const {
