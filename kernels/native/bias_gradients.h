@@ -49,8 +49,7 @@ public:
         if constexpr (kLookUp == LookUp::kRows)
             add(sums_of_row(bias_.times().rows(tile, key / kStrip, v).of_key[key % kStrip], key, v), d_logits);
         else if constexpr (kLookUp == LookUp::kCompare)
-            add_compared(bias_.times().comparison(tile, key, v, strip.tile.bucket).is_upper(0), strip.tile.bucket, key, v,
-                         d_logits);
+            add_compared(strip.tile.bucket, tile, key, v, d_logits);
         else if constexpr (kLookUp == LookUp::kPermute)
             add_buckets(bias_.times().indices(tile, key, v), strip.widest, key, v, d_logits);
         else if constexpr (kLookUp != LookUp::kOne)
@@ -120,7 +119,8 @@ private:
         float* sums = sums_of_bucket(buckets.first, key, v);
         for (std::int32_t b = 0; b <= widest; ++b) add(sums + b * kSums * kLanes, buckets.index == b ? x : Floats{});
     }
-    void add_compared(Ints is_upper, std::int32_t bucket, std::int64_t key, int v, Floats x) const {
+    void add_compared(std::int32_t bucket, std::int64_t tile, std::int64_t key, int v, Floats x) const {
+        const Ints is_upper = bias_.times().comparison(tile, key, v, bucket).is_upper(0);
         float* both = sums_of_bucket(bucket, key, v);
         add(both, is_upper ? Floats{} : x);
         add(both + kSums * kLanes, is_upper ? x : Floats{});

@@ -231,8 +231,9 @@ private:
     std::int64_t depth_, value_channels_;
     std::int64_t block_, padded_ = 0;  // keys: room for so many; of a head at hand, whole slices
     bool has_scale_;                   // of about 0, nothing is to be divided by: then queries are zeros
-    Bfloat16* key_cyclic_;             // [keys of a block, 3 · num_cyclic]
-    Bfloat16 *packed_keys_, *packed_values_;
+    Bfloat16* packed_keys_;
+    Bfloat16* key_cyclic_;  // [keys of a block, 3 · num_cyclic]
+    Bfloat16* packed_values_;
     Bfloat16 *keys_ = nullptr, *values_ = nullptr;  // of the head at hand
     float* scores_;                                 // of a chunk
     std::int32_t* weights_[2];  // of this tile, and of the tile before

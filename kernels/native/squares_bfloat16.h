@@ -59,8 +59,9 @@ inline void end_squares() { end_tiles(); }
 // them in all, 16 for each s. Rows are padded to kRowStep, with any values, and pairs to kDepthStep / 2, with zeros.
 // Strides of left and right are in bytes.
 template <bool kAdd, class Left, class Right>
-inline void multiply_square(std::int64_t rows, std::int64_t pairs, Left left, std::int64_t left_stride, Right right,
-                            std::int64_t right_stride, float* sums, std::int64_t stride) {
+inline void multiply_square([[maybe_unused]] std::int64_t rows, std::int64_t pairs, Left left,
+                            std::int64_t left_stride, Right right, std::int64_t right_stride, float* sums,
+                            std::int64_t stride) {
 #if !ALURE_TILES
     // 22 sums, two rows of the right and a pair of the left fill the registers
     const auto multiply = [&]<int kRowCount>(std::int64_t first) ALURE_INLINE {

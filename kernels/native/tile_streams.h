@@ -324,10 +324,10 @@ private:
     Slice slices_[3];
     int next_slice_ = 0;
     const Slice *held_ = nullptr, *done_ = nullptr;  // whose weights come next, and whose values; none yet
-    float* sums_ = nullptr;    // where those in the registers belong
-    int turn_ = 0;             // which scores are of the slice held
-    float* scores_[2];         // [kSlice keys, kLanes queries]
-    std::int32_t* weights_[2];  // [pairs of keys, kLanes queries, 2]
+    float* sums_ = nullptr;                          // where those in the registers belong
+    int turn_ = 0;                                   // which scores are of the slice held
+    float* scores_[2];                               // [kSlice keys, kLanes queries]
+    std::int32_t* weights_[2];                       // [pairs of keys, kLanes queries, 2]
 };
 
 }  // namespace

@@ -16,9 +16,9 @@ namespace {
 constexpr int kWidth = 2 * kLanes;   // queries of a tile, in two vectors
 constexpr std::int64_t kStrip = 16;  // keys of a rectangle
 
-// How a strip of keys × a tile of queries finds its biases: one value, one of two by a comparison, one of few vectors, a
-// permutation of a vector that is the same for all keys, a permutation of 2 or 4 vectors, a gather. With AVX2 four are
-// still faster than the gather: 14 % of a forward of 64 events with 16 channels.
+// How a strip of keys × a tile of queries finds its biases: one value, one of two by a comparison, one of few vectors,
+// a permutation of a vector that is the same for all keys, a permutation of 2 or 4 vectors, a gather. With AVX2 four
+// are still faster than the gather: 14 % of a forward of 64 events with 16 channels.
 enum class LookUp : std::uint8_t { kOne, kCompare, kRows, kPermute, kPermuteTwo, kPermuteFour, kGather };
 
 constexpr int kMostRows = 4;  // different vectors of indices of a strip with kRows

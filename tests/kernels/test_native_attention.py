@@ -12,7 +12,7 @@ from support.attention import NOW, Problem, assert_as_exact_as_plain, random_pro
 from support.memory import measured_memory
 from torch import Tensor
 
-from alure.kernels import _native, jagged_attention, time_thresholds
+from alure.kernels import TimeBias, _native, jagged_attention, time_thresholds
 from alure.kernels.attention import native, reference
 from alure.kernels.attention.arguments import Batch, Bias
 
@@ -286,7 +286,15 @@ def bias_of_bursts() -> list[Tensor]:
         (NOW + sessions * 10**6 + torch.randint(0, 30, (400,), generator=generator)).sort().values,
         NOW + torch.arange(400),  # in 2026, one second apart: float32 could not tell
         NOW - (2 ** torch.linspace(30.9, 0, 400, dtype=torch.float64)).long(),  # every difference there is, to 2^31
+        *(NOW + steps_of(torch.full((400,), same), generator) for same in (4, 7)),  # a strip has few rows
+        NOW + steps_of(torch.randint(1, 20, (400,), generator=generator), generator),
     ]
+
+
+def steps_of(lengths: Tensor, generator: torch.Generator) -> Tensor:
+    """400 times of which so many in turn are equal, with steps of 1 to 2^22 between them."""
+    steps = (2 ** (22 * torch.rand(len(lengths), generator=generator))).long()
+    return steps.cumsum(0).repeat_interleave(lengths)[:400]
 
 
 THRESHOLDS = {
@@ -300,7 +308,7 @@ THRESHOLDS = {
 }
 
 
-@pytest.mark.parametrize("case", range(6))
+@pytest.mark.parametrize("case", range(9))
 @pytest.mark.parametrize("thresholds", THRESHOLDS.values(), ids=THRESHOLDS.keys())
 def test_buckets_are_exact_for_any_times(case: int, thresholds: Tensor, instruction_set: str) -> None:
     """v picks single keys and the table is the only logit, so a wrong bucket anywhere changes an output visibly."""
@@ -316,6 +324,36 @@ def test_buckets_are_exact_for_any_times(case: int, thresholds: Tensor, instruct
     expected = table[0][(elapsed[..., None] >= thresholds).sum(-1)]
     logits = out[:, 0].log() + lse[0][:, None]
     torch.testing.assert_close(logits, expected, rtol=0, atol=1e-4)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("case", range(9))
+def test_buckets_of_both_passes(case: int, dtype: torch.dtype, bfloat16_set: str) -> None:
+    """The table is the only logit: a key in a wrong bucket changes its query's output, its term a gradient."""
+    if bfloat16_set == EMULATED and dtype == torch.float32:
+        pytest.skip("has no float32 of its own")
+    times, thresholds, causal = bias_of_bursts()[case], THRESHOLDS["half octaves"], case % 2 == 1
+    generator = torch.Generator().manual_seed(5)
+    v, grad_out = torch.randn(2, 400, 1, 64, generator=generator).to(dtype)
+    table = torch.linspace(-3, 3, thresholds.numel() + 1).roll(1)[None].requires_grad_()
+    nothing, offsets, bias = torch.zeros(400, 1, 64, dtype=dtype), torch.tensor([0, 400]), TimeBias(thresholds, table)
+    out = jagged_attention(
+        nothing, nothing, v, offsets, q_timestamps=times, time_bias=bias, causal=causal, backend="native"
+    )
+    (found,) = torch.autograd.grad(out, table, grad_out)
+
+    buckets = torch.bucketize(times[:, None] - times, thresholds, right=True)
+    logits = table.detach().double()[0][buckets]
+    if causal:
+        logits = logits.masked_fill(torch.ones(400, 400).triu(1).bool(), -torch.inf)
+    logits.requires_grad_()
+    expected = logits.softmax(-1) @ v[:, 0].double()
+    (terms,) = torch.autograd.grad(expected, logits, grad_out[:, 0].double())
+    by_bucket = torch.zeros(2, table.numel(), dtype=torch.float64)
+    by_bucket.index_add_(1, buckets.flatten(), torch.stack([terms, terms.abs()]).flatten(1))
+    error = 1e-5 if dtype == torch.float32 else 1e-2
+    torch.testing.assert_close(out[:, 0].double(), expected, rtol=error, atol=error)
+    assert bool(((found[0] - by_bucket[0]).abs() <= error * by_bucket[1]).all())
 
 
 def assert_same_with_any_threads(problem: Problem, dtype: torch.dtype) -> None:
