@@ -57,6 +57,7 @@ public:
         if constexpr (kPosition) add(diagonals(tile, key, v), d_logits);
     }
 
+    // A strip's sums by row go into those of its buckets.
     void finish_rows(const Strip& strip, std::int64_t tile, std::int64_t strip_number) const {
         for (int v = 0; v < 2; ++v) {
             const BucketRows& rows = bias_.times().rows(tile, strip_number, v);

@@ -14,9 +14,9 @@ struct WholeBias {
     TimeBuckets::Comparison comparison;  // of kCompare
     Floats lower, upper;
     Floats rows[kMostRows];  // of kRows
-    const std::uint8_t* row_of;
-    Floats window;       // of kPermute
-    const float* table;  // of times
+    const std::uint8_t* row_of;  // each key's
+    Floats window;               // of kPermute
+    const float* table;          // of times
     const std::int32_t* first;
     const std::uint16_t* index;
     const float* diagonal;  // of positions

@@ -113,7 +113,7 @@ private:
     // Weights of the slice held, beside the scores of the next one and the values of the slice before.
     template <int kDepth, int kSums>
     void step(const Stream& stream, std::int64_t strip, bool is_first) {
-        Slice& next = slices_[next_slice_];  // in its place: a copy would wait for it to be written, 5 % of a forward
+        Slice& next = slices_[next_slice_];  // a copy would wait for it to be written, 12 % of a forward
         next_slice_ = (next_slice_ + 1) % 3;
         next.stream = &stream;
         next.strip = strip;

@@ -74,7 +74,7 @@ public:
         if (!in.time.table) return;
         query_times_ = arena.array<std::int32_t>(tiles * kWidth);
         key_times_ = arena.array<std::int32_t>(keys);
-        strip_ends_ = arena.array<std::int32_t>(2 * ends_of(keys));
+        strip_ends_ = arena.array<std::int32_t>(2 * padded_strips(keys));
         first_ = arena.array<std::int32_t>(2 * tiles * keys);
         index_ = arena.array<std::uint16_t>(tiles * kWidth * keys);
         rows_of_ = arena.array<BucketRows>(2 * tiles * (keys / kStrip));
@@ -95,10 +95,10 @@ public:
         times_ = in_.k_times + k_row;
         for (std::int64_t j = 0; j < round_up(num_keys, kStrip); ++j)
             key_times_[j] = static_cast<std::int32_t>(times_[smaller(j, num_keys - 1)]);
-        for (std::int64_t i = 0; i < ends_of(num_keys); ++i) {
+        for (std::int64_t i = 0; i < padded_strips(num_keys); ++i) {
             const std::int64_t strip = smaller(i, (num_keys - 1) / kStrip);
             strip_ends_[i] = key_times_[strip * kStrip];
-            strip_ends_[ends_of(keys_) + i] = key_times_[strip * kStrip + kStrip - 1];
+            strip_ends_[padded_strips(keys_) + i] = key_times_[strip * kStrip + kStrip - 1];
         }
     }
 
@@ -140,14 +140,14 @@ public:
     }
     // Those of a strip with kRows.
     [[nodiscard]] const BucketRows& rows(std::int64_t tile, std::int64_t strip, int v) const {
-        return rows_of_[(tile * 2 + v) * (keys_ / kStrip) + strip];
+        return rows_of_[place_of(tile, strip * kStrip, v) / kStrip];
     }
     // Those of other strips, of the keys from one on: [keys], and [keys, kLanes].
     [[nodiscard]] const std::int32_t* first(std::int64_t tile, std::int64_t key, int v) const {
-        return first_ + row_of(tile, key, v);
+        return first_ + place_of(tile, key, v);
     }
     [[nodiscard]] const std::uint16_t* index(std::int64_t tile, std::int64_t key, int v) const {
-        return index_ + row_of(tile, key, v) * kLanes;
+        return index_ + place_of(tile, key, v) * kLanes;
     }
 
     [[nodiscard]] const Strip* strips(std::int64_t tile) const {
@@ -169,11 +169,12 @@ public:
 private:
     static constexpr std::int64_t kStretch = 256;  // keys whose buckets are found together
 
-    [[nodiscard]] std::int64_t row_of(std::int64_t tile, std::int64_t key, int v) const {
+    // Among all vectors of queries × keys.
+    [[nodiscard]] std::int64_t place_of(std::int64_t tile, std::int64_t key, int v) const {
         return (tile * 2 + v) * keys_ + key;
     }
-    // Strips of so many keys, in whole vectors.
-    static std::int64_t ends_of(std::int64_t keys) { return round_up((keys + kStrip - 1) / kStrip, kLanes); }
+    // Strips of so many keys, rounded up to whole vectors.
+    static std::int64_t padded_strips(std::int64_t keys) { return round_up((keys + kStrip - 1) / kStrip, kLanes); }
 
     void find(std::int64_t tile, std::int64_t begin, std::int64_t end) {
         Strip* strips = strips_ + tile * (keys_ / kStrip);
@@ -238,7 +239,7 @@ private:
 
     // All differences fit int32, so those of times cut to int32 are right.
     void find_strips(std::int64_t tile, std::int64_t begin, std::int64_t end, Strip* strips) {
-        const std::int32_t *queries = query_times_ + tile * kWidth, *last_keys = strip_ends_ + ends_of(keys_);
+        const std::int32_t *queries = query_times_ + tile * kWidth, *last_keys = strip_ends_ + padded_strips(keys_);
         for (std::int64_t first = begin / kStrip; first * kStrip < end; first += kLanes) {
             std::int32_t low[2][kLanes], high[2][kLanes];  // of strips, a vector of queries each
             for (int v = 0; v < 2; ++v) {
@@ -272,7 +273,7 @@ private:
     // Vector `v` of the queries of a strip of more than two buckets. It keeps rows even if it needs none: a tile does.
     Look find_vector(std::int64_t tile, std::int64_t strip, int v, Buckets buckets, std::int32_t& widest) {
         const auto [low, high] = buckets;
-        BucketRows& rows = rows_of_[row_of(tile, strip * kStrip, v) / kStrip];
+        BucketRows& rows = rows_of_[place_of(tile, strip * kStrip, v) / kStrip];
         if (low == high) {
             rows = {};
             return {LookUp::kOne, low};
@@ -303,10 +304,6 @@ private:
             }
             return changes;
         };
-        if (high - low == 1) {
-            const Ints threshold = splat(tables_->thresholds[low]);
-            return find([&](Ints differences) ALURE_INLINE { return -(differences >= threshold); });
-        }
         if (high - low > 2) {
             const CellWindow window(*tables_, minus(lanes[0], keys[kStrip - 1]), minus(lanes[kLanes - 1], keys[0]), low,
                                     high);
@@ -337,23 +334,23 @@ private:
 
     template <class IndexOf>
     void write(std::int64_t tile, std::int64_t strip, int v, std::int32_t bucket, IndexOf index_of) {
-        const std::int64_t row = row_of(tile, strip * kStrip, v);
+        const std::int64_t place = place_of(tile, strip * kStrip, v);
         for (std::int64_t i = 0; i < kStrip; ++i) {
-            first_[row + i] = bucket;
-            store_indices(index_ + (row + i) * kLanes, index_of(i));
+            first_[place + i] = bucket;
+            store_indices(index_ + (place + i) * kLanes, index_of(i));
         }
     }
 
     // Indices of a strip, counted from the least of each key.
     LookUp find_many(std::int64_t tile, std::int64_t strip, int v, std::int32_t& widest) {
-        const std::int64_t row = row_of(tile, strip * kStrip, v);
+        const std::int64_t place = place_of(tile, strip * kStrip, v);
         const Ints queries = load_ints(query_times_ + tile * kWidth + v * kLanes);
         std::int32_t most = 0;
         for (std::int64_t i = 0; i < kStrip; ++i) {
             const Ints buckets = buckets_of(alure::minus(queries, splat(key_times_[strip * kStrip + i])));
             const std::int32_t low = buckets[0], high = larger(low, std::int32_t{buckets[kLanes - 1]});
-            first_[row + i] = low;
-            store_indices(index_ + (row + i) * kLanes, clamp(buckets, low, high) - low);
+            first_[place + i] = low;
+            store_indices(index_ + (place + i) * kLanes, clamp(buckets, low, high) - low);
             most = larger(most, high - low);
         }
         widest = larger(widest, most);
@@ -385,10 +382,10 @@ private:
         for (std::int64_t key = begin; key < round_up(end, kStrip); ++key) {
             const std::int64_t time = times_[smaller(key, num_keys_ - 1)];
             for (std::int64_t i = 0; i < kWidth; ++i) {
-                const std::int64_t row = row_of(tile, key, static_cast<int>(i / kLanes));
+                const std::int64_t place = place_of(tile, key, static_cast<int>(i / kLanes));
                 const std::int64_t query = queries_[smaller(tile * kWidth + i, rows_ - 1)];
-                first_[row] = 0;
-                index_[row * kLanes + i % kLanes] =
+                first_[place] = 0;
+                index_[place * kLanes + i % kLanes] =
                     static_cast<std::uint16_t>(bucket_of(in_.time, elapsed(query, time)));
             }
         }
